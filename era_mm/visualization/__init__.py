@@ -1,0 +1,1 @@
+"""Pictures that the tools write."""
