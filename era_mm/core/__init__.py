@@ -1,0 +1,22 @@
+"""The machine; it knows no paper."""
+
+from .base_distiller import BaseDistiller, Features
+from .checkpoint import extras_of, load_strictly, read_checkpoint
+from .distillation import Distillation
+from .recorder import Recorder
+from .schedule import LossSchedule
+from .teacher import Teacher
+from .utils import Unregistered
+
+__all__ = [
+    'BaseDistiller',
+    'Distillation',
+    'Features',
+    'LossSchedule',
+    'Recorder',
+    'Teacher',
+    'Unregistered',
+    'extras_of',
+    'load_strictly',
+    'read_checkpoint',
+]

@@ -1,0 +1,258 @@
+"""The contract of a distillation method.
+
+A method is a subclass of :class:`BaseDistiller`, registered in
+``era_mm.registry.MODELS``, in one module of ``era_mm/methods/``. It gets
+features and gives losses; where features come from, when it runs and what is
+saved is the core's business.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .schedule import LossSchedule
+from .utils import Unregistered
+
+Features = Mapping[str, tuple[Tensor, ...]]
+
+
+class BaseDistiller(BaseModule):
+    """One paper's method: trainable extras and losses on features.
+
+    A subclass must define :meth:`loss`; it usually defines :meth:`prepare`.
+    Parameters it creates are trained by the run's optimiser together with the
+    student's and are saved apart from the student's.
+
+    Optional slots:
+
+    - ``needs_teacher = False``: a method without a teacher.
+    - :meth:`build_inner`, :meth:`inner_loss`: an *inner module* with its own
+      optimiser, which takes its own step in every training iteration, before
+      the student's. It is in none of the run's optimiser groups nor DDP
+      buckets; its gradients are averaged over the ranks.
+    - ``pretrain_iters``: for so many iterations from the start of the run
+      only the inner module trains; the student stays as it is.
+    - ``schedules``: a factor per loss term over the global step.
+    - :meth:`inference_modes`, :meth:`predict`: predictions other than the
+      student's own.
+
+    Args:
+        source: Module whose output is distilled, in student and teacher
+            alike, or ``dict(student=..., teacher=...)`` where the names
+            differ, each a name or a list of names.
+        teacher: Name of the teacher it learns from.
+        schedules: ``{loss key: dict(start=, stop=, ramp=, shape=)}``.
+        init_cfg: As in mmengine.
+
+    Raises:
+        ValueError: A schedule for a loss that the method does not have shows
+            up at the first step.
+    """
+
+    needs_teacher = True
+    pretrain_iters = 0
+
+    def __init__(
+        self,
+        source: str | list | dict = 'neck',
+        teacher: str = 'teacher',
+        schedules: dict[str, dict] | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        pair = (
+            source
+            if isinstance(source, dict)
+            else {'student': source, 'teacher': source}
+        )
+        roles = {'student', 'teacher'} if self.needs_teacher else {'student'}
+        if not roles <= set(pair) <= {'student', 'teacher'}:
+            raise ValueError(
+                '`source` must be a module name, a list of them, or '
+                f'dict(student=..., teacher=...), but got {source!r}.'
+            )
+        self.student_sources = self._names(pair['student'])
+        self.teacher_sources = (
+            self._names(pair['teacher']) if self.needs_teacher else ()
+        )
+        self.teacher = teacher
+        self.schedules = {
+            key: LossSchedule(**kwargs)
+            for key, kwargs in (schedules or {}).items()
+        }
+        self._inner: Unregistered | None = None
+        self._inner_optimizer: torch.optim.Optimizer | None = None
+
+    @staticmethod
+    def _names(names: str | list | tuple) -> tuple[str, ...]:
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    def prepare(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> None:
+        """Build what depends on the pair, from one dry run.
+
+        Called once, when the model is built: the place to infer channels,
+        build connectors and refuse a pair that does not fit.
+
+        Args:
+            student: The student. Do not register it.
+            teacher: The teacher. Do not register it; see ``Unregistered``.
+            student_feats: Features of one image by source.
+            teacher_feats: The same of the teacher.
+
+        Raises:
+            ValueError: The pair does not fit; the message says how.
+        """
+
+    @abstractmethod
+    def loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            student_feats: Features by source, with graph.
+            teacher_feats: Features by source, without.
+            data_samples: The batch's ground truth and meta data.
+
+        Returns:
+            Back-propagated terms under ``loss_<method>_<term>``; logged
+            quantities under names without "loss".
+        """
+
+    # -- inner module ------------------------------------------------------
+
+    def build_inner(
+        self,
+    ) -> tuple[nn.Module, torch.optim.Optimizer] | None:
+        """The inner module and its optimiser, after :meth:`prepare`."""
+        return None
+
+    def inner_loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> Tensor:
+        """What the inner module minimises; a scalar."""
+        raise NotImplementedError(
+            f'{type(self).__name__} has an inner module but no `inner_loss`.'
+        )
+
+    @property
+    def inner(self) -> nn.Module | None:
+        """The inner module."""
+        return self._inner.module if self._inner else None
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer | None:
+        """The inner module's optimiser."""
+        return self._inner_optimizer
+
+    def set_up_inner(self) -> None:
+        """Build the inner module; called by the core."""
+        built = self.build_inner()
+        if built is not None:
+            module, self._inner_optimizer = built
+            self._inner = Unregistered(module)
+
+    def inner_step(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> Tensor:
+        """One step of the inner optimiser; returns the detached loss.
+
+        Gradients are taken by ``autograd.grad`` for the inner parameters
+        alone, so neither the student's gradients nor DDP's hooks notice.
+        """
+        assert self.inner is not None and self._inner_optimizer is not None
+        parameters = [p for p in self.inner.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            loss = self.inner_loss(
+                student_feats={
+                    source: tuple(feat.detach() for feat in feats)
+                    for source, feats in student_feats.items()
+                },
+                teacher_feats=teacher_feats,
+                data_samples=data_samples,
+            )
+            gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            all_reduce(gradient)
+            parameter.grad = gradient / get_world_size()
+        self._inner_optimizer.step()
+        self._inner_optimizer.zero_grad()
+        return loss.detach()
+
+    # -- inference ---------------------------------------------------------
+
+    def inference_modes(self) -> tuple[str, ...]:
+        """Names of the predictions it offers beside the student's own."""
+        return ()
+
+    def predict(
+        self,
+        modes: tuple[str, ...],
+        *,
+        student: nn.Module,
+        student_feats: Features,
+        data_samples: list,
+    ) -> dict[str, list]:
+        """Predictions of a batch in several modes, features shared.
+
+        Args:
+            modes: Some of :meth:`inference_modes`.
+            student: The student.
+            student_feats: Features by source.
+            data_samples: Meta data, without predictions. Not to be written
+                to.
+
+        Returns:
+            For each mode a list of data samples with predictions.
+        """
+        raise NotImplementedError(
+            f'{type(self).__name__} has no inference modes, but {modes} were '
+            'asked for.'
+        )
+
+    # -- schedules ---------------------------------------------------------
+
+    def scheduled(
+        self, losses: dict[str, Any], step: int
+    ) -> dict[str, Any]:
+        """Apply the schedules to the terms of one step.
+
+        Raises:
+            ValueError: A schedule for a term that does not exist.
+        """
+        for key in self.schedules:
+            if key not in losses:
+                raise ValueError(
+                    f'`schedules` of {type(self).__name__} names {key!r}, '
+                    f'which is none of its losses: {sorted(losses)}.'
+                )
+        return {
+            key: self.schedules[key](step) * value
+            if key in self.schedules
+            else value
+            for key, value in losses.items()
+        }

@@ -1,0 +1,164 @@
+"""Reading teacher weights strictly; keeping a student file plain.
+
+What training writes has in ``state_dict`` the student's own keys only. The
+rest (distillers, inner modules and their optimisers) rides in the metadata of
+the same ``state_dict``, where torch keeps the version numbers of modules and
+where every loader of the hosts hands it back to the module that wrote it:
+``checkpoint['state_dict']._metadata['']['era_mm']``. So no hook has to be
+configured for a file to be right, and EMA, ``--resume`` and ``mim test`` find
+the extras without one.
+"""
+
+import hashlib
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+
+from .utils import to_cpu
+
+METADATA_KEY = 'era_mm'
+
+
+class Extras(OrderedDict):
+    """Extras in a state dict's metadata; pickled as a plain dict on the CPU.
+
+    The tensors stay where they are until a file is written: a state dict is
+    taken in every iteration under EMA, and copying to the CPU there would
+    cost a synchronisation.
+    """
+
+    def __reduce__(self) -> tuple:
+        return (OrderedDict, (), None, None, iter(to_cpu(dict(self)).items()))
+
+
+def extras_of(state_dict: Mapping[str, Tensor]) -> dict | None:
+    """The extras that ride in a state dict's metadata, or None."""
+    metadata = getattr(state_dict, '_metadata', None) or {}
+    return metadata.get('', {}).get(METADATA_KEY)
+
+
+def read_checkpoint(filename: str) -> OrderedDict:
+    """Read the state dict of a checkpoint file.
+
+    Args:
+        filename: Path or URL, whatever mmengine's loader takes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated or not a checkpoint.
+    """
+    advice = (
+        'Give a checkpoint that mmengine, mmdet or mmpretrain has saved '
+        '(a dict with `state_dict`, or a state dict).'
+    )
+    is_local = '://' not in filename
+    if is_local and not Path(filename).is_file():
+        raise FileNotFoundError(
+            f'Checkpoint {filename!r} does not exist (looked in '
+            f'{Path(filename).absolute().parent}). Correct the path, or give '
+            'a URL.'
+        )
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(
+            filename, map_location='cpu'
+        )
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        size = f' ({Path(filename).stat().st_size} bytes)' if is_local else ''
+        raise ValueError(
+            f'Checkpoint {filename!r}{size} cannot be read: it is truncated '
+            f'or not a checkpoint ({type(error).__name__}: '
+            f'{str(error).splitlines()[0] if str(error) else "no details"}). '
+            f'{advice}'
+        ) from error
+    state_dict = (
+        checkpoint.get('state_dict', checkpoint)
+        if isinstance(checkpoint, Mapping)
+        else None
+    )
+    if not isinstance(state_dict, Mapping) or not any(
+        isinstance(value, Tensor) for value in state_dict.values()
+    ):
+        raise ValueError(
+            f'Checkpoint {filename!r} holds no weights: expected a dict with '
+            f'`state_dict`, got {type(checkpoint).__name__}'
+            + (
+                f' with keys {sorted(map(str, checkpoint))[:5]}'
+                if isinstance(checkpoint, Mapping)
+                else ''
+            )
+            + f'. {advice}'
+        )
+    plain = OrderedDict(
+        (key.removeprefix('module.'), value)
+        for key, value in state_dict.items()
+    )
+    if hasattr(state_dict, '_metadata'):
+        plain._metadata = state_dict._metadata
+    return plain
+
+
+def load_strictly(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, name: str
+) -> None:
+    """Load weights that must fit a model in every key and shape.
+
+    ``num_batches_tracked`` may lack, as the hosts allow: checkpoints older
+    than PyTorch 0.4.1 do not have it and evaluation does not use it.
+
+    Args:
+        model: The model.
+        state_dict: The weights.
+        name: How the message calls the weights, usually the file's name.
+
+    Raises:
+        ValueError: Missing or unexpected keys, or other shapes; the first
+            ones are shown.
+    """
+    own = model.state_dict()
+    missing = [
+        key
+        for key in own
+        if key not in state_dict and not key.endswith('num_batches_tracked')
+    ]
+    unexpected = [key for key in state_dict if key not in own]
+    reshaped = [
+        f'{key}: file {tuple(state_dict[key].shape)}, '
+        f'model {tuple(own[key].shape)}'
+        for key in own
+        if key in state_dict and state_dict[key].shape != own[key].shape
+    ]
+    problems = [
+        f'{title} ({len(keys)}): {", ".join(keys[:3])}'
+        + (', ...' if len(keys) > 3 else '')
+        for title, keys in (
+            ('missing in the file', missing),
+            ('not in the model', unexpected),
+            ('other shapes', reshaped),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f'The weights in {name!r} do not fit {type(model).__name__}. '
+            + '; '.join(problems)
+            + '. Give the config and the checkpoint of the same model '
+            '(classes, depth and widths included).'
+        )
+    incompatible = model.load_state_dict(state_dict, strict=False)
+    assert not incompatible.unexpected_keys, incompatible
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes: equal only if every bit is equal."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+

@@ -1,0 +1,608 @@
+"""The model that mmengine trains: a student, teachers, and distillers."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.logging import MessageHub, print_log
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from ..registry import MODELS
+from .base_distiller import BaseDistiller
+from .checkpoint import METADATA_KEY, Extras
+from .data_preprocessor import DistillationDataPreprocessor
+from .recorder import Recorder
+from .teacher import Teacher, forward_until, resolve_model_config
+from .utils import evaluating, preserve_rng
+
+
+def _named(value: Any, name: str, key: str) -> dict[str, Any]:
+    """A dict of named entries from one entry (it has ``key``) or from such."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f'`{name}` must be a dict with {key!r}, or a dict of such dicts '
+            f'by name, but got {value!r}.'
+        )
+    entries = {name: value} if key in value else dict(value)
+    for entry_name, entry in entries.items():
+        if not isinstance(entry, Mapping) or key not in entry:
+            raise ValueError(
+                f'`{name}` {entry_name!r} must be a dict with {key!r}, but '
+                f'got {entry!r}.'
+            )
+    return entries
+
+
+def _tidy_keys(model: 'Distillation', incompatible: Any) -> None:
+    """Report keys as the file has them; extras are not in its state dict."""
+    own = tuple(f'distillers.{key}' for key in model.distillers.state_dict())
+    missing = [
+        key.replace('student.', '', 1)
+        for key in incompatible.missing_keys
+        if not key.endswith(own)
+    ]
+    unexpected = [
+        key.replace('student.', '', 1)
+        for key in incompatible.unexpected_keys
+    ]
+    incompatible.missing_keys[:] = missing
+    incompatible.unexpected_keys[:] = unexpected
+
+
+@MODELS.register_module()
+class Distillation(BaseModel):
+    """Trains a student with the help of distillers; *is* the student else.
+
+        loss = student's own losses + the distillers' losses
+        predict, tensor = the student's, untouched
+
+    With all distillation weights 0, losses and weights are those of the plain
+    student, bit for bit: building and initialising teacher and distillers
+    does not touch the random state that the student's run sees.
+
+    Attributes that it does not have are the student's (``model.bbox_head``),
+    so hooks of the hosts find what they look for. Its ``state_dict`` is the
+    student's own; see ``era_mm/core/checkpoint.py``.
+
+    Source: ours.
+
+    Args:
+        student: A host model config, as the user's own config has it; or a
+            reference ('mmdet::...' or a path).
+        distiller: One distiller config, or a dict of named ones.
+        teacher: Arguments of :class:`~era_mm.core.teacher.Teacher`
+            (``config``, ``checkpoint``, ``dtype``), or a dict of named ones;
+            None for methods that need none.
+        data_preprocessor: The student's, where the host keeps it beside the
+            model (mmpretrain).
+        input_size: Height and width of the dry run that finds the channels,
+            in pixels.
+        inference_mode: Whose predictions :meth:`predict` returns: None for
+            the student's own, or one of the distillers' modes.
+
+    Raises:
+        ValueError: Pairs that do not fit, sources that do not exist, a
+            distiller without its teacher.
+    """
+
+    def __init__(
+        self,
+        student: dict | str,
+        distiller: dict,
+        teacher: dict | None = None,
+        data_preprocessor: dict | None = None,
+        input_size: int | tuple[int, int] = 64,
+        inference_mode: str | None = None,
+    ) -> None:
+        # The student comes first: it must find the random state of a plain
+        # run.
+        student_model = self._build_student(student, data_preprocessor)
+        with preserve_rng():
+            teachers = {
+                name: Teacher(**cfg, name=name)
+                for name, cfg in _named(
+                    teacher, 'teacher', 'config'
+                ).items()
+            }
+            preprocessor = DistillationDataPreprocessor(
+                student_model.data_preprocessor, teachers
+            )
+            super().__init__(data_preprocessor=preprocessor)
+            self.student = student_model
+            self.teachers = teachers
+            self.distillers = nn.ModuleDict(
+                {
+                    name: MMENGINE_MODELS.build(cfg)
+                    for name, cfg in _named(
+                        distiller, 'distiller', 'type'
+                    ).items()
+                }
+            )
+            self._prepare(input_size)
+        self.inference_mode: str | None = None
+        self.active_modes: tuple[str, ...] = ()
+        self.mode_predictions: dict[str, list] = {}
+        if inference_mode is not None:
+            self.check_modes([inference_mode])
+            self.inference_mode = inference_mode
+        self._watch_gradients()
+        self.register_load_state_dict_post_hook(_tidy_keys)
+
+    @staticmethod
+    def _build_student(
+        student: dict | str, data_preprocessor: dict | None
+    ) -> nn.Module:
+        config, scope = resolve_model_config(student)
+        kind = str(config.get('type', '')).rpartition('.')[2]
+        if kind == Distillation.__name__:
+            raise ValueError(
+                '`student` is a Distillation itself. Give the plain model '
+                "config: usually `student=_base_.model` of the user's own "
+                'config.'
+            )
+        if data_preprocessor is not None:
+            config.setdefault('data_preprocessor', data_preprocessor)
+        with DefaultScope.overwrite_default_scope(scope):
+            return MMENGINE_MODELS.build(config)
+
+    def _prepare(self, input_size: int | tuple[int, int]) -> None:
+        """Wire the recorders and let each distiller meet its pair."""
+        distillers = dict(self.distillers.items())
+        if not distillers:
+            raise ValueError('`distiller` is empty; give at least one.')
+        for name, distiller in distillers.items():
+            if not isinstance(distiller, BaseDistiller):
+                raise TypeError(
+                    f'Distiller {name!r} must be a BaseDistiller, but is '
+                    f'{type(distiller).__name__}.'
+                )
+            if distiller.needs_teacher and (
+                distiller.teacher not in self.teachers
+            ):
+                raise ValueError(
+                    f'{type(distiller).__name__} learns from a teacher named '
+                    f'{distiller.teacher!r}, but the model has '
+                    f'{sorted(self.teachers) or "none"}. Set '
+                    '`model.teacher`.'
+                )
+        self._student_recorder = Recorder(
+            self.student,
+            dict.fromkeys(
+                source
+                for distiller in distillers.values()
+                for source in distiller.student_sources
+            ),
+            owner='student',
+        )
+        size = (
+            (input_size, input_size)
+            if isinstance(input_size, int)
+            else tuple(input_size)
+        )
+        inputs = torch.zeros(1, 3, *size)
+        recorder = self._student_recorder
+        with torch.no_grad(), evaluating(self.student), recorder:
+            forward_until(self.student, inputs, recorder.modules)
+        student_feats = recorder.pop()
+        teacher_feats: dict[str, dict] = {}
+        for name, teacher in self.teachers.items():
+            teacher.record(
+                dict.fromkeys(
+                    source
+                    for distiller in distillers.values()
+                    if distiller.teacher == name
+                    for source in distiller.teacher_sources
+                )
+            )
+            teacher_feats[name] = teacher.extract(inputs)
+        for distiller in distillers.values():
+            teacher = (
+                self.teachers[distiller.teacher]
+                if distiller.needs_teacher
+                else None
+            )
+            distiller.prepare(
+                student=self.student,
+                teacher=teacher.model if teacher else None,
+                student_feats={
+                    source: student_feats[source]
+                    for source in distiller.student_sources
+                },
+                teacher_feats={
+                    source: teacher_feats[distiller.teacher][source]
+                    for source in distiller.teacher_sources
+                },
+            )
+            distiller.set_up_inner()
+
+    def init_weights(self) -> None:
+        """Initialise the student as a plain run does, then the extras.
+
+        mmengine calls it before training and not before testing, so it is
+        also where the teachers take their weights in.
+        """
+        self.student.init_weights()
+        with preserve_rng():
+            for distiller in self.distillers.values():
+                distiller.init_weights()
+        self.load_teachers()
+
+    def load_teachers(self) -> None:
+        """Take the teachers' weights in, if they are not yet."""
+        for teacher in self.teachers.values():
+            teacher.load()
+
+    # -- forward -----------------------------------------------------------
+
+    def forward(
+        self,
+        inputs: Tensor,
+        data_samples: list | None = None,
+        mode: str = 'tensor',
+        teacher_inputs: dict[str, Tensor] | None = None,
+    ) -> Any:
+        """As the hosts' models: 'loss', 'predict' or 'tensor'.
+
+        Args:
+            inputs: The student's batch.
+            data_samples: Ground truth and meta data.
+            mode: What to compute.
+            teacher_inputs: Batches of teachers that see other tensors than
+                the student; the preprocessor makes them.
+        """
+        if mode == 'loss':
+            return self.loss(inputs, data_samples, teacher_inputs)
+        if mode == 'predict':
+            return self.predict(inputs, data_samples)
+        return self.student(inputs, data_samples, mode=mode)
+
+    def loss(
+        self,
+        inputs: Tensor,
+        data_samples: list,
+        teacher_inputs: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The student's losses under their own names, and the distillers'.
+
+        Raises:
+            RuntimeError: A trainable extra got no gradient in the step
+                before; the student trains in a pre-training phase.
+        """
+        if self.pretraining:
+            raise RuntimeError(
+                'In its pre-training phase '
+                f'({self._pretrain_iters()} iterations) this model must not '
+                'update the student, so mmengine has to call '
+                '`pretrain_step`. Train with '
+                "`model_wrapper_cfg=dict(type='era_mm.DistributedDataParallel"
+                "')`, as tools/train.py sets it."
+            )
+        self._check_gradients()
+        teacher_feats = self._teach(inputs, data_samples, teacher_inputs)
+        with self._student_recorder as recorder:
+            losses = dict(self.student(inputs, data_samples, mode='loss'))
+        student_feats = recorder.pop()
+        step = self.step
+        for name, distiller in self.distillers.items():
+            feats = self._feats_of(distiller, student_feats, teacher_feats)
+            if distiller.inner is not None:
+                distiller.inner_step(**feats, data_samples=data_samples)
+            terms = distiller.scheduled(
+                distiller.loss(**feats, data_samples=data_samples), step
+            )
+            for key, value in terms.items():
+                if len(self.distillers) > 1:
+                    key = f'{name}.{key}'
+                if key in losses:
+                    raise ValueError(
+                        f'{type(distiller).__name__} names a loss {key!r}, '
+                        'which the student has already. Name it '
+                        'loss_<method>_<term>.'
+                    )
+                losses[key] = value
+        return losses
+
+    def _teach(
+        self,
+        inputs: Tensor,
+        data_samples: list | None,
+        teacher_inputs: dict[str, Tensor] | None,
+    ) -> dict[str, dict]:
+        self.load_teachers()
+        own = teacher_inputs or {}
+        return {
+            name: teacher.extract(own.get(name, inputs), data_samples)
+            for name, teacher in self.teachers.items()
+        }
+
+    @staticmethod
+    def _feats_of(
+        distiller: BaseDistiller, student_feats: dict, teacher_feats: dict
+    ) -> dict[str, dict]:
+        return {
+            'student_feats': {
+                source: student_feats[source]
+                for source in distiller.student_sources
+            },
+            'teacher_feats': {
+                source: teacher_feats[distiller.teacher][source]
+                for source in distiller.teacher_sources
+            },
+        }
+
+    # -- prediction --------------------------------------------------------
+
+    def check_modes(self, modes: list[str] | tuple[str, ...]) -> None:
+        """Refuse inference modes that no distiller offers."""
+        known = [
+            mode
+            for distiller in self.distillers.values()
+            for mode in distiller.inference_modes()
+        ]
+        for mode in modes:
+            if mode not in known:
+                raise ValueError(
+                    f'Inference mode {mode!r} is not offered. Known: '
+                    f'{["S", *known]} (S is the student alone and always '
+                    'there).'
+                )
+
+    def predict(
+        self, inputs: Tensor, data_samples: list | None = None
+    ) -> list:
+        """The student's predictions, or those of ``inference_mode``.
+
+        Predictions of ``active_modes``, from the same features, are left in
+        ``mode_predictions``.
+        """
+        modes = dict.fromkeys(self.active_modes)
+        if self.inference_mode is not None:
+            modes[self.inference_mode] = None
+        if not modes:
+            return self.student(inputs, data_samples, mode='predict')
+        blank = [sample.new() for sample in data_samples or []]
+        with self._student_recorder as recorder:
+            if self.inference_mode is None:
+                predictions = self.student(
+                    inputs, data_samples, mode='predict'
+                )
+            else:
+                forward_until(
+                    self.student, inputs, recorder.modules, data_samples
+                )
+        student_feats = recorder.pop()
+        found: dict[str, list] = {}
+        for distiller in self.distillers.values():
+            own = tuple(m for m in modes if m in distiller.inference_modes())
+            if own:
+                found |= distiller.predict(
+                    own,
+                    student=self.student,
+                    student_feats={
+                        source: student_feats[source]
+                        for source in distiller.student_sources
+                    },
+                    data_samples=blank,
+                )
+        self.mode_predictions = {mode: found[mode] for mode in found}
+        if self.inference_mode is None:
+            return predictions
+        return found[self.inference_mode]
+
+    # -- phases and steps --------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The run's global iteration; 0 outside an mmengine run."""
+        return int(MessageHub.get_current_instance().get_info('iter', 0))
+
+    def _pretrain_iters(self) -> int:
+        return max(d.pretrain_iters for d in self.distillers.values())
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether only inner modules train now."""
+        return self.step < self._pretrain_iters()
+
+    def pretrain_step(self, data: Any) -> dict[str, Tensor]:
+        """One step of the pre-training phase; the student stays as it is.
+
+        Args:
+            data: What the dataloader gives.
+        """
+        data = self.data_preprocessor(data, True)
+        inputs, data_samples = data['inputs'], data['data_samples']
+        with torch.no_grad(), evaluating(self.student):
+            teacher_feats = self._teach(
+                inputs, data_samples, data.get('teacher_inputs')
+            )
+            with self._student_recorder as recorder:
+                forward_until(
+                    self.student, inputs, recorder.modules, data_samples
+                )
+        student_feats = recorder.pop()
+        log_vars = {}
+        for name, distiller in self.distillers.items():
+            if self.step < distiller.pretrain_iters:
+                loss = distiller.inner_step(
+                    **self._feats_of(distiller, student_feats, teacher_feats),
+                    data_samples=data_samples,
+                )
+                log_vars[f'{name}.pretrain'] = loss
+        return {'loss': sum(log_vars.values()), **log_vars}
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """mmengine's step, or one of the pre-training phase."""
+        if self.pretraining:
+            return self.pretrain_step(data)
+        return super().train_step(data, optim_wrapper)
+
+    # -- gradients of the extras -------------------------------------------
+
+    def _watch_gradients(self) -> None:
+        """Note which trainable extras the first step reaches.
+
+        A hook on the tensors and not a look at ``grad``: by the time the next
+        step begins mmengine has cleared it.
+        """
+        self._unreached = {}
+        self._gradient_handles = []
+        for name, parameter in self.distillers.named_parameters():
+            if parameter.requires_grad:
+                self._unreached[name] = 'distillers.' + name
+                self._gradient_handles.append(
+                    parameter.register_hook(self._reached(name))
+                )
+        self._watched_steps = 0
+
+    def _reached(self, name: str) -> Any:
+        def mark(gradient: Tensor) -> None:
+            self._unreached.pop(name, None)
+
+        return mark
+
+    def _check_gradients(self) -> None:
+        if not self.training or self._watched_steps > 1:
+            return
+        self._watched_steps += 1
+        if self._watched_steps == 1:
+            return
+        for handle in self._gradient_handles:
+            handle.remove()
+        self._gradient_handles = []
+        if self._unreached:
+            names = list(self._unreached.values())
+            raise RuntimeError(
+                f'{len(names)} trainable extras got no gradient in the first '
+                f'step: {", ".join(names[:4])}'
+                + (', ...' if len(names) > 4 else '')
+                + '. Every parameter that a distiller makes must take part '
+                'in its loss; build only what is used.'
+            )
+
+    # -- module bookkeeping ------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            student = self.__dict__.get('_modules', {}).get('student')
+            if student is None or name.startswith('__'):
+                raise
+            return getattr(student, name)
+
+    def _inner_modules(self) -> list[nn.Module]:
+        distillers = self._modules.get('distillers') or {}
+        return [
+            d.inner for d in distillers.values() if d.inner is not None
+        ]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> 'Distillation':
+        super()._apply(fn, recurse)
+        for teacher in self.teachers.values():
+            teacher.apply_(fn)
+        for module in self._inner_modules():
+            module._apply(fn)
+        return self
+
+    def __deepcopy__(self, memo: dict) -> 'Distillation':
+        # Distillers are shared as the teachers are: an averaged copy (EMA) is
+        # a copy of the student.
+        memo[id(self.distillers)] = self.distillers
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        state = dict(self.__dict__)
+        state['_gradient_handles'] = []
+        clone.__dict__.update(copy.deepcopy(state, memo))
+        return clone
+
+    def state_dict(
+        self,
+        *args: Any,
+        destination: Any = None,
+        prefix: str = '',
+        keep_vars: bool = False,
+    ) -> Any:
+        """The student's own state dict, extras in its metadata."""
+        state = self.student.state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        metadata = state._metadata
+        # Module versions, under the names that loading into this model uses.
+        for key in list(metadata):
+            if key == prefix[:-1] or key.startswith(prefix):
+                suffix = key[len(prefix) :]
+                alias = f'{prefix}student' + (f'.{suffix}' if suffix else '')
+                metadata[alias] = metadata[key]
+        metadata[prefix[:-1]] = {
+            **metadata[prefix[:-1]],
+            METADATA_KEY: self._extras(),
+        }
+        return state
+
+    def _extras(self) -> Extras:
+        extras = Extras()
+        for name, distiller in self.distillers.items():
+            entry = {
+                'type': type(distiller).__name__,
+                'state_dict': dict(distiller.state_dict()),
+            }
+            if distiller.inner is not None:
+                entry['inner'] = dict(distiller.inner.state_dict())
+                entry['inner_optimizer'] = (
+                    distiller.inner_optimizer.state_dict()
+                )
+            extras[name] = entry
+        return extras
+
+    def _load_extras(self, extras: Mapping) -> None:
+        for name, distiller in self.distillers.items():
+            entry = extras.get(name)
+            if entry is None or entry['type'] != type(distiller).__name__:
+                print_log(
+                    f'The checkpoint has no extras of distiller {name!r} '
+                    f'({type(distiller).__name__}); they keep their values.',
+                    logger='current',
+                )
+                continue
+            distiller.load_state_dict(entry['state_dict'])
+            if distiller.inner is not None:
+                distiller.inner.load_state_dict(entry['inner'])
+                distiller.inner_optimizer.load_state_dict(
+                    entry['inner_optimizer']
+                )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list,
+        unexpected_keys: list,
+        error_msgs: list,
+    ) -> None:
+        # mmengine and torch both walk the modules and call this one, and
+        # neither calls an overridden load_state_dict().
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f'{prefix}student.{key[len(prefix) :]}'] = (
+                state_dict.pop(key)
+            )
+        extras = local_metadata.get(METADATA_KEY)
+        if extras is not None:
+            self._load_extras(extras)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )

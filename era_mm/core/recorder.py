@@ -1,0 +1,119 @@
+"""Catches what passes a module while a model runs.
+
+Legend: a *source* is a dotted module name, ``neck`` or ``backbone.layer3``.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def find_module(model: nn.Module, source: str, *, owner: str) -> nn.Module:
+    """Look a source up in a model.
+
+    Args:
+        model: The student or the teacher.
+        source: Dotted module name.
+        owner: How messages call the model: 'student' or 'teacher'.
+
+    Raises:
+        ValueError: No such module; the message shows the nearest names.
+    """
+    modules = dict(model.named_modules())
+    if source in modules and source:
+        return modules[source]
+    names = [name for name in modules if name]
+    near = difflib.get_close_matches(source, names, n=4, cutoff=0.4)
+    near = near or [name for name in names if '.' not in name]
+    raise ValueError(
+        f'Source {source!r} is not a module of the {owner} '
+        f'({type(model).__name__}). Nearest names: {", ".join(near)}. '
+        'All names: [name for name, _ in model.named_modules()].'
+    )
+
+
+def as_tuple(output: Any, *, source: str) -> tuple[Tensor, ...]:
+    """Bring a module's output into the one form distillers get."""
+    if isinstance(output, Tensor):
+        return (output,)
+    if isinstance(output, (list, tuple)) and all(
+        isinstance(item, Tensor) for item in output
+    ):
+        return tuple(output)
+    raise ValueError(
+        f'Source {source!r} must put out a tensor or a tuple of tensors, but '
+        f'gave {type(output).__name__}. Choose a module whose output is a '
+        'feature, for example neck.'
+    )
+
+
+class Recorder:
+    """Records the outputs of some modules of one model.
+
+    Listens only inside its ``with`` block, so a copy of the model made
+    outside (EMA) carries no hook, and what activation checkpointing computes
+    again in the backward pass is not recorded twice. A module that is called
+    several times, as a head that the levels share, gives the outputs of all
+    its calls one after the other.
+
+    Args:
+        model: The student or the teacher.
+        sources: Dotted module names.
+        owner: How messages call the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, sources: Iterable[str], *, owner: str
+    ) -> None:
+        self.owner = owner
+        self.modules = {
+            source: find_module(model, source, owner=owner)
+            for source in sources
+        }
+        self._outputs: dict[str, tuple[Tensor, ...]] = {}
+        self._handles: list = []
+
+    def __enter__(self) -> 'Recorder':
+        self.clear()
+        for source, module in self.modules.items():
+            self._handles.append(
+                module.register_forward_hook(self._hook(source))
+            )
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, source: str):
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            self._outputs[source] = self._outputs.get(source, ()) + as_tuple(
+                output, source=source
+            )
+
+        return record
+
+    def clear(self) -> None:
+        """Forget what was recorded, so that its memory can go."""
+        self._outputs = {}
+
+    def pop(self) -> dict[str, tuple[Tensor, ...]]:
+        """Hand out what was recorded and forget it.
+
+        Raises:
+            RuntimeError: A source did not fire.
+        """
+        outputs, self._outputs = self._outputs, {}
+        for source, module in self.modules.items():
+            if source not in outputs:
+                kind = type(module).__name__
+                raise RuntimeError(
+                    f'Source {source!r} of the {self.owner} ({kind}) was '
+                    'never called in this forward pass, so there is nothing '
+                    'to distil from it. Containers such as ModuleList are '
+                    'not called themselves: name one of their children.'
+                )
+        return {source: outputs[source] for source in self.modules}

@@ -1,0 +1,204 @@
+"""The teacher: built, loaded strictly, frozen, and kept out of the model."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+from ..registry import explain_unknown_keys
+from .checkpoint import fingerprint, load_strictly, read_checkpoint
+from .recorder import Recorder
+from .utils import preserve_rng
+
+
+def resolve_model_config(config: str | Mapping) -> tuple[dict, str | None]:
+    """Find the model config that a short reference means.
+
+    Args:
+        config: ``mmdet::retinanet/retinanet_r101_fpn_2x_coco.py`` (or
+            ``mmpretrain::...``), the path of a config file, or a model config
+            itself (a dict with ``type``).
+
+    Returns:
+        The model's config, its ``data_preprocessor`` included, and the scope
+        in which its types are looked up (None: the current one).
+
+    Raises:
+        FileNotFoundError: No such config file.
+        ValueError: The config has no ``model``.
+    """
+    if not isinstance(config, str):
+        return dict(config), None
+    if '::' in config:
+        scope = config.partition('::')[0]
+        cfg = get_config(config)
+    else:
+        if not os.path.isfile(config):
+            raise FileNotFoundError(
+                f'Config {config!r} does not exist (looked in '
+                f'{os.getcwd()}). Give an absolute path, or a config of an '
+                "installed host as 'mmdet::<folder>/<name>.py'."
+            )
+        cfg = Config.fromfile(config)
+        scope = cfg.get('default_scope')
+    if 'model' not in cfg:
+        raise ValueError(
+            f'Config {config!r} has no `model`. Give the config of a whole '
+            'model, as it was trained.'
+        )
+    model = cfg.model
+    if 'data_preprocessor' in cfg:
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return model.to_dict(), scope
+
+
+def forward_until(
+    model: nn.Module,
+    inputs: Tensor,
+    sources: Iterable[str],
+    data_samples: list | None = None,
+) -> None:
+    """Run a model only as deep as its deepest source.
+
+    Backbone sources run the backbone alone, neck sources ``extract_feat``,
+    anything else the whole ``forward(mode='tensor')``.
+    """
+    parts = {source.partition('.')[0] for source in sources}
+    if parts <= {'backbone'} and hasattr(model, 'backbone'):
+        model.backbone(inputs)
+    elif parts <= {'backbone', 'neck'} and hasattr(model, 'extract_feat'):
+        model.extract_feat(inputs)
+    else:
+        model(inputs, data_samples, mode='tensor')
+
+
+@explain_unknown_keys
+class Teacher:
+    """A frozen model beside the trained one.
+
+    Not an ``nn.Module`` on purpose: so it is absent from ``parameters()``,
+    ``state_dict()``, optimiser groups, DDP buckets and EMA of the model that
+    holds it, and no ``train()`` reaches it. ``Distillation`` passes every
+    ``_apply`` (``to``, ``cuda``, ``half``, ...) on to it. ``deepcopy`` shares
+    it.
+
+    Args:
+        config: What :func:`resolve_model_config` takes.
+        checkpoint: Path or URL of its weights, or 'random' (for tests of the
+            machinery: a random teacher teaches noise).
+        dtype: 'float16' or 'bfloat16' runs its forward under autocast; the
+            features come back as float32. None: as the surrounding context.
+        name: Its name, for messages.
+
+    Raises:
+        TypeError: An unknown key.
+        ValueError: No checkpoint given, or an unknown ``dtype``.
+    """
+
+    DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
+
+    def __init__(
+        self,
+        config: str | Mapping,
+        checkpoint: str | None = None,
+        dtype: str | None = None,
+        name: str = 'teacher',
+    ) -> None:
+        if checkpoint is None:
+            raise ValueError(
+                f'The {name} has no `checkpoint`. Give the path or URL of '
+                "its weights (or 'random' to try the machinery only)."
+            )
+        if dtype is not None and dtype not in self.DTYPES:
+            raise ValueError(
+                f'`dtype` of the {name} must be one of '
+                f'{sorted(self.DTYPES)} or None, but got {dtype!r}.'
+            )
+        self.name = name
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.config, scope = resolve_model_config(config)
+        with preserve_rng(), DefaultScope.overwrite_default_scope(scope):
+            self.model: nn.Module = MODELS.build(self.config)
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self.loaded_fingerprint: str | None = None
+        self._recorder: Recorder | None = None
+
+    def __deepcopy__(self, memo: dict) -> 'Teacher':
+        return self
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in."""
+        return self.loaded_fingerprint is not None
+
+    def load(self) -> None:
+        """Take the weights in, once.
+
+        Not done in ``__init__``: a test run of the student needs no teacher
+        weights, so it must not fetch them.
+        """
+        if self.is_loaded:
+            return
+        if self.checkpoint != 'random':
+            state_dict = read_checkpoint(self.checkpoint)
+            load_strictly(self.model, state_dict, name=self.checkpoint)
+        self.loaded_fingerprint = self.fingerprint()
+
+    def fingerprint(self) -> str:
+        """Hash of all weights and buffers as they are now."""
+        return fingerprint(self.model.state_dict())
+
+    def record(self, sources: Iterable[str]) -> None:
+        """Say which features :meth:`extract` returns."""
+        self._recorder = Recorder(self.model, sources, owner=self.name)
+
+    @torch.no_grad()
+    def extract(
+        self, inputs: Tensor, data_samples: list | None = None
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """Features of a batch, without gradient.
+
+        Args:
+            inputs: The batch as the teacher's own preprocessor gives it.
+            data_samples: Ground truth, for models that need it.
+
+        Shape:
+            - inputs: ``(N, 3, H, W)``
+            - each feature: ``(N, C, H', W')`` or ``(N, C)``
+        """
+        assert self._recorder is not None
+        # no_grad and not inference_mode: inference tensors cannot take part
+        # in the student's backward pass.
+        with self._autocast(inputs), self._recorder as recorder:
+            forward_until(self.model, inputs, recorder.modules, data_samples)
+        feats = recorder.pop()
+        if self.dtype is None:
+            return feats
+        return {
+            source: tuple(feat.float() for feat in maps)
+            for source, maps in feats.items()
+        }
+
+    def _autocast(self, inputs: Tensor) -> Any:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(
+            inputs.device.type, dtype=self.DTYPES[self.dtype]
+        )
+
+    def apply_(self, fn: Any) -> None:
+        """Follow an ``nn.Module._apply`` of the model that holds it."""
+        self.model._apply(fn)
+        preprocessor = getattr(self.model, 'data_preprocessor', None)
+        parameter = next(self.model.parameters(), None)
+        if preprocessor is not None and parameter is not None:
+            # Preprocessors keep their device beside their buffers.
+            preprocessor.to(parameter.device)

@@ -1,0 +1,64 @@
+"""Small helpers of the core."""
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Unregistered:
+    """Holds a module so that the owner does not register it.
+
+    What is inside is absent from the owner's ``parameters()``,
+    ``state_dict()``, DDP buckets and EMA, and is shared by ``deepcopy``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict) -> 'Unregistered':
+        return self
+
+
+@contextlib.contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Leave every random generator as it was found.
+
+    Building and initialising teacher and distiller inside keeps the student's
+    initial weights, its data order and its augmentation those of a plain run
+    with the same seed.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and every module back as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def to_cpu(value: Any) -> Any:
+    """Copy nested tensors to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_cpu(item) for item in value)
+    return copy.copy(value)

@@ -1,0 +1,1 @@
+"""Hooks that several methods share."""

@@ -1,0 +1,21 @@
+"""ERA: Expandable Residual Approximation (arXiv 2508.16050).
+
+In reading order: ``mbrnet`` (the residual neck), ``losses`` (decomposition
+and weights), ``twi`` (the teacher's head reused, and its hook), ``distiller``
+(all of it put together).
+"""
+
+from .distiller import ERADistiller
+from .losses import ERALoss, estimates_of, residual_targets
+from .mbrnet import MBRNet
+from .twi import TWIHead, TWIHook
+
+__all__ = [
+    'ERADistiller',
+    'ERALoss',
+    'MBRNet',
+    'TWIHead',
+    'TWIHook',
+    'estimates_of',
+    'residual_targets',
+]

@@ -1,0 +1,272 @@
+"""ERADistiller: the residual approximation and TWI, put together."""
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ...core import BaseDistiller, Features
+from ...registry import MODELS
+from .losses import ERALoss, estimates_of, residual_targets
+from .mbrnet import MBRNet
+from .twi import TWIHead, find_head
+
+
+@MODELS.register_module()
+class ERADistiller(BaseDistiller):
+    """Expandable Residual Approximation.
+
+        u_l  = align_l(P_l)          d_il = branch_i(P_l)
+        e_0l = u_l                   e_il = e_(i-1)l + d_il
+        L = align_weight * sum_l MSE(u_l, T_l) + twi_weight * H_t(e_0; GT)
+          + (1/n) sum_i s_i [ residual_weight * sum_l MSE(d_il, sg r_il)
+                              + twi_weight * H_t(e_i; GT) ]
+
+    P and T are the features of student and teacher at ``source``, H_t(e; GT)
+    the losses of the teacher's frozen head on an estimate. Added to the
+    student's own losses.
+
+    Source: ERA, arXiv 2508.16050. For classification (``(N, C)`` features) it
+    is the arithmetic of the [official code]. The detection form, on feature
+    maps and with a whole dense head, is [ours]: the authors' was never
+    released.
+
+    Args:
+        source: Module whose output is approximated; see ``BaseDistiller``.
+        mbrnet: Arguments of ``MBRNet`` other than channels, levels and
+            dimensions, which are found by a dry run.
+        loss: Arguments of ``ERALoss``.
+        twi_steps: Estimates that go through the teacher's head in training:
+            'all', 'last' (e_n alone, with the sum of all weights) or
+            'sampled' (one of them per iteration, drawn in proportion to its
+            weight and given the sum of all: the same expectation as 'all'
+            for the cost of one pass) or 'none' (no TWI). 'all' is [official
+            code].
+        detach: Keep the branches' losses from the student: they see its
+            feature detached. False is what the published script uses.
+        alpha: Share of the teacher's head in mode ST, in [0, 1]. 0.5 is
+            [inference]: which value the paper calls ST is unknown.
+        teacher: Name of the teacher.
+        schedules: See ``BaseDistiller``.
+        init_cfg: As in mmengine.
+
+    Raises:
+        ValueError: Another number of levels, other map sizes, a head TWI
+            cannot use.
+    """
+
+    TWI_STEPS = ('all', 'last', 'sampled', 'none')
+
+    def __init__(
+        self,
+        source: str | list | dict = 'neck',
+        mbrnet: dict | None = None,
+        loss: dict | None = None,
+        twi_steps: str = 'all',
+        detach: bool = False,
+        alpha: float = 0.5,
+        teacher: str = 'teacher',
+        schedules: dict[str, dict] | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(source, teacher, schedules, init_cfg)
+        if len(self.student_sources) != 1 or len(self.teacher_sources) != 1:
+            raise ValueError(
+                'ERADistiller approximates one source, but got '
+                f'{self.student_sources} and {self.teacher_sources}.'
+            )
+        if twi_steps not in self.TWI_STEPS:
+            raise ValueError(
+                f'`twi_steps` must be one of {self.TWI_STEPS}, but got '
+                f'{twi_steps!r}.'
+            )
+        if not 0 <= alpha <= 1:
+            raise ValueError(f'`alpha` must be in [0, 1], but got {alpha}.')
+        self._mbrnet_cfg = dict(mbrnet or {})
+        self.loss_terms = ERALoss(**(loss or {}))
+        self.twi_steps = twi_steps
+        self.detach = detach
+        self.alpha = alpha
+        self.mbrnet: MBRNet
+        self.twi_head: TWIHead | None = None
+        # Its own generator: the draw must not shift the data's random state.
+        self._generator = torch.Generator().manual_seed(0)
+
+    def prepare(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> None:
+        """Build MBRNet for the pair's channels and find the head."""
+        assert teacher is not None
+        student_maps = student_feats[self.student_sources[0]]
+        teacher_maps = teacher_feats[self.teacher_sources[0]]
+        if len(student_maps) != len(teacher_maps):
+            raise ValueError(
+                'Student and teacher must have the same number of levels at '
+                f'{self.student_sources[0]!r}, but the student has '
+                f'{len(student_maps)} {[tuple(m.shape) for m in student_maps]}'
+                f' and the teacher {len(teacher_maps)} '
+                f'{[tuple(m.shape) for m in teacher_maps]}. Give both necks '
+                'the same `num_outs`.'
+            )
+        for level, (s, t) in enumerate(
+            zip(student_maps, teacher_maps, strict=True)
+        ):
+            if s.shape[2:] != t.shape[2:] or s.dim() != t.dim():
+                raise ValueError(
+                    f'Level {level} has size {tuple(s.shape)} in the student '
+                    f'and {tuple(t.shape)} in the teacher: all but the '
+                    'channels must agree. Choose sources of the same stride.'
+                )
+        self.mbrnet = MBRNet(
+            in_channels=[m.shape[1] for m in student_maps],
+            out_channels=[m.shape[1] for m in teacher_maps],
+            num_levels=len(student_maps),
+            spatial_dims=student_maps[0].dim() - 2,
+            **self._mbrnet_cfg,
+        )
+        # Refuses scales that do not fit now, not in the first step.
+        self.loss_terms.branch_weights(self.mbrnet.num_branches)
+        self._find_head(student, teacher)
+
+    def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
+        head, student_head = find_head(teacher), find_head(student)
+        if self.twi_steps == 'none' and head is None:
+            return
+        if head is None:
+            raise ValueError(
+                f'TWI cannot use the head of {type(teacher).__name__}: it '
+                'needs `bbox_head` (dense) or `head` (classifier) with `loss` '
+                "and `predict`. Set twi_steps='none' for ERA without TWI."
+            )
+        classes = [
+            getattr(h, 'num_classes', None) for h in (student_head, head)
+        ]
+        if classes[0] != classes[1]:
+            print_log(
+                f'ERA without TWI: the teacher has {classes[1]} classes and '
+                f'the student {classes[0]}, so the ground truth does not fit '
+                "the teacher's head.",
+                logger='current',
+            )
+            self.twi_steps = 'none'
+            return
+        self.twi_head = TWIHead(head)
+
+    def loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> dict[str, Tensor]:
+        """``loss_era_align``, ``loss_era_residual``, ``loss_era_twi_*``."""
+        maps = student_feats[self.student_sources[0]]
+        targets_of = teacher_feats[self.teacher_sources[0]]
+        for level, (s, t) in enumerate(zip(maps, targets_of, strict=True)):
+            if s.shape[2:] != t.shape[2:]:
+                raise ValueError(
+                    f'Level {level}: student {tuple(s.shape)}, teacher '
+                    f'{tuple(t.shape)}. Both must see inputs of one size; '
+                    'compare pad_size_divisor of their data_preprocessor.'
+                )
+        aligned = self.mbrnet.align(maps)
+        residuals = self.mbrnet.residuals(
+            [m.detach() for m in maps] if self.detach else maps
+        )
+        start = [u.detach() for u in aligned] if self.detach else aligned
+        # By level, then by step.
+        estimates = [
+            estimates_of(
+                aligned=start[level], residuals=[d[level] for d in residuals]
+            )
+            for level in range(len(aligned))
+        ]
+        targets = [
+            residual_targets(estimates=steps, teacher_feat=teacher_feat)
+            for steps, teacher_feat in zip(estimates, targets_of, strict=True)
+        ]
+        losses = self.loss_terms(
+            aligned=aligned,
+            residuals=residuals,
+            targets=[
+                [level[branch] for level in targets]
+                for branch in range(len(residuals))
+            ],
+            teacher_feats=targets_of,
+        )
+        if self.twi_steps != 'none':
+            steps = [list(step) for step in zip(*estimates, strict=True)]
+            # e_0 trains the student whether or not the branches do.
+            steps[0] = aligned
+            losses |= self._twi_losses(steps, data_samples)
+        return losses
+
+    def _twi_losses(
+        self, steps: list[list[Tensor]], data_samples: list
+    ) -> dict[str, Tensor]:
+        assert self.twi_head is not None
+        weights = self.loss_terms.step_weights(len(steps) - 1)
+        if self.twi_steps != 'all':
+            index = len(steps) - 1
+            if self.twi_steps == 'sampled':
+                index = int(
+                    torch.multinomial(
+                        torch.tensor(weights), 1, generator=self._generator
+                    )
+                )
+            steps, weights = [steps[index]], [sum(weights)]
+        losses: dict[str, Tensor] = {}
+        for step, weight in zip(steps, weights, strict=True):
+            for key, value in self.twi_head.loss(step, data_samples).items():
+                name = key.removeprefix('loss').strip('_') or 'cls'
+                name = f'loss_era_twi_{name}'
+                value = self.loss_terms.twi_weight * weight * value
+                losses[name] = losses.get(name, 0) + value
+        return losses
+
+    # -- inference ---------------------------------------------------------
+
+    def inference_modes(self) -> tuple[str, ...]:
+        """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'; none without TWI."""
+        if self.twi_head is None:
+            return ()
+        estimates = [f'E{i}' for i in range(self.mbrnet.num_branches)]
+        return (*estimates, 'T', 'ST')
+
+    def predict(
+        self,
+        modes: tuple[str, ...],
+        *,
+        student: nn.Module,
+        student_feats: Features,
+        data_samples: list,
+    ) -> dict[str, list]:
+        """Predictions through the teacher's head."""
+        assert self.twi_head is not None
+        maps = student_feats[self.student_sources[0]]
+        steps = [self.mbrnet.align(maps)]
+        if modes != ('E0',):
+            for residual in self.mbrnet.residuals(maps):
+                steps.append(
+                    [e + d for e, d in zip(steps[-1], residual, strict=True)]
+                )
+        predictions = {}
+        for mode in modes:
+            if mode == 'ST':
+                student_head = find_head(student)
+                assert student_head is not None
+                predictions[mode] = self.twi_head.predict_blend(
+                    steps[-1],
+                    data_samples,
+                    student_head=student_head,
+                    student_feats=maps,
+                    alpha=self.alpha,
+                )
+            else:
+                step = steps[-1] if mode == 'T' else steps[int(mode[1:])]
+                predictions[mode] = self.twi_head.predict(step, data_samples)
+        return predictions

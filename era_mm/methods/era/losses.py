@@ -1,0 +1,149 @@
+"""The residual decomposition and the losses on it.
+
+Legend: L levels, B branches, u aligned student feature, d residual, e
+estimate, r what is still missing, all ``(N, C_t, *)``.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...registry import MODELS
+
+
+def estimates_of(
+    *, aligned: Tensor, residuals: Sequence[Tensor]
+) -> list[Tensor]:
+    """Running estimates of the teacher's feature.
+
+        e_0 = u,   e_i = e_(i-1) + d_i
+
+    Source: ERA [official code].
+
+    Returns:
+        B + 1 tensors e_0 ... e_n.
+    """
+    estimates = [aligned]
+    for residual in residuals:
+        estimates.append(estimates[-1] + residual)
+    return estimates
+
+
+def residual_targets(
+    *, estimates: Sequence[Tensor], teacher_feat: Tensor
+) -> list[Tensor]:
+    """What each branch has to add, a constant.
+
+        r_i = sg(f_t - e_(i-1))                    i = 1..n
+
+    Stop-gradient makes branch i correct the frozen sum of the branches before
+    it, so that MSE(d_i, r_i) has the value of MSE(e_i, f_t) but its gradient
+    reaches branch i alone.
+
+    Source: ERA [official code].
+
+    Returns:
+        B tensors r_1 ... r_n.
+    """
+    return [(teacher_feat - e).detach() for e in estimates[:-1]]
+
+
+def _mse(prediction: Tensor, target: Tensor) -> Tensor:
+    # Half precision loses the small last residuals.
+    return F.mse_loss(prediction.float(), target.float())
+
+
+@MODELS.register_module()
+class ERALoss(nn.Module):
+    """ERA's losses; head losses come in from outside.
+
+        loss_era_align    = align_weight * sum_l MSE(u_l, f_tl)
+        loss_era_residual = residual_weight / n
+                            * sum_i s_i sum_l MSE(d_il, r_il)
+        loss_era_twi_*    = twi_weight * sum_k w_k * head_loss_k
+        w_0 = 1,  w_i = s_i / n
+
+    MSE is the mean over batch, channels and positions, in float32. The
+    divisor is n, not the sum of the scales.
+
+    Source: ERA. The numbers are [official code], profile ``official``:
+    align 5, residual 1, TWI 1, scales 1, 1/2, 1/4, 1/8. The sum over levels
+    is [ours].
+
+    Args:
+        align_weight: Weight of the feature term.
+        residual_weight: Weight of the branches' terms.
+        twi_weight: Weight of the teacher head's losses.
+        scales: s_i, one per branch. None: 0.5 ** (i - 1).
+    """
+
+    def __init__(
+        self,
+        align_weight: float = 5.0,
+        residual_weight: float = 1.0,
+        twi_weight: float = 1.0,
+        scales: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.align_weight = align_weight
+        self.residual_weight = residual_weight
+        self.twi_weight = twi_weight
+        self.scales = None if scales is None else tuple(scales)
+
+    def branch_weights(self, num_branches: int) -> list[float]:
+        """s_i / n for each branch.
+
+        Raises:
+            ValueError: Another number of scales than branches.
+        """
+        scales = self.scales or tuple(0.5**i for i in range(num_branches))
+        if len(scales) != num_branches:
+            raise ValueError(
+                f'`scales` needs one value per branch ({num_branches}), but '
+                f'got {list(scales)}.'
+            )
+        return [scale / num_branches for scale in scales]
+
+    def step_weights(self, num_branches: int) -> list[float]:
+        """Weights w_k of the head's losses on e_0 ... e_n."""
+        return [1.0, *self.branch_weights(num_branches)]
+
+    def forward(
+        self,
+        *,
+        aligned: Sequence[Tensor],
+        residuals: Sequence[Sequence[Tensor]],
+        targets: Sequence[Sequence[Tensor]],
+        teacher_feats: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Feature losses of a batch.
+
+        Args:
+            aligned: u by level.
+            residuals: d by branch and level.
+            targets: r by branch and level.
+            teacher_feats: f_t by level.
+
+        Returns:
+            The two losses, and ``era_mse_e0`` ... ``era_mse_en``: how far
+            each estimate is from the teacher, summed over levels, for the
+            log.
+        """
+        errors = [
+            sum(
+                _mse(u, t) for u, t in zip(aligned, teacher_feats, strict=True)
+            )
+        ] + [
+            sum(_mse(d, r) for d, r in zip(branch, target, strict=True))
+            for branch, target in zip(residuals, targets, strict=True)
+        ]
+        weights = self.branch_weights(len(residuals))
+        losses = {
+            'loss_era_align': self.align_weight * errors[0],
+            'loss_era_residual': self.residual_weight
+            * sum(w * e for w, e in zip(weights, errors[1:], strict=True)),
+        }
+        for index, error in enumerate(errors):
+            losses[f'era_mse_e{index}'] = error.detach()
+        return losses
