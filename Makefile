@@ -1,0 +1,32 @@
+# make demo   teach a small detector with ERA and show what it gained
+# make test   lint, types, tests, packaging
+# Both set up what they need first. Other goals: setup lint clean.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# More threads than cores make small models slower, not faster.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+export PYTHONNOUSERSITE = 1
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	$(RUN) tools/demo.py
+
+test: lint
+	$(RUN) -m pytest
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+setup:
+	@$(PYTHON) tools/setup_env.py --venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,0 +1,257 @@
+"""``train`` and ``test``, with the flags of mmdet's scripts.
+
+Nothing heavy is imported before the arguments are parsed: mim asks for
+``train.py -h`` before every run.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from era_mm.errors import UserError
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+# What a wrong config raises while mmengine builds things from it. Other
+# errors keep their traceback on the screen.
+CONFIG_ERRORS = (
+    UserError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OSError,
+    ImportError,
+    SyntaxError,
+)
+
+
+def run_train(argv: Sequence[str] | None = None) -> int:
+    """Train the model of a config; the exit status is returned."""
+    return _run(_train_parser().parse_args(argv), _train)
+
+
+def run_test(argv: Sequence[str] | None = None) -> int:
+    """Evaluate a checkpoint; the exit status is returned."""
+    return _run(_test_parser().parse_args(argv), _test)
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='train', description='Train the model of a config.'
+    )
+    parser.add_argument('config', help='path or base name of a config')
+    _add_common(parser)
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the total batch size',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='resume from this checkpoint, or without one from the last '
+        'checkpoint in the work dir',
+    )
+    return parser
+
+
+def _test_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='test', description='Evaluate a checkpoint.'
+    )
+    parser.add_argument('config', help='path or base name of a config')
+    parser.add_argument('checkpoint', help='path or URL of a checkpoint')
+    _add_common(parser)
+    parser.add_argument(
+        '--out', metavar='FILE', help='write all predictions to this .pkl'
+    )
+    parser.add_argument(
+        '--show', action='store_true', help='show each prediction in a window'
+    )
+    parser.add_argument(
+        '--show-dir', metavar='DIR', help='write painted images here'
+    )
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        metavar='SECONDS',
+        help='how long --show keeps an image up (default: 2)',
+    )
+    parser.add_argument(
+        '--tta', action='store_true', help='test-time augmentation'
+    )
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--work-dir',
+        metavar='DIR',
+        help='where logs and checkpoints go (default: the work_dir of the '
+        'config, else work_dirs/<config name>)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='override config entries, e.g. train_cfg.max_epochs=3 '
+        'model.backbone.depth=18 key="[a,b]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the ranks were started (default: none)',
+    )
+    # torch.distributed.launch passes either spelling, by its version.
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        '--traceback',
+        action='store_true',
+        help='print the whole traceback of an error',
+    )
+
+
+def _run(
+    args: argparse.Namespace, command: Callable[[argparse.Namespace], None]
+) -> int:
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    try:
+        command(args)
+    except CONFIG_ERRORS as error:
+        if args.traceback:
+            raise
+        print(_explain(error), file=sys.stderr)
+        return 1
+    finally:
+        _leave_group()
+    return 0
+
+
+def _leave_group() -> None:
+    distributed = sys.modules.get('torch.distributed')
+    if (
+        distributed is not None
+        and distributed.is_available()
+        and distributed.is_initialized()
+    ):
+        distributed.destroy_process_group()
+
+
+def _explain(error: BaseException) -> str:
+    """One message for an error, and where its traceback was kept."""
+    # str() of a KeyError shows quotes and backslashes.
+    text = error.args[0] if isinstance(error, KeyError) else error
+    if isinstance(error, UserError):
+        return f'\nerror: {text}'
+    with tempfile.NamedTemporaryFile(
+        'w', prefix='era_mm-', suffix='.traceback.txt', delete=False
+    ) as file:
+        traceback.print_exception(error, file=file)
+    return (
+        f'\nerror: {type(error).__name__}: {text}\n'
+        f'The whole traceback is in {file.name}; --traceback prints it.'
+    )
+
+
+def _load_config(args: argparse.Namespace) -> 'Config':
+    from mmengine.config import Config, DictAction
+
+    from era_mm.engine.preflight import find_config
+
+    path = find_config(args.config)
+    cfg = Config.fromfile(path)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        # DictAction only works inside a parser, and importing it before the
+        # arguments are parsed would make -h slow.
+        parser = argparse.ArgumentParser()
+        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+        parsed = parser.parse_args(['--cfg-options', *args.cfg_options])
+        cfg.merge_from_dict(parsed.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs', Path(path).stem))
+    return cfg
+
+
+def _build_runner(cfg: 'Config') -> 'Runner':
+    from mmengine.runner import Runner
+
+    from era_mm.engine.launch import prepare_launch
+
+    prepare_launch(cfg)
+    if 'runner_type' in cfg:
+        from mmengine.registry import RUNNERS
+
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from era_mm.engine import preflight
+    from era_mm.engine.launch import use_amp
+
+    cfg = _load_config(args)
+    if args.amp:
+        use_amp(cfg)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise UserError(
+                '--auto-scale-lr: expected auto_scale_lr = '
+                'dict(enable=True, base_batch_size=...) in the config, but '
+                f'{args.config} has none. Add it, or leave the flag out.'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume == 'auto':
+        cfg.resume = True
+        cfg.load_from = None
+    elif args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = args.resume
+    preflight.check_checkpoints(cfg)
+    preflight.check_data(cfg, ('train', 'val'))
+    _build_runner(cfg).train()
+
+
+def _test(args: argparse.Namespace) -> None:
+    from era_mm.engine import preflight
+    from era_mm.engine.testing_options import add_outputs, add_show, use_tta
+
+    cfg = _load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        raise UserError(
+            f'--out: expected a name that ends in .pkl, but got {args.out!r}.'
+        )
+    if args.show or args.show_dir:
+        add_show(cfg, args.show, args.show_dir, args.wait_time)
+    if args.tta:
+        use_tta(cfg)
+    preflight.check_checkpoints(cfg)
+    preflight.check_data(cfg, ('test',))
+    runner = _build_runner(cfg)
+    if args.out is not None:
+        add_outputs(runner, args.out)
+    runner.test()

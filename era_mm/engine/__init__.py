@@ -1,0 +1,6 @@
+"""What stands between the command line and mmengine's Runner."""
+
+from era_mm.engine.amp import CPUAmpOptimWrapper
+from era_mm.engine.ddp import DistillationDataParallel
+
+__all__ = ['CPUAmpOptimWrapper', 'DistillationDataParallel']

@@ -1,0 +1,69 @@
+"""Adapts a config to the machine it runs on."""
+
+import os
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from torch import distributed
+
+from era_mm.errors import UserError
+
+
+def prepare_launch(cfg: Config) -> None:
+    """Make a distributed run work on GPUs and on CPUs alike.
+
+    mmengine's own start of the process group selects a CUDA device, so on a
+    machine without one the group is started here, which mmengine respects.
+
+    Args:
+        cfg: Changed in place: the model wrapper, where none is set.
+
+    Raises:
+        UserError: The launcher needs GPUs, or did not set its variables.
+    """
+    if cfg.launcher == 'none':
+        return
+    wrapper = dict(
+        type='era_mm.DistillationDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    cfg.setdefault('model_wrapper_cfg', wrapper)
+    if get_device() != 'cpu' or distributed.is_initialized():
+        return
+    if cfg.launcher != 'pytorch':
+        raise UserError(
+            f'--launcher {cfg.launcher}: expected an accelerator, but torch '
+            'sees none. Without one, start the ranks with torchrun and '
+            '--launcher pytorch.'
+        )
+    missing = [
+        name
+        for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+        if name not in os.environ
+    ]
+    if missing:
+        raise UserError(
+            '--launcher pytorch: expected the variables that torchrun sets, '
+            f'but {", ".join(missing)} are not set. Start the ranks with '
+            'tools/dist_train.sh, torchrun or mim, or leave the flag out.'
+        )
+    distributed.init_process_group('gloo')
+
+
+def use_amp(cfg: Config) -> None:
+    """Turn the config's optimiser wrapper into a mixed-precision one."""
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind in ('AmpOptimWrapper', 'CPUAmpOptimWrapper'):
+        return
+    if kind != 'OptimWrapper':
+        raise UserError(
+            "--amp: expected optim_wrapper.type='OptimWrapper' in the "
+            f'config, but it is {kind!r}. Leave the flag out and set mixed '
+            'precision in the config.'
+        )
+    if get_device() == 'cpu':
+        cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
+    else:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'

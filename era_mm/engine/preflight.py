@@ -1,0 +1,239 @@
+"""Looks for a run's files before anything is built.
+
+A missing file would otherwise surface minutes later, one at a time, as an
+error from deep inside the data loader. Nothing is written here, so a run that
+stops has touched nothing.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmengine.registry
+from mmengine.config import Config
+
+from era_mm.errors import UserError
+
+
+def find_config(name: str | Path) -> str:
+    """The path of a config, given a path or the base name of one of ours.
+
+    Args:
+        name: A path, or a base name with or without ``.py``.
+
+    Returns:
+        ``name`` itself if it exists, else the config of that name.
+
+    Raises:
+        UserError: There is no such file; the nearest names are shown.
+    """
+    if os.path.isfile(name):
+        return str(name)
+    folders = list(
+        dict.fromkeys([Path('configs').resolve(), *_own_config_folders()])
+    )
+    known: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.rglob('*.py')):
+            if '_base_' not in path.relative_to(folder).parts:
+                known.setdefault(path.stem, path)
+    stem = Path(name).stem
+    if stem in known:
+        print(f'{name} is not a file; using {known[stem]}.')
+        return str(known[stem])
+    near = difflib.get_close_matches(stem, known, n=3, cutoff=0.4)
+    hint = (
+        'Nearest names:\n' + '\n'.join(f'  {known[n]}' for n in near)
+        if near
+        else 'Known configs: ' + (', '.join(sorted(known)) or 'none') + '.'
+    )
+    looked = '\n'.join(f'  {folder}' for folder in folders)
+    raise UserError(
+        f'config: expected the path or the base name of a config, but '
+        f'{str(name)!r} is neither. Looked in\n'
+        f'  {Path(name).resolve()}\n{looked}\n{hint}'
+    )
+
+
+def _own_config_folders() -> list[Path]:
+    """The configs of an installed wheel, or those of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    candidates = [package / '.mim' / 'configs', package.parent / 'configs']
+    return [folder for folder in candidates if folder.is_dir()]
+
+
+def check_checkpoints(cfg: Config) -> None:
+    """Stop if a checkpoint the config names is a local path without a file.
+
+    Every ``checkpoint`` entry below ``model`` is looked at (teacher weights,
+    ``init_cfg``), and ``load_from``, which ``--resume`` and the checkpoint
+    argument of ``test`` set.
+
+    Raises:
+        UserError: A file is missing; all that are missing are named.
+    """
+    wanted = list(_find_entries(cfg.get('model', {}), 'checkpoint', 'model'))
+    wanted.append(('load_from', cfg.get('load_from')))
+    missing = [
+        f'  {key} = {value!r}, looked for {Path(value).resolve()}'
+        for key, value in wanted
+        if _is_local(value) and not os.path.isfile(value)
+    ]
+    if missing:
+        raise UserError(
+            'expected a checkpoint file, but found none for\n'
+            + '\n'.join(missing)
+            + '\nWhat to do: correct the path (it is relative to the folder '
+            'the command runs in), give a URL, or train that model first.'
+        )
+
+
+def check_data(cfg: Config, splits: Sequence[str]) -> None:
+    """Stop if data that the run reads is not there.
+
+    Annotation files and image folders of the data loaders are looked at, and
+    annotation files of the evaluators, through any data set wrapper. Remote
+    data (``backend_args``) and data sets that download themselves are not.
+
+    Args:
+        cfg: A whole config.
+        splits: Which of ``train``, ``val`` and ``test`` will be used.
+
+    Raises:
+        UserError: Something is missing; all that is missing is named, with
+            how to get it.
+    """
+    scope = cfg.get('default_scope') or 'mmengine'
+    missing: list[str] = []
+    is_coco = False
+    for split in splits:
+        found = [
+            *_find_missing(
+                _as_dict(cfg.get(f'{split}_dataloader')).get('dataset'),
+                f'{split}_dataloader.dataset',
+                scope,
+            ),
+            *_find_missing_annotations(
+                cfg.get(f'{split}_evaluator'), f'{split}_evaluator'
+            ),
+        ]
+        for key, path, kind in found:
+            is_coco = is_coco or 'coco' in f'{kind}{path}'.lower()
+            line = f'  {key}: {path}'
+            if line not in missing:
+                missing.append(line)
+    if missing:
+        raise UserError(
+            'expected the data that the config names, but these do not '
+            f'exist (looked from {Path.cwd()}):\n'
+            + '\n'.join(missing)
+            + '\nWhat to do: '
+            + (_COCO_HELP.format(script=_download_script()) if is_coco else '')
+            + 'set the place of data you have with --cfg-options, e.g. '
+            'train_dataloader.dataset.data_root=/path/to/data '
+            "(val and test likewise, and the evaluators' ann_file)."
+        )
+
+
+_COCO_HELP = """get COCO 2017 with
+  python {script} --dataset-name coco2017 --save-dir data/coco --unzip
+(or `mim download mmdet --dataset coco2017`), so that data/coco has
+annotations/, train2017/ and val2017/; or link a copy you have to data/coco;
+or """
+
+
+def _download_script() -> str:
+    inside = Path('.mim', 'tools', 'misc', 'download_dataset.py')
+    spec = importlib.util.find_spec('mmdet')
+    for folder in (spec and spec.submodule_search_locations) or []:
+        if Path(folder, inside).is_file():
+            return str(Path(folder, inside))
+    return 'tools/misc/download_dataset.py'
+
+
+def _find_entries(node: Any, name: str, key: str) -> Iterator[tuple[str, Any]]:
+    """All ``(dotted key, value)`` in a config tree whose last part is name."""
+    if isinstance(node, dict):
+        for part, value in node.items():
+            if part == name:
+                yield f'{key}.{part}', value
+            yield from _find_entries(value, name, f'{key}.{part}')
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _find_entries(value, name, f'{key}[{index}]')
+
+
+def _find_missing(
+    dataset: Any, key: str, scope: str
+) -> Iterator[tuple[str, str, str]]:
+    """Yields ``(config key, path, data set type)`` of what is not there."""
+    if isinstance(dataset, list | tuple):
+        for index, part in enumerate(dataset):
+            yield from _find_missing(part, f'{key}[{index}]', scope)
+        return
+    if not isinstance(dataset, dict):
+        return
+    for inner in ('dataset', 'datasets'):
+        if inner in dataset:
+            yield from _find_missing(dataset[inner], f'{key}.{inner}', scope)
+    kind = dataset.get('type', '')
+    if _is_remote(dataset) or _downloads_itself(kind, scope):
+        return
+    root = dataset.get('data_root') or ''
+    kind = str(getattr(kind, '__name__', kind))
+    annotations = dataset.get('ann_file') or ''
+    if _is_local(annotations):
+        path = os.path.join(root, annotations)
+        if not os.path.isfile(path):
+            yield f'{key}.ann_file', path, kind
+    prefix = dataset.get('data_prefix', {})
+    prefixes = prefix if isinstance(prefix, dict) else {'': prefix}
+    for name, folder in prefixes.items():
+        if not isinstance(folder, str) or '://' in folder:
+            continue
+        path = os.path.join(root, folder)
+        if path and not os.path.isdir(path):
+            dotted = f'{key}.data_prefix.{name}'.rstrip('.')
+            yield dotted, path, kind
+
+
+def _find_missing_annotations(
+    evaluator: Any, key: str
+) -> Iterator[tuple[str, str, str]]:
+    for dotted, value in _find_entries(evaluator, 'ann_file', key):
+        if _is_local(value) and not os.path.isfile(value):
+            yield dotted, value, ''
+
+
+def _as_dict(node: Any) -> dict:
+    return node if isinstance(node, dict) else {}
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, str) and value != '' and '://' not in value
+
+
+def _is_remote(dataset: dict) -> bool:
+    backend = _as_dict(
+        dataset.get('backend_args') or dataset.get('file_client_args')
+    ).get('backend', 'local')
+    return backend not in ('local', 'disk')
+
+
+def _downloads_itself(kind: Any, scope: str) -> bool:
+    if isinstance(kind, str):
+        registry = mmengine.registry.DATASETS
+        with registry.switch_scope_and_registry(scope) as scoped:
+            kind = scoped.get(kind)
+    if not inspect.isclass(kind):
+        return False
+    signatures = (
+        inspect.signature(vars(base)['__init__'])
+        for base in kind.__mro__
+        if '__init__' in vars(base) and base is not object
+    )
+    return any('download' in known.parameters for known in signatures)

@@ -1,0 +1,522 @@
+"""Makes the virtual environment in which `make demo` and `make test` run.
+
+Runs under a bare Python and needs nothing but its standard library. Steps
+that were done are not repeated; a step that was cut off is never trusted: the
+environment is made anew (downloads and the built mmcv are kept).
+
+    python3 tools/setup_env.py            # make .venv, or see that it is right
+    python3 tools/setup_env.py --venv X   # somewhere else
+
+The mmcv wheel is kept in $ERA_MM_CACHE, by default
+${XDG_CACHE_HOME:-~/.cache}/era_mm, by all that it was built for: the versions
+of mmcv, torch and Python, the platform, its C library, and CPU or GPU.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIREMENTS = ROOT / 'requirements'
+OLDEST_PYTHON = (3, 11)
+NEWEST_PYTHON = (3, 12)
+# torch with its CUDA libraries unpacked and packed, and room to build mmcv.
+FREE_BYTES = 10 * 1024**3
+LOG_LINES = 20
+# What the environment is made from; a change makes the set-up run again.
+INPUTS = (
+    'requirements/*.txt',
+    'setup.py',
+    'pyproject.toml',
+    'MANIFEST.in',
+    'era_mm/version.py',
+    'tools/setup_env.py',
+)
+
+# Log pattern -> what to do. The first that matches is shown.
+REMEDIES = (
+    (
+        r'No space left on device|Errno 28',
+        'The disk is full. Free about 10 GB (the environment takes 6), or '
+        'set TMPDIR and ERA_MM_CACHE to folders with room, and run it again.',
+    ),
+    (
+        r'Temporary failure in name resolution|Name or service not known|'
+        r'NewConnectionError|ConnectTimeout|Network is unreachable|'
+        r'Connection (refused|reset)|Read timed out|ProxyError|'
+        r'Max retries exceeded',
+        'The package index could not be reached. Check the network, the '
+        'proxy variables and `pip config list`, and run it again: what was '
+        'downloaded is kept.',
+    ),
+    (
+        r'CERTIFICATE_VERIFY_FAILED|SSLError',
+        "The package index's certificate is not trusted. Set PIP_CERT to "
+        "your organisation's certificate file and run it again.",
+    ),
+    (
+        r'Could not find a version that satisfies|No matching distribution',
+        'The configured package index does not have a pinned version for '
+        'this Python and platform. See `pip config list`, or use another '
+        'Python: make PYTHON=python3.11.',
+    ),
+    (
+        r'Python\.h: No such file|Python\.h. file not found',
+        "Python's headers are missing: apt-get install python3-dev.",
+    ),
+    (
+        r'Killed|signal 9|cc1plus.*(terminated|out of memory)',
+        'The compiler ran out of memory. Run it again with MAX_JOBS=1.',
+    ),
+    (
+        r'Permission denied|Errno 13',
+        'A folder is not writable by this user. Give the checkout and the '
+        'cache folder to yourself, or set ERA_MM_CACHE to a folder of yours.',
+    ),
+)
+
+
+class StepError(Exception):
+    """A step failed; the message says what to do."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--venv', type=Path, default=ROOT / '.venv', metavar='DIR'
+    )
+    args = parser.parse_args()
+    try:
+        Setup(args.venv.absolute()).run()
+    except StepError as error:
+        print(f'\nset-up stopped: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\nset-up interrupted; run it again to go on.', file=sys.stderr)
+        return 130
+    return 0
+
+
+class Setup:
+    """The steps, in order.
+
+    Args:
+        venv: Where the environment is, or will be.
+    """
+
+    def __init__(self, venv: Path) -> None:
+        self.venv = venv
+        self.python = venv / 'bin' / 'python'
+        self.state = venv / 'era_mm-setup'
+        self.stamp = self.state / 'done.json'
+        self.running = self.state / 'running'
+        self.logs = ROOT / '.cache' / 'setup'
+        self.gpu = find_gpu_toolkit()
+
+    def run(self) -> None:
+        """Do what is not done yet."""
+        if self.is_done():
+            return
+        check_python()
+        self.make_folder(self.logs)
+        with open(self.logs / 'lock', 'w') as lock:
+            self.wait_for(lock)
+            if self.is_done():
+                return
+            start = time.monotonic()
+            self.do_steps()
+            minutes = (time.monotonic() - start) / 60
+            print(f'set-up done in {minutes:.1f} min', flush=True)
+
+    def do_steps(self) -> None:
+        if self.running.exists():
+            step = self.running.read_text()
+            print(
+                f'the last set-up was cut off in step "{step}": starting anew'
+            )
+            shutil.rmtree(self.venv)
+        self.stamp.unlink(missing_ok=True)
+        if not self.python.exists():
+            self.make_venv()
+        self.make_folder(self.state)
+        self.install('build tools', '-r', 'build.txt')
+        self.install(
+            'torch (the longest download)',
+            '-r',
+            'torch.txt',
+            '-r',
+            'build.txt',
+        )
+        self.install('libraries', '-r', 'runtime.txt', '-r', 'torch.txt')
+        self.install('developer tools', '-r', 'dev.txt')
+        self.install_mmcv()
+        self.install('hosts', 'hosts.txt', '--no-deps', '--no-build-isolation')
+        self.step(
+            'era_mm',
+            [
+                *self.pip('install'),
+                '--no-deps',
+                '--no-build-isolation',
+                f'--editable={ROOT}',
+            ],
+        )
+        self.step(
+            'check',
+            [
+                str(self.python),
+                '-c',
+                'import torch, torchvision, cv2, mmdet, mmpretrain, mim; '
+                'from mmcv.ops import nms; '
+                'boxes = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]); '
+                'kept = nms(boxes, torch.tensor([.9, .8]), .5)[1]; '
+                'assert kept.tolist() == [0]; import era_mm',
+            ],
+        )
+        write_whole(self.stamp, json.dumps(self.fingerprint(), indent=1))
+
+    # -- what is there already --------------------------------------------
+
+    def fingerprint(self) -> dict[str, str]:
+        """All that the environment depends on."""
+        digest = hashlib.sha256()
+        for pattern in INPUTS:
+            for path in sorted(ROOT.glob(pattern)):
+                digest.update(f'{path.relative_to(ROOT)}\0'.encode())
+                digest.update(path.read_bytes())
+        return {
+            'inputs': digest.hexdigest(),
+            'root': str(ROOT),
+            'venv': str(self.venv),
+            'ops': 'cuda' if self.gpu else 'cpu',
+        }
+
+    def is_done(self) -> bool:
+        if self.running.exists() or not self.python.exists():
+            return False
+        try:
+            return json.loads(self.stamp.read_text()) == self.fingerprint()
+        except (OSError, ValueError):
+            return False
+
+    def wait_for(self, lock) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print('waiting for another set-up of this checkout ...')
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def make_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StepError(
+                f'cannot write {folder} ({error.strerror}).\nWhat to do: '
+                'give the checkout to yourself (chown), or clone it into a '
+                'folder of yours.'
+            ) from None
+
+    # -- steps ------------------------------------------------------------
+
+    def make_venv(self) -> None:
+        free = shutil.disk_usage(ROOT).free
+        if free < FREE_BYTES:
+            raise StepError(
+                f'expected {FREE_BYTES >> 30} GB free at {ROOT}, but only '
+                f'{free >> 30} GB are. torch alone takes 5.\nWhat to do: '
+                'free some, or clone into a larger disk.'
+            )
+        # Made aside and moved: a half-made environment is never found.
+        shutil.rmtree(self.venv, ignore_errors=True)
+        self.step(
+            'virtual environment',
+            [sys.executable, '-m', 'venv', '--clear', str(self.venv)],
+            mark=False,
+            remedy=(
+                "Python's venv module is incomplete: "
+                'apt-get install python3-venv.'
+            ),
+        )
+
+    def install(self, name: str, file: str, *options: str) -> None:
+        """Install a file of `requirements/`, nothing in it left to chance."""
+        self.step(
+            name,
+            [
+                *self.pip('install'),
+                *options,
+                f'--requirement={REQUIREMENTS / file}',
+                f'--constraint={REQUIREMENTS / "constraints.txt"}',
+            ],
+        )
+
+    def install_mmcv(self) -> None:
+        """Install the cached wheel of mmcv, built first where there is none.
+
+        pip's own cache is not used: it does not know for which torch a wheel
+        was built.
+        """
+        requirement = read_requirement(REQUIREMENTS / 'mmcv.txt')
+        key = self.mmcv_key(requirement)
+        installed = self.state / 'mmcv'
+        if installed.exists() and installed.read_text() == key:
+            return
+        folder = self.cache_folder() / 'wheels' / key
+        wheels = sorted(folder.glob('*.whl'))
+        if not wheels:
+            wheels = [self.build_mmcv(requirement, folder)]
+        self.step(
+            'mmcv',
+            [
+                *self.pip('install'),
+                '--no-deps',
+                '--no-index',
+                '--force-reinstall',
+                str(wheels[0]),
+            ],
+        )
+        write_whole(installed, key)
+
+    def build_mmcv(self, requirement: str, folder: Path) -> Path:
+        check_compiler(self.python)
+        jobs = os.environ.get('MAX_JOBS') or str(os.cpu_count() or 1)
+        flags = dict(
+            MMCV_WITH_OPS='1',
+            MAX_JOBS=jobs,
+            CFLAGS='-g0',
+            CXXFLAGS='-g0',
+            PATH=f'{self.venv / "bin"}:{os.environ["PATH"]}',
+        )
+        flags['FORCE_CUDA'] = '1' if self.gpu else '0'
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            self.step(
+                f'build of mmcv with {jobs} jobs (5 to 20 minutes, once)',
+                [
+                    *self.pip('wheel'),
+                    '--no-deps',
+                    '--no-build-isolation',
+                    '--no-cache-dir',
+                    f'--no-binary={requirement.split("==")[0]}',
+                    f'--wheel-dir={scratch}',
+                    requirement,
+                ],
+                environment=flags,
+                mark=False,
+            )
+            (built,) = Path(scratch).glob('*.whl')
+            if not has_ops(built):
+                raise StepError(
+                    f'the build of {requirement} left out its compiled '
+                    f'operators, see {self.log_path("build of mmcv")}.'
+                )
+            folder.mkdir(exist_ok=True)
+            return Path(shutil.move(built, folder / built.name))
+
+    def mmcv_key(self, requirement: str) -> str:
+        script = (
+            'import torch; print(torch.__version__); '
+            'print(*torch.cuda.get_device_capability(), sep="") '
+            'if torch.cuda.is_available() else print("none")'
+        )
+        answer = subprocess.run(
+            [str(self.python), '-c', script],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if answer.returncode:
+            raise StepError(f'torch does not import:\n{answer.stderr}')
+        torch, capability = answer.stdout.split()
+        if capability == 'none':
+            self.gpu = None
+        python = sysconfig.get_config_var('SOABI') or platform.python_version()
+        target = f'cuda{self.gpu}-sm{capability}' if self.gpu else 'cpu'
+        return '_'.join(
+            (
+                requirement.replace('==', '-'),
+                f'torch-{torch}',
+                python,
+                ''.join(platform.libc_ver()),
+                target,
+            )
+        )
+
+    def cache_folder(self) -> Path:
+        """The first of the cache folders that can be written."""
+        home = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+        candidates = [home.expanduser() / 'era_mm', ROOT / '.cache']
+        if os.environ.get('ERA_MM_CACHE'):
+            candidates = [Path(os.environ['ERA_MM_CACHE']).absolute()]
+        for folder in candidates:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    return folder
+            except OSError:
+                continue
+        raise StepError(
+            f'cannot write the cache folder {candidates[-1]}.\n'
+            'What to do: set ERA_MM_CACHE to a folder of yours.'
+        )
+
+    # -- one command ------------------------------------------------------
+
+    def pip(self, command: str) -> list[str]:
+        return [
+            str(self.python),
+            '-m',
+            'pip',
+            command,
+            '--disable-pip-version-check',
+            '--no-input',
+        ]
+
+    def log_path(self, name: str) -> Path:
+        stem = re.sub(r'\W+', '_', name.split('(')[0].strip())
+        return self.logs / f'{stem}.log'
+
+    def step(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: dict[str, str] | None = None,
+        mark: bool = True,
+        remedy: str | None = None,
+    ) -> None:
+        """Run one command, its output in a log of its own.
+
+        Args:
+            name: Shown, and the log's name.
+            command: What to run.
+            environment: Variables on top of this process's.
+            mark: Whether a cut-off leaves the environment unusable.
+            remedy: What to do if it fails for no known reason.
+        """
+        log = self.log_path(name)
+        print(f'set-up: {name} ...', end='', flush=True)
+        if mark:
+            write_whole(self.running, name)
+        start = time.monotonic()
+        # A user's own site-packages must not stand in for what is pinned.
+        variables = {**os.environ, 'PYTHONNOUSERSITE': '1'}
+        variables.pop('PYTHONPATH', None)
+        variables.update(environment or {})
+        with open(log, 'w') as file:
+            code = subprocess.run(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                check=False,
+            ).returncode
+        if mark:
+            self.running.unlink()
+        if code:
+            print(' failed')
+            raise StepError(explain_failure(name, code, log, remedy))
+        print(f' {time.monotonic() - start:.0f} s', flush=True)
+
+
+def check_python() -> None:
+    found = sys.version_info[:2]
+    if not OLDEST_PYTHON <= found <= NEWEST_PYTHON:
+        raise StepError(
+            f'expected Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or '
+            f'{NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]}, but {sys.executable} '
+            f'is {platform.python_version()}.\nWhat to do: install one '
+            '(apt-get install python3.11 python3.11-venv python3.11-dev) '
+            'and run make PYTHON=python3.11.'
+        )
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        raise StepError(
+            f'{sys.executable} cannot make virtual environments.\nWhat to '
+            'do: apt-get install python3-venv.'
+        ) from None
+
+
+def check_compiler(python: Path) -> None:
+    compiler = (os.environ.get('CXX') or 'c++').split()[0]
+    if not shutil.which(compiler):
+        raise StepError(
+            f'mmcv has to be built, but there is no C++ compiler '
+            f'({compiler}).\nWhat to do: apt-get install g++ (or set CXX).'
+        )
+    script = 'import sysconfig; print(sysconfig.get_path("include"))'
+    folder = subprocess.run(
+        [str(python), '-c', script], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(folder, 'Python.h').exists():
+        raise StepError(
+            f"mmcv has to be built, but Python's headers are not in "
+            f'{folder}.\nWhat to do: apt-get install python3-dev.'
+        )
+
+
+def find_gpu_toolkit() -> str | None:
+    """The version of nvcc on a machine with an NVIDIA GPU, else None."""
+    if not Path('/dev/nvidiactl').exists():
+        return None
+    home = os.environ.get('CUDA_HOME', '/usr/local/cuda')
+    nvcc = shutil.which('nvcc') or shutil.which('nvcc', path=f'{home}/bin')
+    if nvcc is None:
+        return None
+    text = subprocess.run(
+        [nvcc, '--version'], capture_output=True, text=True, check=False
+    ).stdout
+    match = re.search(r'release ([\d.]+)', text)
+    return match.group(1) if match else None
+
+
+def has_ops(wheel: Path) -> bool:
+    import zipfile
+
+    with zipfile.ZipFile(wheel) as archive:
+        return any('mmcv/_ext' in name for name in archive.namelist())
+
+
+def read_requirement(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    (requirement,) = (x for x in lines if x and not x.startswith('#'))
+    return requirement
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either old or complete."""
+    scratch = path.with_name(path.name + '.new')
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def explain_failure(
+    name: str, code: int, log: Path, remedy: str | None
+) -> str:
+    text = log.read_text(errors='replace')
+    tail = '\n'.join(f'  | {x}' for x in text.splitlines()[-LOG_LINES:])
+    advice = next(
+        (advice for pattern, advice in REMEDIES if re.search(pattern, text)),
+        remedy or 'Read the log above; run it again once that is mended.',
+    )
+    return (
+        f'step "{name}" failed (exit status {code}). The end of its log:\n'
+        f'{tail}\nThe whole log: {log}\nWhat to do: {advice}'
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())
