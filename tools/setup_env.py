@@ -151,16 +151,10 @@ class Setup:
         if not self.python.exists():
             self.make_venv()
         self.make_folder(self.state)
-        self.install('build tools', '-r', 'build.txt')
-        self.install(
-            'torch (the longest download)',
-            '-r',
-            'torch.txt',
-            '-r',
-            'build.txt',
-        )
-        self.install('libraries', '-r', 'runtime.txt', '-r', 'torch.txt')
-        self.install('developer tools', '-r', 'dev.txt')
+        self.install('build tools', 'build.txt')
+        self.install('torch (the longest download)', 'torch.txt')
+        self.install('libraries', 'runtime.txt')
+        self.install('developer tools', 'dev.txt')
         self.install_mmcv()
         self.install('hosts', 'hosts.txt', '--no-deps', '--no-build-isolation')
         self.step(
@@ -425,7 +419,7 @@ class Setup:
         if mark:
             self.running.unlink()
         if code:
-            print(' failed')
+            print(' failed', flush=True)
             raise StepError(explain_failure(name, code, log, remedy))
         print(f' {time.monotonic() - start:.0f} s', flush=True)
 
