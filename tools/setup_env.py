@@ -147,10 +147,9 @@ class Setup:
                 f'the last set-up was cut off in step "{step}": starting anew'
             )
             shutil.rmtree(self.venv)
-        self.stamp.unlink(missing_ok=True)
-        if not self.python.exists():
+        if not self.state.exists():
             self.make_venv()
-        self.make_folder(self.state)
+        self.stamp.unlink(missing_ok=True)
         self.install('build tools', 'build.txt')
         self.install('torch (the longest download)', 'torch.txt')
         self.install('libraries', 'runtime.txt')
@@ -164,6 +163,17 @@ class Setup:
                 '--no-deps',
                 '--no-build-isolation',
                 f'--editable={ROOT}',
+            ],
+        )
+        # Kept as files, so that the tests of packaging need no network.
+        self.step(
+            'mim',
+            [
+                *self.pip('wheel'),
+                '--no-deps',
+                '--no-build-isolation',
+                f'--wheel-dir={self.state / "mim"}',
+                f'--requirement={REQUIREMENTS / "packaging.txt"}',
             ],
         )
         self.step(
@@ -231,17 +241,25 @@ class Setup:
                 f'{free >> 30} GB are. torch alone takes 5.\nWhat to do: '
                 'free some, or clone into a larger disk.'
             )
-        # Made aside and moved: a half-made environment is never found.
-        shutil.rmtree(self.venv, ignore_errors=True)
-        self.step(
-            'virtual environment',
-            [sys.executable, '-m', 'venv', '--clear', str(self.venv)],
-            mark=False,
-            remedy=(
-                "Python's venv module is incomplete: "
-                'apt-get install python3-venv.'
-            ),
-        )
+        if self.venv.exists():
+            raise StepError(
+                f'{self.venv} exists, but this set-up did not make it.\n'
+                'What to do: move it away, or use another folder: '
+                'make VENV=.venv-era.'
+            )
+        self.make_folder(self.state)
+        try:
+            self.step(
+                'virtual environment',
+                [sys.executable, '-m', 'venv', str(self.venv)],
+                remedy=(
+                    "Python's venv module is incomplete: "
+                    'apt-get install python3-venv.'
+                ),
+            )
+        except StepError:
+            shutil.rmtree(self.venv)
+            raise
 
     def install(self, name: str, file: str, *options: str) -> None:
         """Install a file of `requirements/`, nothing in it left to chance."""
@@ -416,7 +434,8 @@ class Setup:
                 env=variables,
                 check=False,
             ).returncode
-        if mark:
+        # A command ended by a signal may have left anything behind.
+        if mark and code >= 0:
             self.running.unlink()
         if code:
             print(' failed', flush=True)

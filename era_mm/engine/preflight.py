@@ -181,15 +181,23 @@ def _find_missing(
         if inner in dataset:
             yield from _find_missing(dataset[inner], f'{key}.{inner}', scope)
     kind = dataset.get('type', '')
-    if _is_remote(dataset) or _downloads_itself(kind, scope):
+    if _is_remote(dataset):
         return
+    missing = list(_find_missing_files(dataset, key))
+    # Only now, because looking the type up imports the host.
+    if missing and not _downloads_itself(kind, scope):
+        name = str(getattr(kind, '__name__', kind))
+        for dotted, path in missing:
+            yield dotted, path, name
+
+
+def _find_missing_files(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
     root = dataset.get('data_root') or ''
-    kind = str(getattr(kind, '__name__', kind))
     annotations = dataset.get('ann_file') or ''
     if _is_local(annotations):
         path = os.path.join(root, annotations)
         if not os.path.isfile(path):
-            yield f'{key}.ann_file', path, kind
+            yield f'{key}.ann_file', path
     prefix = dataset.get('data_prefix', {})
     prefixes = prefix if isinstance(prefix, dict) else {'': prefix}
     for name, folder in prefixes.items():
@@ -198,7 +206,7 @@ def _find_missing(
         path = os.path.join(root, folder)
         if path and not os.path.isdir(path):
             dotted = f'{key}.data_prefix.{name}'.rstrip('.')
-            yield dotted, path, kind
+            yield dotted, path
 
 
 def _find_missing_annotations(
