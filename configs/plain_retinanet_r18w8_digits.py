@@ -1,0 +1,13 @@
+# The student of the demo's pair alone: RetinaNet on a ResNet-18 of width 8.
+# Digit scenes, 10 epochs:
+#   python tools/train.py configs/plain_retinanet_r18w8_digits.py
+_base_ = [
+    'mmdet::_base_/default_runtime.py',
+    '_base_/digit_scenes.py',
+    '_base_/retinanet_digits.py',
+    '_base_/schedule_digits.py',
+]
+model = dict(
+    backbone=dict(base_channels=8, stem_channels=8),
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=32),
+    bbox_head=dict(in_channels=32, feat_channels=32))
