@@ -1,7 +1,7 @@
 """The model that mmengine trains: a student, teachers, and distillers."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,6 +90,8 @@ class Distillation(BaseModel):
         ValueError: Pairs that do not fit, sources that do not exist, a
             distiller without its teacher.
     """
+
+    _is_copy = False
 
     def __init__(
         self,
@@ -280,7 +282,7 @@ class Distillation(BaseModel):
                 f'({self._pretrain_iters()} iterations) this model must not '
                 'update the student, so mmengine has to call '
                 '`pretrain_step`. Train with '
-                "`model_wrapper_cfg=dict(type='era_mm.DistributedDataParallel"
+                "`model_wrapper_cfg=dict(type='era_mm.DistillationDataParallel"
                 "')`, as tools/train.py sets it."
             )
         self._check_gradients()
@@ -513,14 +515,43 @@ class Distillation(BaseModel):
 
     def __deepcopy__(self, memo: dict) -> 'Distillation':
         # Distillers are shared as the teachers are: an averaged copy (EMA) is
-        # a copy of the student.
+        # a copy of the student, and modes such as T join the averaged student
+        # with the extras as they are.
         memo[id(self.distillers)] = self.distillers
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         state = dict(self.__dict__)
         state['_gradient_handles'] = []
         clone.__dict__.update(copy.deepcopy(state, memo))
+        clone._is_copy = True
         return clone
+
+    # What averages a copy walks the parameters and buffers of both models in
+    # parallel, freezes the copy's and writes into them. So a copy lists
+    # stand-ins for the shared extras: equal in value, and nothing that is
+    # done to them reaches the original.
+
+    def named_parameters(
+        self, prefix: str = '', recurse: bool = True, **kwargs: Any
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in torch; see the comment above for copies."""
+        members = super().named_parameters(prefix, recurse, **kwargs)
+        return self._stand_in(members, prefix) if self._is_copy else members
+
+    def named_buffers(
+        self, prefix: str = '', recurse: bool = True, **kwargs: Any
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As in torch; see the comment above for copies."""
+        members = super().named_buffers(prefix, recurse, **kwargs)
+        return self._stand_in(members, prefix) if self._is_copy else members
+
+    @staticmethod
+    def _stand_in(members: Iterator, prefix: str) -> Iterator:
+        extras = f'{prefix}.distillers.' if prefix else 'distillers.'
+        for name, tensor in members:
+            if name.startswith(extras):
+                tensor = tensor.detach().clone()
+            yield name, tensor
 
     def state_dict(
         self,

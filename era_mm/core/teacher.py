@@ -1,12 +1,13 @@
 """The teacher: built, loaded strictly, frozen, and kept out of the model."""
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .recorder import Recorder
 from .utils import preserve_rng
 
 
-def resolve_model_config(config: str | Mapping) -> tuple[dict, str | None]:
+def resolve_model_config(config: str | Mapping) -> tuple[ConfigDict, str | None]:
     """Find the model config that a short reference means.
 
     Args:
@@ -34,7 +35,7 @@ def resolve_model_config(config: str | Mapping) -> tuple[dict, str | None]:
         ValueError: The config has no ``model``.
     """
     if not isinstance(config, str):
-        return dict(config), None
+        return ConfigDict(copy.deepcopy(dict(config))), None
     if '::' in config:
         scope = config.partition('::')[0]
         cfg = get_config(config)
@@ -55,7 +56,7 @@ def resolve_model_config(config: str | Mapping) -> tuple[dict, str | None]:
     model = cfg.model
     if 'data_preprocessor' in cfg:
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return model.to_dict(), scope
+    return ConfigDict(model.to_dict()), scope
 
 
 def forward_until(

@@ -1,0 +1,15 @@
+# ERA, RetinaNet of width 32 to RetinaNet of width 8, digit scenes.
+# Plain twin: plain_retinanet_r18w8_digits.py; train the teacher first.
+#   python tools/train.py configs/era_retinanet_r18w32_r18w8_digits.py
+_base_ = ['plain_retinanet_r18w8_digits.py', '_base_/era_runtime.py']
+
+model = dict(
+    _delete_=True,
+    type='era_mm.Distillation',
+    student=_base_.model,
+    teacher=dict(
+        config='{{ fileDirname }}/plain_retinanet_r18w32_digits.py',
+        checkpoint='work_dirs/plain_retinanet_r18w32_digits/teacher.pth',
+    ),
+    distiller=dict(type='era_mm.ERADistiller'),
+)

@@ -1,0 +1,21 @@
+"""Toy models, toy data and assertions, for our tests and for others'."""
+
+from .toy import (
+    classifier_config,
+    detection_batch,
+    detector_config,
+    distillation_config,
+    run_config,
+    save_teacher,
+    write_coco,
+)
+
+__all__ = [
+    'classifier_config',
+    'detection_batch',
+    'detector_config',
+    'distillation_config',
+    'run_config',
+    'save_teacher',
+    'write_coco',
+]

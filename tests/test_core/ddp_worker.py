@@ -1,0 +1,50 @@
+"""One rank of test_ddp.py; started by torchrun."""
+
+import sys
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from era_mm.engine.launch import prepare_launch
+from era_mm.testing import distillation_config, run_config
+
+OPTIONS = {
+    'all': {},
+    'sampled': dict(twi_steps='sampled'),
+    'none': dict(twi_steps='none'),
+    'detached': dict(detach=True),
+}
+
+
+def main(coco: str, teacher_file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    for name, options in OPTIONS.items():
+        model = distillation_config(
+            dict(type='era_mm.ERADistiller', **options),
+            checkpoint=teacher_file,
+        )
+        cfg = Config(
+            run_config(
+                model,
+                coco,
+                f'{out}/{name}',
+                experiment_name=name,
+                launcher='pytorch',
+                train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=5),
+            )
+        )
+        prepare_launch(cfg)
+        assert cfg.model_wrapper_cfg.find_unused_parameters is False
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        model = runner.model.module
+        state = {**model.state_dict(), **model.distillers.state_dict()}
+        # Weights are kept equal by the reducer; norm statistics are not.
+        weights = {k: v for k, v in state.items() if 'running' not in k}
+        rank = torch.distributed.get_rank()
+        torch.save(weights, f'{out}/{name}_rank{rank}.pth')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Invariant 6: DDP with find_unused_parameters=False, on two CPU ranks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name('ddp_worker.py')
+
+
+@pytest.fixture(scope='module')
+def out(coco, teacher_file, tmp_path_factory):
+    """Where two ranks have trained every variant of ERA."""
+    out = tmp_path_factory.mktemp('ddp')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    command += ['--nproc_per_node=2', str(WORKER), coco, teacher_file]
+    result = subprocess.run(
+        [*command, str(out)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize('name', ['all', 'sampled', 'none', 'detached'])
+def test_ddp__two_ranks_end_with_the_same_weights(name, out):
+    ranks = [torch.load(out / f'{name}_rank{rank}.pth') for rank in (0, 1)]
+    assert any('mbrnet' in key for key in ranks[0])
+    for key, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][key]), key
