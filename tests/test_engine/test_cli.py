@@ -1,0 +1,144 @@
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from era_mm import cli
+from era_mm.engine import launch
+from era_mm.engine.testing_options import add_show, use_tta
+from era_mm.errors import UserError
+
+# mmengine refuses it when the Runner is built: the train loop is missing.
+CONFIG = """
+default_scope = 'mmpretrain'
+model = dict(type='ImageClassifier', backbone=dict(type='LeNet5'))
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1))
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+
+
+def test_train__says_a_user_error_in_one_message(capsys) -> None:
+    assert cli.run_train(['no_such_config.py']) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith('\nerror: config: expected the path')
+    assert 'Traceback' not in printed
+
+
+def test_train__keeps_the_traceback_of_a_config_error(
+    capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    Path('toy.py').write_text(CONFIG)
+    assert cli.run_train(['toy.py']) == 1
+    last = capsys.readouterr().err.split('\nerror: ')[-1]
+    assert last.startswith('ValueError: train_dataloader, train_cfg')
+    (kept,) = tmp_path.glob('*.traceback.txt')
+    assert 'Traceback (most recent call last)' in kept.read_text()
+
+
+def test_explain__shows_a_key_error_without_quotes() -> None:
+    message = cli._explain(KeyError("no 'neck'"))
+    assert message.startswith("\nerror: KeyError: no 'neck'\n")
+
+
+def test_train__raises_with_traceback() -> None:
+    with pytest.raises(UserError):
+        cli.run_train(['no_such_config.py', '--traceback'])
+
+
+def test_train__refuses_auto_scale_lr_without_a_base(capsys) -> None:
+    Path('toy.py').write_text(CONFIG)
+    assert cli.run_train(['toy.py', '--auto-scale-lr']) == 1
+    assert 'base_batch_size' in capsys.readouterr().err
+
+
+def test_train__stops_before_it_writes_anything(tmp_path: Path) -> None:
+    Path('toy.py').write_text(CONFIG)
+    assert cli.run_train(['toy.py', '--resume', 'no.pth']) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['toy.py']
+
+
+def test_test__refuses_an_output_that_is_no_pickle(capsys) -> None:
+    Path('toy.py').write_text(CONFIG)
+    assert cli.run_test(['toy.py', 'x.pth', '--out', 'x.json']) == 1
+    assert "got 'x.json'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('spelling', ['--local_rank=3', '--local-rank=3'])
+def test_train__takes_both_spellings_of_the_rank(spelling: str) -> None:
+    args = cli._train_parser().parse_args(['x.py', spelling])
+    assert args.local_rank == 3
+
+
+def test_help__has_no_gpus_flag() -> None:
+    # mim reads the help and would pass --gpus or --device on.
+    assert '--gpus' not in cli._train_parser().format_help()
+
+
+def test_use_amp__picks_the_wrapper_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for device, expected in (
+        ('cpu', 'CPUAmpOptimWrapper'),
+        ('cuda', 'AmpOptimWrapper'),
+    ):
+        monkeypatch.setattr(launch, 'get_device', lambda device=device: device)
+        cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
+        launch.use_amp(cfg)
+        assert cfg.optim_wrapper.type == expected
+
+
+def test_use_amp__refuses_another_wrapper() -> None:
+    cfg = Config(dict(optim_wrapper=dict(type='ApexOptimWrapper')))
+    with pytest.raises(UserError, match='ApexOptimWrapper'):
+        launch.use_amp(cfg)
+
+
+def test_prepare_launch__explains_missing_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match='RANK, WORLD_SIZE'):
+        launch.prepare_launch(Config(dict(launcher='pytorch')))
+    with pytest.raises(UserError, match='--launcher slurm'):
+        launch.prepare_launch(Config(dict(launcher='slurm')))
+
+
+def test_add_show__speaks_both_hosts_words() -> None:
+    for kind, switch, folder in (
+        ('DetVisualizationHook', 'draw', 'test_out_dir'),
+        ('VisualizationHook', 'enable', 'out_dir'),
+    ):
+        hook = dict(type=kind)
+        cfg = Config(dict(default_hooks=dict(visualization=hook)))
+        add_show(cfg, show=False, show_dir='painted', wait_time=1)
+        assert cfg.default_hooks.visualization[switch] is True
+        assert cfg.default_hooks.visualization[folder] == 'painted'
+    with pytest.raises(UserError, match=r'default_hooks\.visualization'):
+        add_show(Config(dict()), show=True, show_dir=None, wait_time=1)
+
+
+def test_use_tta__flips_a_detector_by_default() -> None:
+    load, pack = dict(type='LoadImageFromFile'), dict(type='PackDetInputs')
+    cfg = Config(
+        dict(
+            default_scope='mmdet',
+            model=dict(type='RetinaNet'),
+            test_dataloader=dict(dataset=dict(pipeline=[load, pack])),
+        )
+    )
+    use_tta(cfg)
+    assert cfg.model.type == 'DetTTAModel'
+    assert cfg.model.module.type == 'RetinaNet'
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    assert [step.type for step in pipeline] == [
+        'LoadImageFromFile',
+        'TestTimeAug',
+    ]
