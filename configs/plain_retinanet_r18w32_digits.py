@@ -10,4 +10,5 @@ _base_ = [
 model = dict(
     backbone=dict(base_channels=32, stem_channels=32),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
-    bbox_head=dict(in_channels=64, feat_channels=64))
+    bbox_head=dict(in_channels=64, feat_channels=64),
+)

@@ -15,8 +15,14 @@ test_pipeline = [
     dict(type='Resize', scale=(96, 96), keep_ratio=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                   'scale_factor')),
+        meta_keys=(
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+        ),
+    ),
 ]
 
 train_dataloader = dict(
@@ -32,7 +38,9 @@ train_dataloader = dict(
         metainfo=metainfo,
         ann_file='annotations/train.json',
         data_prefix=dict(img='train/'),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=16,
     num_workers=1,
@@ -44,7 +52,9 @@ val_dataloader = dict(
         ann_file='annotations/val.json',
         data_prefix=dict(img='val/'),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = dict(
     batch_size=16,
     num_workers=1,
@@ -56,13 +66,17 @@ test_dataloader = dict(
         ann_file='annotations/test.json',
         data_prefix=dict(img='test/'),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 
 val_evaluator = dict(
     type='CocoMetric',
     ann_file=data_root + 'annotations/val.json',
-    metric='bbox')
+    metric='bbox',
+)
 test_evaluator = dict(
     type='CocoMetric',
     ann_file=data_root + 'annotations/test.json',
-    metric='bbox')
+    metric='bbox',
+)

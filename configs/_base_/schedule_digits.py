@@ -5,7 +5,8 @@ digits_epochs = 10
 train_cfg = dict(
     type='EpochBasedTrainLoop',
     max_epochs=digits_epochs,
-    val_interval=digits_epochs)
+    val_interval=digits_epochs,
+)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -13,12 +14,18 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=0.003, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
-    clip_grad=dict(max_norm=10, norm_type=2))
+    clip_grad=dict(max_norm=10, norm_type=2),
+)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0,
-         end=100),
-    dict(type='CosineAnnealingLR', T_max=digits_epochs, eta_min=0,
-         by_epoch=True, begin=0, end=digits_epochs,
-         convert_to_iter_based=True),
+    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0, end=100),
+    dict(
+        type='CosineAnnealingLR',
+        T_max=digits_epochs,
+        eta_min=0,
+        by_epoch=True,
+        begin=0,
+        end=digits_epochs,
+        convert_to_iter_based=True,
+    ),
 ]
 randomness = dict(seed=0)

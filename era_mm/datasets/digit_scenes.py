@@ -47,7 +47,7 @@ _TILE = 106
 #: A pixel belongs to the ink where the digit covers at least this much of it.
 _INK = 0.5
 #: A digit stays annotated only while this share of its ink can be seen.
-_MIN_VISIBLE = 0.65
+_MIN_VISIBLE = 0.75
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class SceneParams:
             if not isinstance(value, int) or value < lowest:
                 raise ValueError(
                     f'`{item.name}` must be an integer of at least {lowest}, '
-                    f'but got {value!r}.')
+                    f'but got {value!r}.'
+                )
 
     def num_scenes(self, split: str) -> int:
         """Return the number of scenes of a split."""
@@ -122,8 +123,30 @@ class Digit:
         """`x, y, width, height` of the visible ink in pixels."""
         rows = np.flatnonzero(self.ink.any(axis=1))
         cols = np.flatnonzero(self.ink.any(axis=0))
-        return (int(cols[0]), int(rows[0]), int(cols[-1] - cols[0] + 1),
-                int(rows[-1] - rows[0] + 1))
+        return (
+            int(cols[0]),
+            int(rows[0]),
+            int(cols[-1] - cols[0] + 1),
+            int(rows[-1] - rows[0] + 1),
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Something to paint: its coverage and the corner where it goes."""
+
+    coverage: np.ndarray
+    top: int
+    left: int
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """The rows and columns of the scene that it touches."""
+        height, width = self.coverage.shape
+        return (
+            slice(self.top, self.top + height),
+            slice(self.left, self.left + width),
+        )
 
 
 @dataclass
@@ -180,10 +203,12 @@ def split_material(seed: int) -> dict[str, Material]:
     rng = np.random.default_rng([seed, 0])
     bunch = load_digits()
     padded = np.pad(bunch.images / 16.0, ((0, 0), (2, 2), (2, 2)))
-    splines = np.stack([
-        ndimage.spline_filter(digit, order=3, mode='constant')
-        for digit in padded
-    ])
+    splines = np.stack(
+        [
+            ndimage.spline_filter(digit, order=3, mode='constant')
+            for digit in padded
+        ]
+    )
     # The shares are taken class by class, so that every split has them all.
     digit_ids: dict[str, list[int]] = {split: [] for split in SPLITS}
     for label in range(len(CLASSES)):
@@ -196,29 +221,36 @@ def split_material(seed: int) -> dict[str, Material]:
         split: [] for split in SPLITS
     }
     tiles: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    for filename, photo in zip(
-            photos.filenames, photos.images, strict=True):
+    for filename, photo in zip(photos.filenames, photos.images, strict=True):
         height, width = photo.shape[:2]
-        corners = [(x, y) for y in range(0, height - _TILE + 1, _TILE)
-                   for x in range(0, width - _TILE + 1, _TILE)]
+        corners = [
+            (x, y)
+            for y in range(0, height - _TILE + 1, _TILE)
+            for x in range(0, width - _TILE + 1, _TILE)
+        ]
         order = rng.permutation(len(corners))
         for split, part in _shares(order).items():
             for index in part:
                 x, y = corners[index]
                 name = Path(filename).name
                 regions[split].append((name, x, y, _TILE, _TILE))
-                tiles[split].append(photo[y:y + _TILE, x:x + _TILE])
+                tiles[split].append(photo[y : y + _TILE, x : x + _TILE])
     return {
-        split: Material(split, np.array(digit_ids[split]),
-                        bunch.target[digit_ids[split]],
-                        splines[digit_ids[split]], tiles[split],
-                        regions[split])
+        split: Material(
+            split,
+            np.array(digit_ids[split]),
+            bunch.target[digit_ids[split]],
+            splines[digit_ids[split]],
+            tiles[split],
+            regions[split],
+        )
         for split in SPLITS
     }
 
 
-def compose_scene(material: Material, index: int,
-                  params: SceneParams) -> Scene:
+def compose_scene(
+    material: Material, index: int, params: SceneParams
+) -> Scene:
     """Compose one scene.
 
     Each scene has a random stream of its own, so it does not depend on how
@@ -230,26 +262,28 @@ def compose_scene(material: Material, index: int,
         params: Parameters of the data set.
     """
     rng = np.random.default_rng(
-        [params.seed, 1 + SPLITS.index(material.split), index])
+        [params.seed, 1 + SPLITS.index(material.split), index]
+    )
     size = params.image_size
     canvas, region = _background(material, size, rng)
     digits: list[Digit] = []
     clutter_ids: list[int] = []
 
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(1, 4)):
         _add_clutter(canvas, digits, clutter_ids, material, rng)
-    wanted = rng.integers(1, 6)
+    wanted = rng.integers(1, 5)
     for _ in range(20):
         if len(digits) == wanted:
             break
         _add_digit(canvas, digits, material, rng)
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         _add_clutter(canvas, digits, clutter_ids, material, rng)
 
     if rng.random() < 0.3:
         canvas = ndimage.gaussian_filter(
-            canvas, (rng.uniform(0.3, 0.8), ) * 2 + (0, ))
-    canvas = canvas + rng.normal(0, rng.uniform(0, 0.04), canvas.shape)
+            canvas, (rng.uniform(0.3, 0.8),) * 2 + (0,)
+        )
+    canvas = canvas + rng.normal(0, rng.uniform(0, 0.025), canvas.shape)
     image = np.rint(255 * np.clip(canvas, 0, 1)).astype(np.uint8)
     return Scene(image, digits, clutter_ids, region)
 
@@ -274,8 +308,9 @@ def _background(
     tile = material.tiles[index]
     side = int(rng.integers(_TILE // 3, _TILE + 1))
     y, x = (int(rng.integers(_TILE - side + 1)) for _ in range(2))
-    crop = Image.fromarray(np.ascontiguousarray(
-        tile[y:y + side, x:x + side]))
+    crop = Image.fromarray(
+        np.ascontiguousarray(tile[y : y + side, x : x + side])
+    )
     crop = crop.resize((size, size), Image.Resampling.BICUBIC)
     canvas = np.asarray(crop, dtype=np.float64) / 255
     canvas = np.rot90(canvas, int(rng.integers(4)))
@@ -285,12 +320,16 @@ def _background(
     canvas = grey + rng.uniform(0, 1.2) * (canvas - grey)
     canvas = rng.uniform(0.6, 1.2) * canvas + rng.uniform(0, 0.15)
     photo, left, top, _, _ = material.regions[index]
-    return (np.clip(canvas, 0, 1),
-            (photo, left + x, top + y, side, side))
+    return (np.clip(canvas, 0, 1), (photo, left + x, top + y, side, side))
 
 
-def _warp_digit(spline: np.ndarray, height: float, angle: float,
-                shear: float, aspect: float) -> np.ndarray:
+def _warp_digit(
+    spline: np.ndarray,
+    height: float,
+    angle: float,
+    shear: float,
+    aspect: float,
+) -> np.ndarray:
     """Draw a digit smoothly at another size; returns its coverage.
 
     Args:
@@ -309,96 +348,130 @@ def _warp_digit(spline: np.ndarray, height: float, angle: float,
     centre = (np.array(spline.shape) - 1) / 2
     offset = centre - to_cell @ np.full(2, (side - 1) / 2)
     value = ndimage.affine_transform(
-        spline, to_cell, offset, (side, side), order=3, mode='constant',
-        prefilter=False)
+        spline,
+        to_cell,
+        offset,
+        (side, side),
+        order=3,
+        mode='constant',
+        prefilter=False,
+    )
     # A steeper edge than the blurred samples have, but never a jagged one.
     coverage = np.clip(0.5 + (value - 0.4) * 1.6, 0, 1)
     coverage = coverage * coverage * (3 - 2 * coverage)
     rows = np.flatnonzero((coverage > 0.02).any(axis=1))
     cols = np.flatnonzero((coverage > 0.02).any(axis=0))
-    return coverage[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1]
+    return coverage[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
 
 
-def _random_digit(material: Material, rng: np.random.Generator, size: int,
-                  max_angle: float) -> tuple[int, np.ndarray]:
+def _random_digit(
+    material: Material, rng: np.random.Generator, size: int, max_angle: float
+) -> tuple[int, np.ndarray]:
     """Choose a digit of the split and draw it; returns its position, ink."""
     index = int(rng.integers(len(material.digit_ids)))
-    height = size * math.exp(rng.uniform(math.log(0.12), math.log(0.5)))
+    height = size * math.exp(rng.uniform(math.log(0.2), math.log(0.55)))
     coverage = _warp_digit(
-        material.splines[index], height, rng.uniform(-max_angle, max_angle),
-        rng.uniform(-0.3, 0.3), rng.uniform(0.75, 1.25))
+        material.splines[index],
+        height,
+        rng.uniform(-max_angle, max_angle),
+        rng.uniform(-0.3, 0.3),
+        rng.uniform(0.75, 1.25),
+    )
     return index, coverage
 
 
-def _place(coverage: np.ndarray, size: int, rng: np.random.Generator,
-           beyond: float) -> np.ndarray:
-    """Put coverage at a random place of an empty scene.
+def _place(
+    coverage: np.ndarray, size: int, rng: np.random.Generator, beyond: float
+) -> Layer:
+    """Put coverage at a random place of a scene.
 
     Args:
         coverage: What to place.
         size: Side of the scene.
         rng: Random stream.
-        beyond: Share of the coverage that may lie outside.
+        beyond: Share of the coverage that may lie outside, per axis.
     """
-    layer = np.zeros((size, size))
     corner = []
     for extent in coverage.shape:
         slack = int(beyond * extent)
-        corner.append(int(rng.integers(-slack,
-                                       max(size - extent + slack, 0) + 1)))
-    (top, left), (height, width) = corner, coverage.shape
+        corner.append(
+            int(rng.integers(-slack, max(size - extent + slack, 0) + 1))
+        )
+    top, left = corner
     y, x = max(top, 0), max(left, 0)
-    part = coverage[y - top:size - top, x - left:size - left]
-    layer[y:y + part.shape[0], x:x + part.shape[1]] = part
-    return layer
+    return Layer(coverage[y - top : size - top, x - left : size - left], y, x)
 
 
-def _colour(canvas: np.ndarray, layer: np.ndarray, contrast: float,
-            rng: np.random.Generator) -> np.ndarray:
+def _colour(
+    canvas: np.ndarray, layer: Layer, contrast: float, rng: np.random.Generator
+) -> np.ndarray:
     """Choose a colour, lighter or darker than what it will cover."""
-    beneath = (canvas * layer[..., None]).sum(axis=(0, 1)) / layer.sum()
-    level = beneath.mean()
+    beneath = np.average(
+        canvas[layer.window].mean(axis=2), weights=layer.coverage
+    )
     sign = 1 if rng.random() < 0.5 else -1
-    if not 0 <= level + sign * contrast <= 1:
-        sign = 1 if level < 0.5 else -1
+    if not 0 <= beneath + sign * contrast <= 1:
+        sign = 1 if beneath < 0.5 else -1
     tint = rng.uniform(-1, 1, 3)
     tint -= tint.mean()
-    return np.clip(level + sign * contrast + 0.25 * tint, 0, 1)
+    return np.clip(beneath + sign * contrast + 0.25 * tint, 0, 1)
 
 
-def _blend(canvas: np.ndarray, digits: list[Digit], layer: np.ndarray,
-           colour: np.ndarray, opacity: float) -> bool:
+def _blend(
+    canvas: np.ndarray,
+    digits: list[Digit],
+    layer: Layer,
+    colour: np.ndarray,
+    opacity: float,
+) -> bool:
     """Paint a layer, unless it would hide too much of a digit."""
-    shown = opacity * layer
+    shown = opacity * layer.coverage
     hidden = shown >= _INK
-    if any((digit.ink & ~hidden).sum() < _MIN_VISIBLE * digit.ink_drawn
-           for digit in digits):
+    if any(
+        (digit.ink[layer.window] & hidden).sum()
+        > digit.ink.sum() - _MIN_VISIBLE * digit.ink_drawn
+        for digit in digits
+    ):
         return False
     for digit in digits:
-        digit.ink &= ~hidden
-    canvas += shown[..., None] * (colour - canvas)
+        digit.ink[layer.window] &= ~hidden
+    window = canvas[layer.window]
+    window += shown[..., None] * (colour - window)
     return True
 
 
-def _add_digit(canvas: np.ndarray, digits: list[Digit], material: Material,
-               rng: np.random.Generator) -> None:
+def _add_digit(
+    canvas: np.ndarray,
+    digits: list[Digit],
+    material: Material,
+    rng: np.random.Generator,
+) -> None:
     """Try to add one annotated digit."""
     size = len(canvas)
     index, coverage = _random_digit(material, rng, size, 0.35)
     layer = _place(coverage, size, rng, 0.15)
-    ink_drawn = int((coverage >= _INK).sum())
-    digit = Digit(int(material.labels[index]),
-                  int(material.digit_ids[index]), layer >= _INK, ink_drawn)
+    ink = np.zeros((size, size), dtype=bool)
+    ink[layer.window] = layer.coverage >= _INK
+    digit = Digit(
+        int(material.labels[index]),
+        int(material.digit_ids[index]),
+        ink,
+        int((coverage >= _INK).sum()),
+    )
     if digit.visible < _MIN_VISIBLE:
         return
-    colour = _colour(canvas, layer, rng.uniform(0.2, 0.65), rng)
-    if _blend(canvas, digits, layer, colour, rng.uniform(0.65, 1.0)):
+    colour = _colour(canvas, layer, rng.uniform(0.3, 0.7), rng)
+    if _blend(canvas, digits, layer, colour, rng.uniform(0.75, 1.0)):
         digits.append(digit)
 
 
-def _add_clutter(canvas: np.ndarray, digits: list[Digit],
-                 clutter_ids: list[int], material: Material,
-                 rng: np.random.Generator) -> None:
+def _add_clutter(
+    canvas: np.ndarray,
+    digits: list[Digit],
+    clutter_ids: list[int],
+    material: Material,
+    rng: np.random.Generator,
+) -> None:
     """Try to add one thing that is no digit."""
     size = len(canvas)
     kind = rng.choice(['fragment', 'stroke', 'blob'])
@@ -409,8 +482,8 @@ def _add_clutter(canvas: np.ndarray, digits: list[Digit],
     elif kind == 'stroke':
         layer = _stroke(size, rng)
     else:
-        layer = _blob(size, rng)
-    if layer.max() < _INK:
+        layer = _place(_blob(size, rng), size, rng, 0.5)
+    if layer.coverage.max(initial=0) < _INK:
         return
     colour = _colour(canvas, layer, rng.uniform(0.1, 0.65), rng)
     painted = _blend(canvas, digits, layer, colour, rng.uniform(0.5, 1.0))
@@ -423,49 +496,71 @@ def _fragment(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     angle = rng.uniform(0, 2 * math.pi)
     rows, cols = np.indices(coverage.shape)
     along = math.cos(angle) * cols + math.sin(angle) * rows
-    ink = coverage >= _INK
-    limit = np.quantile(along[ink], 0.35)
+    limit = np.quantile(along[coverage >= _INK], 0.35)
     return coverage * np.clip(limit - along + 0.5, 0, 1)
 
 
-def _stroke(size: int, rng: np.random.Generator) -> np.ndarray:
+def _stroke(size: int, rng: np.random.Generator) -> Layer:
     """Draw one bent line as wide as a digit's."""
     fine = 3
     points = rng.uniform(-0.1, 1.1, (3, 2)) * size
     # Shrinking towards the first point gives lines of all lengths.
     points = points[0] + rng.uniform(0.25, 1.0) * (points - points[0])
     t = np.linspace(0, 1, 17)[:, None]
-    curve = ((1 - t)**2 * points[0] + 2 * t * (1 - t) * points[1] +
-             t**2 * points[2]) * fine
+    curve = (
+        (1 - t) ** 2 * points[0]
+        + 2 * t * (1 - t) * points[1]
+        + t**2 * points[2]
+    ) * fine
     picture = Image.new('L', (size * fine, size * fine))
-    width = round(fine * size * math.exp(
-        rng.uniform(math.log(0.015), math.log(0.06))))
+    width = round(
+        fine * size * math.exp(rng.uniform(math.log(0.015), math.log(0.06)))
+    )
     ImageDraw.Draw(picture).line(
-        [tuple(point) for point in curve.tolist()], fill=255, width=width,
-        joint='curve')
+        [tuple(point) for point in curve.tolist()],
+        fill=255,
+        width=width,
+        joint='curve',
+    )
     picture = picture.resize((size, size), Image.Resampling.BOX)
-    return np.asarray(picture, dtype=np.float64) / 255
+    left, top, right, bottom = picture.getbbox() or (0, 0, 0, 0)
+    coverage = np.asarray(picture, dtype=np.float64) / 255
+    return Layer(coverage[top:bottom, left:right], top, left)
 
 
 def _blob(size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw one soft ellipse, filled or as a ring."""
-    rows, cols = np.indices((size, size))
-    centre = rng.uniform(0, size, 2)
     radii = size * np.exp(rng.uniform(math.log(0.03), math.log(0.2), 2))
+    reach = math.ceil(radii.max() * 1.5) + 2
+    dy, dx = np.indices((2 * reach + 1, 2 * reach + 1)) - reach
     angle = rng.uniform(0, math.pi)
-    dy, dx = rows - centre[0], cols - centre[1]
     u = (math.cos(angle) * dx + math.sin(angle) * dy) / radii[0]
     v = (math.cos(angle) * dy - math.sin(angle) * dx) / radii[1]
     edge = (np.sqrt(u * u + v * v) - 1) * radii.min()
-    layer = np.clip(0.5 - edge / rng.uniform(1, 3), 0, 1)
+    coverage = np.clip(0.5 - edge / rng.uniform(1, 3), 0, 1)
     if rng.random() < 0.4:
         thickness = rng.uniform(0.02, 0.05) * size
-        layer *= np.clip(0.5 + edge + thickness, 0, 1)
-    return layer
+        coverage *= np.clip(0.5 + edge + thickness, 0, 1)
+    return coverage
 
 
-def _write(folder: Path, params: SceneParams,
-           progress: Callable[[int, int], None] | None) -> None:
+def _encode_scene(
+    material: Material, index: int, params: SceneParams
+) -> tuple[bytes, Scene]:
+    """Compose a scene and encode its image."""
+    scene = compose_scene(material, index, params)
+    buffer = io.BytesIO()
+    Image.fromarray(scene.image).save(
+        buffer, 'JPEG', quality=95, subsampling=0
+    )
+    return buffer.getvalue(), scene
+
+
+def _write(
+    folder: Path,
+    params: SceneParams,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     """Write images, annotations and, last, the manifest."""
     (folder / 'annotations').mkdir()
     total = sum(params.num_scenes(split) for split in SPLITS)
@@ -476,24 +571,34 @@ def _write(folder: Path, params: SceneParams,
         images: list[dict] = []
         annotations: list[dict] = []
         for index in range(params.num_scenes(split)):
-            scene = compose_scene(material, index, params)
             name = f'{index:06d}.jpg'
-            buffer = io.BytesIO()
-            Image.fromarray(scene.image).save(
-                buffer, 'JPEG', quality=95, subsampling=0)
-            (folder / split / name).write_bytes(buffer.getvalue())
+            encoded, scene = _encode_scene(material, index, params)
+            (folder / split / name).write_bytes(encoded)
             photo, *region = scene.region
             images.append(
-                dict(id=index, file_name=name, width=params.image_size,
-                     height=params.image_size, photo=photo,
-                     photo_region=region, clutter_digits=scene.clutter_ids))
+                dict(
+                    id=index,
+                    file_name=name,
+                    width=params.image_size,
+                    height=params.image_size,
+                    photo=photo,
+                    photo_region=region,
+                    clutter_digits=scene.clutter_ids,
+                )
+            )
             for digit in scene.digits:
                 bbox = digit.bbox
                 annotations.append(
-                    dict(id=len(annotations) + 1, image_id=index,
-                         category_id=digit.label, bbox=list(bbox),
-                         area=bbox[2] * bbox[3], iscrowd=0,
-                         digit=digit.digit_id))
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=index,
+                        category_id=digit.label,
+                        bbox=list(bbox),
+                        area=bbox[2] * bbox[3],
+                        iscrowd=0,
+                        digit=digit.digit_id,
+                    )
+                )
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -506,13 +611,18 @@ def _write(folder: Path, params: SceneParams,
                     for label, name in enumerate(CLASSES)
                 ],
                 images=images,
-                annotations=annotations))
+                annotations=annotations,
+            )
+        )
         (folder / 'annotations' / f'{split}.json').write_text(text)
         checksums[split] = hashlib.sha256(text.encode()).hexdigest()
     (folder / MANIFEST).write_text(
         json.dumps(
             dict(format=_FORMAT, params=asdict(params), sha256=checksums),
-            indent=2) + '\n')
+            indent=2,
+        )
+        + '\n'
+    )
 
 
 def _is_there(out: Path, params: SceneParams) -> bool:
@@ -526,7 +636,8 @@ def _is_there(out: Path, params: SceneParams) -> bool:
         raise FileExistsError(
             f'{out} must be free or hold digit scenes, but it exists without '
             f'{MANIFEST}. Nothing was changed; choose another folder with '
-            '--out or move this one away.')
+            '--out or move this one away.'
+        )
     found = json.loads(manifest.read_text())
     wanted = dict(format=_FORMAT, params=asdict(params))
     if all(found.get(key) == value for key, value in wanted.items()):
@@ -538,17 +649,21 @@ def _is_there(out: Path, params: SceneParams) -> bool:
     keys = dict.fromkeys([*flat[0], *flat[1]])
     differing = ', '.join(
         f'{key} {flat[0].get(key)} (there) and {flat[1].get(key)} (asked for)'
-        for key in keys if flat[0].get(key) != flat[1].get(key))
+        for key in keys
+        if flat[0].get(key) != flat[1].get(key)
+    )
     raise FileExistsError(
         f'{out} holds digit scenes made otherwise: {differing}. Nothing was '
-        'changed; choose another folder with --out or move this one away.')
+        'changed; choose another folder with --out or move this one away.'
+    )
 
 
 @contextlib.contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """A locked folder beside `out` that is gone afterwards."""
     folder = Path(
-        tempfile.mkdtemp(prefix=f'.{out.name}.partial-', dir=out.parent))
+        tempfile.mkdtemp(prefix=f'.{out.name}.partial-', dir=out.parent)
+    )
     # mkdtemp makes it private; a data set is readable like any folder.
     umask = os.umask(0)
     os.umask(umask)
