@@ -4,7 +4,8 @@
 
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/bin/python
+# The file hides the GPU where mmcv could not be built for it.
+RUN = env $$(cat $(VENV)/era_mm-setup/environment) $(VENV)/bin/python
 
 # More threads than cores make small models slower, not faster.
 export OMP_NUM_THREADS ?= 1

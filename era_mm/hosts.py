@@ -59,17 +59,16 @@ PROFILES: dict[str, tuple[Host, ...]] = {
     ),
 }
 
-INSTALL_HELP = """What to do: install one profile, in this order:
-  onedl (the maintained forks, the default)
-    pip install "torch==2.12.1" "torchvision==0.27.1" "setuptools<81" ninja
+INSTALL_HELP = """What to do: in a checkout of era_mm run `make setup`. Elsewhere install one
+profile, in this order (docs/installation.md tells more):
+  onedl, the maintained forks
+    pip install torch==2.12.1 torchvision==0.27.1 "setuptools<81" ninja psutil
     MMCV_WITH_OPS=1 pip install --no-build-isolation onedl-mmcv==2.3.6
-    pip install "era_mm[onedl]"
-  openmmlab (the originals)
-    pip install "torch==2.1.2" "torchvision==0.16.2" "numpy<2" "setuptools<81"
+    pip install onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6
+  openmmlab, the originals
+    pip install torch==2.1.2 torchvision==0.16.2 "numpy<2" "setuptools<81"
     MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==2.1.0
-    pip install "era_mm[openmmlab]"
-In a checkout of era_mm, `make setup` does the first one.
-docs/installation.md tells more."""
+    pip install mmdet==3.3.0 mmpretrain==1.2.0"""
 
 
 class HostError(ImportError):

@@ -58,8 +58,8 @@ def test_check__names_everything_missing_and_both_installs(install) -> None:
     for host in hosts.PROFILES['onedl']:
         wanted = f'{host.module}: expected {host.distribution} >='
         assert wanted in message
-    assert 'era_mm[onedl]' in message
-    assert 'era_mm[openmmlab]' in message
+    assert 'onedl-mmdetection==3.5.1' in message
+    assert ' mmdet==3.3.0' in message
 
 
 def test_check__refuses_a_version_below_the_range(install) -> None:

@@ -22,7 +22,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
@@ -123,7 +122,8 @@ class Setup:
         self.stamp = self.state / 'done.json'
         self.running = self.state / 'running'
         self.logs = ROOT / '.cache' / 'setup'
-        self.gpu = find_gpu_toolkit()
+        self.toolkit = find_gpu_toolkit()
+        self.for_gpu = False
 
     def run(self) -> None:
         """Do what is not done yet."""
@@ -203,7 +203,7 @@ class Setup:
             'inputs': digest.hexdigest(),
             'root': str(ROOT),
             'venv': str(self.venv),
-            'ops': 'cuda' if self.gpu else 'cpu',
+            'gpu toolkit': str(self.toolkit),
         }
 
     def is_done(self) -> bool:
@@ -310,7 +310,7 @@ class Setup:
             CXXFLAGS='-g0',
             PATH=f'{self.venv / "bin"}:{os.environ["PATH"]}',
         )
-        flags['FORCE_CUDA'] = '1' if self.gpu else '0'
+        flags['FORCE_CUDA'] = '1' if self.for_gpu else '0'
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             self.step(
@@ -337,10 +337,12 @@ class Setup:
             return Path(shutil.move(built, folder / built.name))
 
     def mmcv_key(self, requirement: str) -> str:
+        """Name all that the wheel depends on; decide on CPU or GPU."""
         script = (
-            'import torch; print(torch.__version__); '
-            'print(*torch.cuda.get_device_capability(), sep="") '
-            'if torch.cuda.is_available() else print("none")'
+            'import torch, sysconfig; gpu = torch.cuda.is_available(); '
+            'print(torch.__version__, torch.version.cuda, '
+            'sysconfig.get_config_var("SOABI"), '
+            '"%d%d" % torch.cuda.get_device_capability() if gpu else "none")'
         )
         answer = subprocess.run(
             [str(self.python), '-c', script],
@@ -349,12 +351,25 @@ class Setup:
             check=False,
         )
         if answer.returncode:
-            raise StepError(f'torch does not import:\n{answer.stderr}')
-        torch, capability = answer.stdout.split()
-        if capability == 'none':
-            self.gpu = None
-        python = sysconfig.get_config_var('SOABI') or platform.python_version()
-        target = f'cuda{self.gpu}-sm{capability}' if self.gpu else 'cpu'
+            raise StepError(
+                f'torch does not import:\n{answer.stderr}\nWhat to do: '
+                f'remove {self.venv} and run it again.'
+            )
+        torch, cuda, python, capability = answer.stdout.split()
+        # The major versions have to agree, or torch refuses the build.
+        toolkit = self.toolkit or 'none'
+        fits = toolkit.split('.')[0] == cuda.split('.')[0]
+        self.for_gpu = capability != 'none' and fits
+        if capability != 'none' and not fits:
+            print(
+                f'set-up: a GPU is here, but mmcv needs the nvcc of CUDA '
+                f'{cuda} to use it, and {toolkit} was found. Going on for '
+                'the CPU; install that toolkit and run it again for the GPU.'
+            )
+        target = f'cuda{toolkit}-sm{capability}' if self.for_gpu else 'cpu'
+        # With operators for the CPU alone, nothing may move to the GPU.
+        hide = '' if self.for_gpu else 'CUDA_VISIBLE_DEVICES='
+        write_whole(self.state / 'environment', hide)
         return '_'.join(
             (
                 requirement.replace('==', '-'),
@@ -482,7 +497,10 @@ def check_compiler(python: Path) -> None:
 
 
 def find_gpu_toolkit() -> str | None:
-    """The version of nvcc on a machine with an NVIDIA GPU, else None."""
+    """The version of nvcc on a machine with an NVIDIA GPU, else None.
+
+    Quick, because it runs before every `make demo`.
+    """
     if not Path('/dev/nvidiactl').exists():
         return None
     home = os.environ.get('CUDA_HOME', '/usr/local/cuda')
