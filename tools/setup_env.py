@@ -12,6 +12,9 @@ ${XDG_CACHE_HOME:-~/.cache}/era_mm, by all that it was built for: the versions
 of mmcv, torch and Python, the platform, its C library, and CPU or GPU.
 """
 
+# An old Python has to get as far as the message that it is too old.
+from __future__ import annotations
+
 import argparse
 import fcntl
 import hashlib
@@ -67,9 +70,9 @@ REMEDIES = (
     ),
     (
         r'Could not find a version that satisfies|No matching distribution',
-        'The configured package index does not have a pinned version for '
-        'this Python and platform. See `pip config list`, or use another '
-        'Python: make PYTHON=python3.11.',
+        'The package index of `pip config list` could not be reached (no '
+        'network, a proxy), or has no such version for this Python and '
+        'platform: another Python is chosen with make PYTHON=python3.11.',
     ),
     (
         r'Python\.h: No such file|Python\.h. file not found',
