@@ -1,5 +1,7 @@
 """ERADistiller: the residual approximation and TWI, put together."""
 
+import logging
+
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -151,6 +153,7 @@ class ERADistiller(BaseDistiller):
                 f'the student {classes[0]}, so the ground truth does not fit '
                 "the teacher's head.",
                 logger='current',
+                level=logging.WARNING,
             )
             self.twi_steps = 'none'
             return

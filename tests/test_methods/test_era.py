@@ -1,0 +1,701 @@
+"""ERA: values by hand, a slow reference, gradient routing, heads, modes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+
+from era_mm.core import Distillation
+from era_mm.methods.era import (
+    ERADistiller,
+    ERALoss,
+    MBRNet,
+    TWIHead,
+    estimates_of,
+    residual_targets,
+)
+from era_mm.methods.era.mbrnet import ResidualBranch
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    distillation_config,
+    save_teacher,
+)
+
+
+def vectors(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# -- decomposition ------------------------------------------------------------
+
+
+def test_decomposition__by_hand():
+    # u = 1, d = (2, -0.5), f_t = 4:
+    # e = 1, 3, 2.5;  r_1 = 4 - 1 = 3,  r_2 = r_1 - d_1 = 1
+    aligned = torch.tensor([[1.0]])
+    residuals = [torch.tensor([[2.0]]), torch.tensor([[-0.5]])]
+    estimates = estimates_of(aligned=aligned, residuals=residuals)
+    targets = residual_targets(
+        estimates=estimates, teacher_feat=torch.tensor([[4.0]])
+    )
+    assert [e.item() for e in estimates] == [1.0, 3.0, 2.5]
+    assert [r.item() for r in targets] == [3.0, 1.0]
+
+
+@pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (4, 3, 5, 2)])
+def test_decomposition__branch_error_is_estimate_error(shape):
+    # d_i - r_i = e_i - f_t, on vectors, sequences and maps.
+    aligned, teacher = vectors(*shape), vectors(*shape, seed=1)
+    residuals = [vectors(*shape, seed=seed) for seed in (2, 3, 4)]
+    estimates = estimates_of(aligned=aligned, residuals=residuals)
+    targets = residual_targets(estimates=estimates, teacher_feat=teacher)
+    for d, r, e in zip(residuals, targets, estimates[1:], strict=True):
+        torch.testing.assert_close(
+            d - r, e - teacher, rtol=1e-12, atol=1e-12
+        )
+    # Independent recursion: r_1 = f_t - u, r_i = r_(i-1) - d_(i-1).
+    remainder = teacher - aligned
+    for d, r in zip(residuals, targets, strict=True):
+        torch.testing.assert_close(r, remainder, rtol=1e-12, atol=1e-12)
+        remainder = remainder - d
+
+
+def test_decomposition__last_estimate_is_the_neck_output():
+    net = MBRNet(3, 5, num_levels=2, num_branches=3).eval()
+    net.init_weights()
+    feats = [torch.randn(2, 3, 6, 6), torch.randn(2, 3, 3, 3)]
+    aligned, residuals = net.align(feats), net.residuals(feats)
+    out = net(feats)
+    for level in range(2):
+        expected = estimates_of(
+            aligned=aligned[level], residuals=[d[level] for d in residuals]
+        )[-1]
+        assert torch.equal(out[level], expected)
+        assert out[level].shape == (2, 5, *feats[level].shape[2:])
+
+
+# -- losses -------------------------------------------------------------------
+
+
+def test_loss__by_hand():
+    # One level, one value. u = 1, d = (2, -0.5), f_t = 4, s = (1, 0.5), n = 2.
+    # align:    5 * (1 - 4)^2 = 45
+    # residual: (1/2) * [1 * (2 - 3)^2 + 0.5 * (-0.5 - 1)^2]
+    #         = (1/2) * [1 + 1.125] = 1.0625
+    one = torch.ones(1, 1)
+    losses = ERALoss()(
+        aligned=[1 * one],
+        residuals=[[2 * one], [-0.5 * one]],
+        targets=[[3 * one], [1 * one]],
+        teacher_feats=[4 * one],
+    )
+    assert losses['loss_era_align'].item() == 45.0
+    assert losses['loss_era_residual'].item() == 1.0625
+    # Distances of e_0, e_1, e_2 to 4: 9, 1, 2.25.
+    assert [losses[f'era_mse_e{i}'].item() for i in range(3)] == [9, 1, 2.25]
+
+
+def test_loss__default_weights_are_the_official_ones():
+    loss = ERALoss()
+    # s_i / n with s = (1, .5, .25, .125) and n = 4, not divided by sum(s).
+    assert loss.branch_weights(4) == [0.25, 0.125, 0.0625, 0.03125]
+    assert loss.step_weights(4) == [1.0, 0.25, 0.125, 0.0625, 0.03125]
+    assert (loss.align_weight, loss.residual_weight, loss.twi_weight) == (
+        5.0,
+        1.0,
+        1.0,
+    )
+
+
+def test_loss__sums_over_levels():
+    loss = ERALoss()
+    a, b = torch.full((2, 3), 2.0), torch.full((2, 3, 4), 3.0)
+    zero = [torch.zeros_like(a), torch.zeros_like(b)]
+    # MSE 4 and 9 whatever the number of elements; 5 * (4 + 9).
+    losses = loss(
+        aligned=[a, b], residuals=[zero], targets=[zero], teacher_feats=zero
+    )
+    assert losses['loss_era_align'].item() == 65.0
+
+
+def test_loss__half_precision_is_computed_in_float32():
+    big = torch.full((1, 1), 300.0, dtype=torch.float16)
+    losses = ERALoss()(
+        aligned=[big],
+        residuals=[[big]],
+        targets=[[0 * big]],
+        teacher_feats=[0 * big],
+    )
+    # 300^2 = 90000 does not fit float16 (65504).
+    assert losses['loss_era_align'].item() == 450000.0
+
+
+def test_loss__scales_must_fit_the_branches():
+    with pytest.raises(ValueError, match='one value per branch'):
+        MODELS.build(
+            distillation_config(
+                dict(type='era_mm.ERADistiller', loss=dict(scales=[1.0, 0.5]))
+            )
+        )
+
+
+def test_loss__gradients_are_right():
+    def total(u, d1, d2, t):
+        estimates = estimates_of(aligned=u, residuals=[d1, d2])
+        targets = residual_targets(estimates=estimates, teacher_feat=t)
+        losses = ERALoss()(
+            aligned=[u],
+            residuals=[[d1], [d2]],
+            targets=[[targets[0]], [targets[1]]],
+            teacher_feats=[t],
+        )
+        return losses['loss_era_align'] + losses['loss_era_residual']
+
+    u, d1, d2 = (vectors(2, 3, seed=s).requires_grad_() for s in (0, 1, 2))
+    t = vectors(2, 3, seed=3)
+    total(u, d1, d2, t).backward()
+    # d/du: 5 * 2 (u - t) / 6 and nothing from the branches (targets are
+    # constants); d/dd_i: s_i / n * 2 (d_i - r_i) / 6 with n = 2.
+    r1, r2 = t - u, t - u - d1
+    kwargs = dict(rtol=1e-6, atol=1e-7)  # the MSE is float32
+    torch.testing.assert_close(u.grad, 10 * (u - t) / 6, **kwargs)
+    torch.testing.assert_close(d1.grad, 0.5 * (d1 - r1) / 3, **kwargs)
+    torch.testing.assert_close(d2.grad, 0.25 * (d2 - r2) / 3, **kwargs)
+
+
+# -- MBRNet -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'branches', 'projections', 'align'),
+    [
+        # era.md 1.4: R34->R18, R50->R18, R50->MobileNetV1, in thousands.
+        (512, 512, 2109, 0, 263),
+        (512, 2048, 2109, 4202, 1051),
+        (1024, 2048, 8413, 8397, 2099),
+    ],
+)
+def test_mbrnet__parameter_counts_of_the_released_structure(
+    student, teacher, branches, projections, align
+):
+    net = MBRNet(student, teacher, spatial_dims=0)
+
+    def count(*names):
+        return round(
+            sum(
+                p.numel()
+                for name, p in net.named_parameters()
+                if any(part in name for part in names)
+            )
+            / 1000
+        )
+
+    assert count('layers.', 'norms.') == branches
+    assert count('projection') == projections
+    assert count('aligns') == align
+
+
+@pytest.mark.parametrize('share', [False, True])
+def test_mbrnet__conv_counts_and_norms_per_level(share):
+    # era.md 3.3: n=4, m=2, 256 channels: 4.72 M shared, 23.6 M for 5 levels.
+    net = MBRNet(256, 256, num_levels=5, share_levels=share)
+    convs = sum(
+        p.numel() for n, p in net.named_parameters() if 'layers.' in n
+    )
+    assert round(convs / 1e4) == (472 if share else 2359)
+    norms = [
+        m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)
+    ]
+    assert len(norms) == 5 * 4 * 2
+    assert all(norm.momentum == 0.01 for norm in norms)
+
+
+def test_mbrnet__shared_levels_keep_statistics_apart():
+    net = MBRNet(2, 2, num_levels=2, num_branches=1, share_levels=True)
+    net.init_weights()
+    net.train()
+    net([torch.randn(4, 2, 8, 8), 100 + torch.randn(4, 2, 4, 4)])
+    first, second = net.levels[0][0].norms[0]
+    assert not torch.allclose(first.running_mean, second.running_mean)
+
+
+def test_mbrnet__branch_against_a_plain_chain():
+    branch = ResidualBranch(
+        3,
+        5,
+        spatial_dims=2,
+        num_blocks=2,
+        num_norms=1,
+        norm_cfg=dict(type='BN', momentum=0.01),
+        act_cfg=dict(type='ReLU'),
+    )
+    branch.init_weights()
+    x = torch.randn(4, 3, 6, 6)
+    out = branch(x)
+    # [conv 3x3 - BN - ReLU] - conv 3x3 - BN - conv 1x1, written out.
+    y = x
+    for index in range(2):
+        y = F.conv2d(y, branch.layers[index].weight, padding=1)
+        mean = y.mean((0, 2, 3), keepdim=True)
+        var = y.var((0, 2, 3), unbiased=False, keepdim=True)
+        y = (y - mean) / (var + 1e-5).sqrt()
+        if index == 0:
+            y = y.clamp(min=0)
+    y = F.conv2d(y, branch.projection.weight, branch.projection.bias)
+    torch.testing.assert_close(out, y, rtol=1e-4, atol=1e-5)
+
+
+def test_mbrnet__first_residuals_have_unit_variance():
+    # The closing norm, not a zero initialisation (equal channels).
+    net = MBRNet(16, 16, num_branches=1)
+    net.init_weights()
+    residual = net.residuals([torch.randn(8, 16, 8, 8)])[0][0]
+    assert residual.var((0, 2, 3)).mean().item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(num_branches=0), 'at least 1'),
+        (dict(num_levels=2, in_channels=[4, 4, 4]), 'one number or 2'),
+        (
+            dict(num_levels=2, in_channels=[4, 8], share_levels=True),
+            'share_levels',
+        ),
+        (dict(spatial_dims=3), 'spatial_dims'),
+    ],
+)
+def test_mbrnet__refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MBRNet(**(dict(in_channels=4, out_channels=4) | kwargs))
+
+
+def test_mbrnet__is_an_ordinary_neck_of_a_host():
+    config = detector_config()
+    config['neck'] = [
+        config['neck'],
+        dict(type='era_mm.MBRNet', in_channels=16, out_channels=24,
+             num_levels=2),
+    ]
+    config['bbox_head'] |= dict(in_channels=24)
+    model = MODELS.build(_config_dict(config))
+    data = model.data_preprocessor(detection_batch(), True)
+    losses = model(**data, mode='loss')
+    assert set(losses) == {'loss_cls', 'loss_bbox'}
+
+
+def _config_dict(config):
+    from mmengine.config import ConfigDict
+
+    return ConfigDict(copy.deepcopy(config))
+
+
+# -- the distiller ------------------------------------------------------------
+
+
+def build(checkpoint='random', student=None, teacher=None, **kwargs):
+    model = MODELS.build(
+        distillation_config(
+            dict(type='era_mm.ERADistiller', **kwargs),
+            student=student,
+            teacher=teacher,
+            checkpoint=checkpoint,
+        )
+    )
+    assert isinstance(model, Distillation)
+    return model
+
+
+def losses_of(model, seed=0):
+    data = model.data_preprocessor(detection_batch(4, seed=seed), True)
+    return model(**data, mode='loss')
+
+
+def test_distiller__total_against_a_written_out_reference(teacher_file):
+    model = build(teacher_file)
+    era = model.distillers['distiller']
+    model.load_teachers()
+    data = model.data_preprocessor(detection_batch(4), True)
+    inputs, samples = data['inputs'], data['data_samples']
+    # Norm statistics change with every training forward, so copy first.
+    reference = copy.deepcopy(model.student)
+    net = copy.deepcopy(era.mbrnet)
+    losses = model(inputs, samples, mode='loss')
+
+    teacher = model.teachers['teacher'].model
+    head = copy.deepcopy(teacher.bbox_head).train()
+    with torch.no_grad():
+        maps = reference.extract_feat(inputs)
+        targets = teacher.extract_feat(inputs)
+        n, s = 4, (1, 0.5, 0.25, 0.125)
+        estimate = [net.aligns[i](maps[i]) for i in range(2)]
+        align = sum(
+            ((estimate[i] - targets[i]) ** 2).mean() for i in range(2)
+        )
+        residual = 0.0
+        twi = head.loss(tuple(estimate), samples)
+        cls, bbox = sum(twi['loss_cls']), sum(twi['loss_bbox'])
+        for k in range(n):
+            d = [net.levels[i][k](maps[i]) for i in range(2)]
+            for i in range(2):
+                r = targets[i] - estimate[i]
+                residual += s[k] / n * ((d[i] - r) ** 2).mean()
+            estimate = [e + x for e, x in zip(estimate, d, strict=True)]
+            twi = head.loss(tuple(estimate), samples)
+            cls = cls + s[k] / n * sum(twi['loss_cls'])
+            bbox = bbox + s[k] / n * sum(twi['loss_bbox'])
+    for key, value in {
+        'loss_era_align': 5 * align,
+        'loss_era_residual': residual,
+        'loss_era_twi_cls': cls,
+        'loss_era_twi_bbox': bbox,
+    }.items():
+        torch.testing.assert_close(
+            losses[key].detach(), value, rtol=1e-5, atol=1e-6, msg=key
+        )
+
+
+def reached(loss, model):
+    """Which parts of the model a loss sends a gradient to."""
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    era = model.distillers['distiller']
+    parts = {
+        'backbone': model.student.backbone,
+        'head': model.student.bbox_head,
+        'align': era.mbrnet.aligns,
+    }
+    branches = era.mbrnet.levels[0]
+    parts |= {f'branch{i}': branch for i, branch in enumerate(branches)}
+    return {
+        name
+        for name, part in parts.items()
+        if any(
+            p.grad is not None and p.grad.abs().max() > 0
+            for p in part.parameters()
+        )
+    }
+
+
+def test_distiller__gradient_routing():
+    # era.md 1.5, with n = 2.
+    model = build(mbrnet=dict(num_branches=2))
+    losses = losses_of(model)
+    branches = {'branch0', 'branch1'}
+    assert reached(losses['loss_bbox'][0], model) == {'backbone', 'head'}
+    assert reached(losses['loss_era_align'], model) == {'backbone', 'align'}
+    assert reached(losses['loss_era_residual'], model) == (
+        {'backbone'} | branches
+    )
+    assert reached(losses['loss_era_twi_cls'], model) == (
+        {'backbone', 'align'} | branches
+    )
+
+
+@pytest.mark.parametrize('branch', [0, 1, 2])
+def test_distiller__residual_of_a_branch_reaches_it_alone(branch):
+    scales = [0.0, 0.0, 0.0]
+    scales[branch] = 1.0
+    model = build(
+        mbrnet=dict(num_branches=3), loss=dict(scales=scales), twi_steps='none'
+    )
+    losses = losses_of(model)
+    assert reached(losses['loss_era_residual'], model) == {
+        'backbone',
+        f'branch{branch}',
+    }
+
+
+def test_distiller__detach_keeps_branch_losses_from_the_student():
+    model = build(detach=True, mbrnet=dict(num_branches=2))
+    era = model.distillers['distiller']
+    losses = losses_of(model)
+    branches = {'branch0', 'branch1'}
+    assert reached(losses['loss_era_residual'], model) == branches
+    # e_0 still trains the student and the align layer.
+    assert {'backbone', 'align'} <= reached(losses['loss_era_twi_cls'], model)
+    # The student's gradients are those of L_S alone: with every branch loss
+    # off they are the same.
+    data = model.data_preprocessor(detection_batch(4), True)
+
+    def gradient(loss):
+        model.zero_grad()
+        model.student.eval()
+        model.parse_losses(model(**data, mode='loss'))[0].backward()
+        return model.student.neck.lateral_convs[0].conv.weight.grad.clone()
+
+    with_branches = gradient(None)
+    era.loss_terms.scales = (0.0, 0.0)
+    torch.testing.assert_close(
+        gradient(None), with_branches, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_distiller__twi_head_gets_no_gradient_and_passes_it_on():
+    model = build()
+    head = model.distillers['distiller'].twi_head.head
+    before = {k: v.clone() for k, v in head.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.parse_losses(losses_of(model))[0].backward()
+    optimizer.step()
+    assert all(p.grad is None for p in head.parameters())
+    for key, value in head.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert model.distillers['distiller'].mbrnet.aligns[0].weight.grad.any()
+
+
+def test_distiller__sampled_steps_have_the_expectation_of_all(monkeypatch):
+    model = build(mbrnet=dict(num_branches=2))
+    era = model.distillers['distiller']
+    model.load_teachers()
+    model.eval()
+    everything = losses_of(model)['loss_era_twi_cls'].item()
+    # Weights 1, 1/2, 1/4: each step is drawn in proportion and given 1.75.
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    era.twi_steps = 'sampled'
+    drawn = []
+    mean = 0.0
+    for index in range(3):
+
+        def draw(probabilities, num, generator, index=index):
+            drawn.append(probabilities)
+            return torch.tensor([index])
+
+        monkeypatch.setattr(torch, 'multinomial', draw)
+        share = weights[index] / weights.sum()
+        mean += share * losses_of(model)['loss_era_twi_cls'].item()
+    assert torch.equal(drawn[0], weights)
+    assert mean.item() == pytest.approx(everything, rel=1e-5)
+
+
+def test_distiller__last_step_alone_has_the_sum_of_the_weights():
+    model = build(mbrnet=dict(num_branches=2), twi_steps='last')
+    era = model.distillers['distiller']
+    model.load_teachers()
+    model.eval()
+    found = losses_of(model)['loss_era_twi_cls']
+    data = model.data_preprocessor(detection_batch(4), True)
+    maps = model.student.extract_feat(data['inputs'])
+    expected = era.twi_head.loss(era.mbrnet(maps), data['data_samples'])
+    torch.testing.assert_close(found, 1.75 * expected['loss_cls'])
+
+
+def test_distiller__other_class_count_turns_twi_off_with_a_message(
+    monkeypatch,
+):
+    said = []
+    monkeypatch.setattr(
+        'era_mm.methods.era.distiller.print_log',
+        lambda message, **kwargs: said.append(message),
+    )
+    teacher = detector_config(width=16, channels=24)
+    teacher['bbox_head'] |= dict(num_classes=7)
+    model = build(teacher=teacher)
+    assert 'teacher has 7 classes and the student 3' in said[0]
+    losses = losses_of(model)
+    assert not any('twi' in key for key in losses)
+    assert model.distillers['distiller'].inference_modes() == ()
+
+
+def test_distiller__levels_must_agree():
+    teacher = detector_config(width=16, channels=24)
+    teacher['neck'] |= dict(num_outs=3)
+    with pytest.raises(ValueError, match='same number of levels'):
+        build(teacher=teacher)
+
+
+def test_distiller__strides_must_agree():
+    teacher = detector_config(width=16, channels=24)
+    teacher['backbone'] |= dict(strides=(1, 1, 2))
+    with pytest.raises(ValueError, match='same stride'):
+        build(teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'error', 'message'),
+    [
+        (dict(twi_steps='some'), ValueError, 'twi_steps'),
+        (dict(alpha=2.0), ValueError, 'alpha'),
+        (dict(num_branches=4), TypeError, 'Did you mean|Known keys'),
+        (dict(mbrnt=dict()), TypeError, "Did you mean 'mbrnet'"),
+        (dict(mbrnet=dict(num_branchs=2)), TypeError, "'num_branches'"),
+        (dict(loss=dict(align_wieght=1.0)), TypeError, "'align_weight'"),
+        (dict(source=['neck', 'backbone']), ValueError, 'one source'),
+    ],
+)
+def test_distiller__refuses(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        build(**kwargs)
+
+
+# -- TWI on the heads ---------------------------------------------------------
+
+HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_twi__loss_is_the_heads_training_loss_with_frozen_norms(
+    head, tmp_path
+):
+    config = detector_config(width=16, channels=24, head=head)
+    model = build(
+        save_teacher(config, tmp_path / 't.pth'),
+        student=detector_config(head=head),
+        teacher=config,
+    )
+    model.load_teachers()
+    twi = model.distillers['distiller'].twi_head
+    data = model.data_preprocessor(detection_batch(4), True)
+    feats = model.teachers['teacher'].model.extract_feat(data['inputs'])
+    found = twi.loss(feats, data['data_samples'])
+
+    # A copy trained as mmdet trains it, norms and dropout frozen by hand.
+    plain = copy.deepcopy(twi.head).train()
+    for module in plain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    expected = plain.loss(feats, data['data_samples'])
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        value = sum(value) if isinstance(value, list) else value
+        torch.testing.assert_close(found[key], value)
+    assert not any(module.training for module in twi.head.modules())
+    # Norms of the head have not learnt from the batch.
+    for (name, a), b in zip(
+        twi.head.named_buffers(), plain.buffers(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_twi__fcos_in_eval_mode_would_be_another_loss(tmp_path):
+    # Why the head's own flag is set: FCOS multiplies its distances by the
+    # stride when it is off.
+    config = detector_config(width=16, channels=24, head='FCOSHead')
+    model = build(
+        save_teacher(config, tmp_path / 't.pth'),
+        student=detector_config(head='FCOSHead'),
+        teacher=config,
+    )
+    model.load_teachers()
+    twi = model.distillers['distiller'].twi_head
+    data = model.data_preprocessor(detection_batch(4), True)
+    feats = model.teachers['teacher'].model.extract_feat(data['inputs'])
+    wrong = twi.head.loss(feats, data['data_samples'])['loss_bbox']
+    right = twi.loss(feats, data['data_samples'])['loss_bbox']
+    assert not torch.isclose(wrong, right)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_modes__e_n_of_the_teacher_itself_predicts_as_the_teacher(
+    head, tmp_path
+):
+    # Student = teacher, align = identity, branches off: every mode is the
+    # teacher.
+    config = detector_config(head=head)
+    file = save_teacher(config, tmp_path / 't.pth')
+    model = build(file, student=config, teacher=config)
+    model.load_teachers()
+    teacher = model.teachers['teacher'].model
+    model.student.load_state_dict(teacher.state_dict())
+    net = model.distillers['distiller'].mbrnet
+    for align in net.aligns:
+        torch.nn.init.dirac_(align.weight)
+        torch.nn.init.zeros_(align.bias)
+    for module in net.levels.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.zeros_(module.weight)
+    model.eval()
+    model.active_modes = ('E0', 'E2', 'T', 'ST')
+    data = model.data_preprocessor(detection_batch(), False)
+    with torch.no_grad():
+        samples = model(**data, mode='predict')
+    for mode in model.active_modes:
+        for a, b in zip(
+            samples, model.mode_predictions[mode], strict=True
+        ):
+            assert len(a.pred_instances)
+            torch.testing.assert_close(
+                a.pred_instances.scores, b.pred_instances.scores
+            )
+            torch.testing.assert_close(
+                a.pred_instances.bboxes,
+                b.pred_instances.bboxes,
+                rtol=1e-4,
+                atol=1e-3,
+            )
+
+
+def test_modes__blend_at_the_ends_is_student_and_t(teacher_file):
+    for alpha, expected in ((0.0, 'S'), (1.0, 'T')):
+        model = build(teacher_file, alpha=alpha)
+        model.eval()
+        model.active_modes = ('T', 'ST')
+        data = model.data_preprocessor(detection_batch(), False)
+        with torch.no_grad():
+            own = model(**data, mode='predict')
+        found = {'S': own, **model.mode_predictions}
+        for a, b in zip(found[expected], found['ST'], strict=True):
+            torch.testing.assert_close(
+                a.pred_instances.scores, b.pred_instances.scores
+            )
+
+
+def test_modes__blend_of_other_heads_merges_boxes(tmp_path):
+    teacher = detector_config(width=16, channels=24, head='FCOSHead')
+    file = save_teacher(teacher, tmp_path / 't.pth')
+    model = build(file, teacher=teacher)
+    model.eval()
+    model.active_modes = ('T', 'ST')
+    data = model.data_preprocessor(detection_batch(), False)
+    with torch.no_grad():
+        own = model(**data, mode='predict')
+    for s, t, st in zip(
+        own,
+        model.mode_predictions['T'],
+        model.mode_predictions['ST'],
+        strict=True,
+    ):
+        both = {
+            round(v, 5)
+            for sample in (s, t)
+            for v in sample.pred_instances.scores.tolist()
+        }
+        merged = st.pred_instances.scores.tolist()
+        assert len(merged) <= 20
+        assert {round(v, 5) for v in merged} <= both
+        assert max(merged) == pytest.approx(max(both), abs=1e-5)
+
+
+def test_modes__inference_mode_returns_that_mode(teacher_file):
+    config = distillation_config(
+        dict(type='era_mm.ERADistiller'), checkpoint=teacher_file
+    )
+    config['inference_mode'] = 'T'
+    model = MODELS.build(config).eval()
+    data = model.data_preprocessor(detection_batch(), False)
+    with torch.no_grad():
+        predictions = model(**data, mode='predict')
+    assert predictions is model.mode_predictions['T']
+    config['inference_mode'] = 'TS'
+    with pytest.raises(ValueError, match=r"'TS' is not offered.*'ST'"):
+        MODELS.build(config)
+
+
+def test_twi_head__refuses_a_detector_without_one():
+    class Headless(torch.nn.Module):
+        pass
+
+    distiller = ERADistiller()
+    with pytest.raises(ValueError, match="twi_steps='none'"):
+        distiller._find_head(Headless(), Headless())
+
+
+def test_twi_head__holds_no_parameters():
+    head = MODELS.build(_config_dict(detector_config())).bbox_head
+    twi = TWIHead(head)
+    assert not list(twi.parameters())
+    assert not twi.state_dict()
