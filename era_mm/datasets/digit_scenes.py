@@ -638,7 +638,14 @@ def _is_there(out: Path, params: SceneParams) -> bool:
             f'{MANIFEST}. Nothing was changed; choose another folder with '
             '--out or move this one away.'
         )
-    found = json.loads(manifest.read_text())
+    try:
+        found = json.loads(manifest.read_text())
+    except ValueError as error:
+        raise FileExistsError(
+            f'{manifest} must say how the digit scenes were made, but it '
+            f'cannot be read: {error}. Nothing was changed; choose another '
+            'folder with --out or move this one away.'
+        ) from error
     wanted = dict(format=_FORMAT, params=asdict(params))
     if all(found.get(key) == value for key, value in wanted.items()):
         return True
