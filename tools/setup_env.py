@@ -169,6 +169,7 @@ class Setup:
             ],
         )
         # Kept as files, so that the tests of packaging need no network.
+        shutil.rmtree(self.state / 'mim', ignore_errors=True)
         self.step(
             'mim',
             [
