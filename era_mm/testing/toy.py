@@ -1,5 +1,6 @@
 """Models and data small enough for a test on one CPU thread."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
+from torch import nn
 
 IMAGE_SIZE = 64
 CLASSES = ('square', 'bar', 'cross')
@@ -164,14 +166,19 @@ def classifier_config(width: int = 8, num_classes: int = 3) -> dict:
 def save_teacher(
     config: dict, filename: str | Path, scope: str = 'mmdet', seed: int = 1
 ) -> str:
-    """Write a random checkpoint of a model, as a trained one is written."""
+    """Write a random checkpoint of a model, as a trained one is written.
+
+    Its norms hold the statistics of one batch of noise, so that eval mode
+    gives features of ordinary size, other than train mode's.
+    """
     with torch.random.fork_rng(), DefaultScope.overwrite_default_scope(scope):
         torch.manual_seed(seed)
-        model = MODELS.build(config)
-        # Norm statistics away from 0 and 1, so that eval mode shows.
-        for name, buffer in model.named_buffers():
-            if name.endswith(('running_mean', 'running_var')):
-                buffer.uniform_(0.5, 1.5)
+        model = MODELS.build(ConfigDict(copy.deepcopy(config)))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            model(torch.randn(8, 3, IMAGE_SIZE, IMAGE_SIZE))
         torch.save(
             {'meta': {}, 'state_dict': model.state_dict()}, str(filename)
         )

@@ -1,0 +1,285 @@
+"""The optional slots of BaseDistiller, each used by a toy method."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.logging import MessageHub
+from mmengine.registry import MODELS
+from torch import nn
+
+from era_mm.core import BaseDistiller, extras_of
+from era_mm.engine.ddp import DistillationDataParallel
+from era_mm.registry import MODELS as ERA_MODELS
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    distillation_config,
+)
+
+
+@ERA_MODELS.register_module(name='_SelfDistiller', force=True)
+class SelfDistiller(BaseDistiller):
+    """Needs no teacher, has no parameters."""
+
+    needs_teacher = False
+
+    def loss(self, *, student_feats, teacher_feats, data_samples):
+        assert teacher_feats == {}
+        maps = student_feats['neck']
+        return {'loss_self': maps[0].square().mean(), 'self_mean': maps[0][0]
+                .detach().mean()}
+
+
+class ToyCoder(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.code = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return self.code(x)
+
+
+@ERA_MODELS.register_module(name='_CoderDistiller', force=True)
+class CoderDistiller(BaseDistiller):
+    """Pre-trains a coder of the teacher's features, then goes on with it."""
+
+    def __init__(self, pretrain_iters=0, **kwargs):
+        super().__init__(**kwargs)
+        self.pretrain_iters = pretrain_iters
+
+    def prepare(self, *, student, teacher, student_feats, teacher_feats):
+        self.channels = teacher_feats['neck'][0].shape[1]
+        self.align = nn.Conv2d(
+            student_feats['neck'][0].shape[1], self.channels, 1
+        )
+
+    def build_inner(self):
+        coder = ToyCoder(self.channels)
+        return coder, torch.optim.Adam(coder.parameters(), lr=0.01)
+
+    def inner_loss(self, *, student_feats, teacher_feats, data_samples):
+        assert not student_feats['neck'][0].requires_grad
+        feat = teacher_feats['neck'][0]
+        return (self.inner(feat) - feat).square().mean()
+
+    def loss(self, *, student_feats, teacher_feats, data_samples):
+        with torch.no_grad():
+            code = self.inner(teacher_feats['neck'][0])
+        aligned = self.align(student_feats['neck'][0])
+        return {'loss_coder': (aligned - code).square().mean()}
+
+
+def coder_config(teacher_file, **kwargs):
+    return distillation_config(
+        dict(type='era_mm._CoderDistiller', **kwargs), checkpoint=teacher_file
+    )
+
+
+def test_no_teacher__is_needed_nor_allowed_to_be_missing_else():
+    config = distillation_config(dict(type='era_mm._SelfDistiller'))
+    del config['teacher']
+    model = MODELS.build(config)
+    data = model.data_preprocessor(detection_batch(), True)
+    losses = model(**data, mode='loss')
+    total, log_vars = model.parse_losses(losses)
+    # Logged, and not summed into the loss.
+    assert 'self_mean' in log_vars
+    terms = sum(v.item() for k, v in log_vars.items() if k[:5] == 'loss_')
+    assert total.item() == pytest.approx(terms, rel=1e-6)
+
+    config = distillation_config(dict(type='era_mm.ERADistiller'))
+    del config['teacher']
+    with pytest.raises(ValueError, match=r"named 'teacher'.*has none"):
+        MODELS.build(config)
+
+
+def test_inner__is_outside_the_runs_optimiser_and_steps_by_itself(
+    teacher_file,
+):
+    model = MODELS.build(coder_config(teacher_file))
+    inner = model.distillers['distiller'].inner
+    assert not {id(p) for p in inner.parameters()} & {
+        id(p) for p in model.parameters()
+    }
+    before = copy.deepcopy(inner.state_dict())
+    student = copy.deepcopy(model.student.state_dict())
+    data = model.data_preprocessor(detection_batch(), True)
+    model(**data, mode='loss')
+    assert not torch.equal(before['code.weight'], inner.code.weight)
+    assert all(p.grad is None for p in model.parameters())
+    for name, parameter in model.student.named_parameters():
+        assert torch.equal(student[name], parameter)
+    model.double()
+    assert inner.code.weight.dtype == torch.float64
+
+
+def test_inner__state_and_optimiser_ride_in_the_file(teacher_file):
+    model = MODELS.build(coder_config(teacher_file))
+    data = model.data_preprocessor(detection_batch(), True)
+    for _ in range(3):
+        model.parse_losses(model(**data, mode='loss'))[0].backward()
+    state = model.state_dict()
+    assert list(state) == list(model.student.state_dict())
+    entry = extras_of(state)['distiller']
+    assert set(entry) == {'type', 'state_dict', 'inner', 'inner_optimizer'}
+
+    other = MODELS.build(coder_config(teacher_file))
+    other.load_state_dict(state)
+    mine, theirs = (
+        m.distillers['distiller'].inner_optimizer.state_dict()
+        for m in (model, other)
+    )
+    assert mine['state'][0]['step'] == theirs['state'][0]['step'] == 3
+    assert torch.equal(
+        model.distillers['distiller'].inner.code.weight,
+        other.distillers['distiller'].inner.code.weight,
+    )
+
+
+def test_pretraining__student_stays_and_coder_learns(
+    make_runner, teacher_file, tmp_path
+):
+    # 8 iterations in all, the first 5 pre-train.
+    seen = []
+
+    runner = make_runner(coder_config(teacher_file, pretrain_iters=5))
+    step = type(runner.model).train_step
+
+    def spy(model, data, optim_wrapper):
+        before = copy.deepcopy(model.student.state_dict())
+        logged = step(model, data, optim_wrapper)
+        same = all(
+            torch.equal(before[k], v)
+            for k, v in model.student.state_dict().items()
+        )
+        seen.append((model.step, same, sorted(logged)))
+        return logged
+
+    runner.model.train_step = spy.__get__(runner.model)
+    runner.train()
+    assert [step for step, _, _ in seen] == list(range(8))
+    assert [same for _, same, _ in seen] == [True] * 5 + [False] * 3
+    assert seen[0][2] == ['distiller.pretrain', 'loss']
+    assert 'loss_coder' in seen[5][2]
+
+
+def test_pretraining__resumes_inside_the_phase(
+    make_runner, teacher_file, tmp_path
+):
+    # The epoch file at iteration 4 lies inside a phase of 6 iterations.
+    config = coder_config(teacher_file, pretrain_iters=6)
+    make_runner(copy.deepcopy(config), work_dir=tmp_path / 'a').train()
+    runner = make_runner(
+        copy.deepcopy(config),
+        work_dir=tmp_path / 'b',
+        resume=True,
+        load_from=str(tmp_path / 'a' / 'epoch_1.pth'),
+    )
+    phases = []
+    step = type(runner.model).train_step
+
+    def spy(model, data, optim_wrapper):
+        phases.append((model.step, model.pretraining))
+        return step(model, data, optim_wrapper)
+
+    runner.model.train_step = spy.__get__(runner.model)
+    runner.train()
+    assert phases == [(4, True), (5, True), (6, False), (7, False)]
+    optimizer = runner.model.distillers['distiller'].inner_optimizer
+    # Four steps from the file and four of its own.
+    assert optimizer.state_dict()['state'][0]['step'] == 8
+
+
+def test_pretraining__without_our_wrapper_stops_with_the_remedy(teacher_file):
+    model = MODELS.build(coder_config(teacher_file, pretrain_iters=1))
+    data = model.data_preprocessor(detection_batch(), True)
+    with pytest.raises(RuntimeError, match=DistillationDataParallel.__name__):
+        model(**data, mode='loss')
+
+
+def test_schedule__scales_a_term_by_the_global_step(teacher_file):
+    config = coder_config(
+        teacher_file, schedules=dict(loss_coder=dict(start=2, ramp=4))
+    )
+    model = MODELS.build(config)
+    distiller = model.distillers['distiller']
+    distiller.inner_step = lambda **kwargs: None
+    model.eval()
+    data = model.data_preprocessor(detection_batch(), True)
+    values = []
+    for step in range(7):
+        MessageHub.get_current_instance().update_info('iter', step)
+        values.append(model(**data, mode='loss')['loss_coder'].item())
+    full = values[-1]
+    assert full > 0
+    # 0 before step 2, then 1/4, 2/4, 3/4, 4/4.
+    assert [round(v / full, 4) for v in values] == [
+        0,
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+        1,
+    ]
+
+
+def test_schedule__of_an_unknown_term_is_refused(teacher_file):
+    config = coder_config(teacher_file, schedules=dict(loss_code=dict()))
+    model = MODELS.build(config)
+    data = model.data_preprocessor(detection_batch(), True)
+    with pytest.raises(ValueError, match=r"'loss_code'.*loss_coder"):
+        model(**data, mode='loss')
+
+
+def test_two_teachers__at_half_weight_are_one(teacher_file):
+    def era(teacher, factor):
+        return dict(
+            type='era_mm.ERADistiller',
+            teacher=teacher,
+            loss=dict(
+                align_weight=5 * factor,
+                residual_weight=factor,
+                twi_weight=factor,
+            ),
+        )
+
+    entry = dict(
+        config=detector_config(width=16, channels=24), checkpoint=teacher_file
+    )
+    config = dict(type='era_mm.Distillation', student=detector_config())
+    one = MODELS.build(
+        {**config, 'teacher': entry, 'distiller': era('teacher', 1.0)}
+    )
+    two = MODELS.build(
+        {
+            **config,
+            'teacher': {'a': entry, 'b': entry},
+            'distiller': {'first': era('a', 0.5), 'second': era('b', 0.5)},
+        }
+    )
+    two.student.load_state_dict(one.student.state_dict())
+    for distiller in two.distillers.values():
+        distiller.load_state_dict(one.distillers['distiller'].state_dict())
+    data = one.data_preprocessor(detection_batch(), True)
+    found = {}
+    for key, value in two(**data, mode='loss').items():
+        name = key.rpartition('.')[2]
+        if 'loss_era' in name:
+            found[name] = found.get(name, 0) + value
+    expected = one(**data, mode='loss')
+    assert len(found) == 4
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_loss_name__that_the_student_has_is_refused(teacher_file):
+    config = coder_config(teacher_file)
+    model = MODELS.build(config)
+    model.distillers['distiller'].loss = lambda **kwargs: {
+        'loss_cls': torch.zeros(())
+    }
+    data = model.data_preprocessor(detection_batch(), True)
+    with pytest.raises(ValueError, match='loss_<method>_<term>'):
+        model(**data, mode='loss')
