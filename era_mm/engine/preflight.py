@@ -132,7 +132,14 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             f'exist (looked from {Path.cwd()}):\n'
             + '\n'.join(missing)
             + '\nWhat to do: '
-            + (_COCO_HELP = """get COCO 2017 with
+            + (_COCO_HELP.format(script=_download_script()) if is_coco else '')
+            + 'set the place of data you have with --cfg-options, e.g. '
+            'train_dataloader.dataset.data_root=/path/to/data '
+            "(val and test likewise, and the evaluators' ann_file)."
+        )
+
+
+_COCO_HELP = """get COCO 2017 with
   python {script} --dataset-name coco2017 --save-dir data/coco --unzip
 so that data/coco has annotations/, train2017/ and val2017/; or link a copy
 you have to data/coco; or """
