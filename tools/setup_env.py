@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -145,7 +146,7 @@ class Setup:
 
     def do_steps(self) -> None:
         if self.running.exists():
-            step = self.running.read_text()
+            step = self.running.read_text().strip()
             print(
                 f'the last set-up was cut off in step "{step}": starting anew'
             )
@@ -289,7 +290,7 @@ class Setup:
         if installed.exists() and installed.read_text() == key:
             return
         folder = self.cache_folder() / 'wheels' / key
-        wheels = sorted(folder.glob('*.whl'))
+        wheels = [path for path in folder.glob('*.whl') if has_ops(path)]
         if not wheels:
             wheels = [self.build_mmcv(requirement, folder)]
         self.step(
@@ -519,10 +520,12 @@ def find_gpu_toolkit() -> str | None:
 
 
 def has_ops(wheel: Path) -> bool:
-    import zipfile
-
-    with zipfile.ZipFile(wheel) as archive:
-        return any('mmcv/_ext' in name for name in archive.namelist())
+    """Whether a wheel of mmcv is whole and carries its operators."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return any('mmcv/_ext' in name for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def read_requirement(path: Path) -> str:
