@@ -368,6 +368,8 @@ class Distillation(BaseModel):
             modes[self.inference_mode] = None
         if not modes:
             return self.student(inputs, data_samples, mode='predict')
+        # The modes may use the teacher; the student alone does not.
+        self.load_teachers()
         blank = [sample.new() for sample in data_samples or []]
         with self._student_recorder as recorder:
             if self.inference_mode is None:

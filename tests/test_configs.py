@@ -1,0 +1,175 @@
+"""Every config parses, knows its keys, and the flagship really builds."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import HOOKS, MODELS, init_default_scope
+from mmengine.runner import Runner
+
+from era_mm.core import extras_of
+from era_mm.testing import save_teacher, write_coco
+from era_mm.testing.toy import CLASSES
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / 'configs').rglob('*.py'))
+CONFIGS = [file for file in FILES if '_base_' not in file.parts]
+DISTILLED = [file for file in CONFIGS if not file.name.startswith('plain_')]
+
+
+def by_name(file):
+    return file.stem
+
+
+def test_names__are_unique_identifiers():
+    # mim searches a config by its base name through the whole package.
+    stems = [file.stem for file in FILES]
+    assert len(set(stems)) == len(stems)
+    assert all(stem.isidentifier() for stem in stems)
+
+
+def unknown_keys(cfg, registry):
+    """Keys that the constructor of a config's type does not have."""
+    found = []
+    if isinstance(cfg, (list, tuple)):
+        for item in cfg:
+            found += unknown_keys(item, registry)
+    elif isinstance(cfg, dict):
+        kind = cfg.get('type')
+        if isinstance(kind, str) and kind.startswith('era_mm.'):
+            cls = registry.get(kind)
+            assert cls is not None, kind
+            known = set(inspect.signature(cls).parameters)
+            found += [
+                f'{kind}: {key}'
+                for key in cfg
+                if key not in known | {'type', '_scope_'}
+            ]
+        for item in cfg.values():
+            found += unknown_keys(item, registry)
+    return found
+
+
+@pytest.mark.parametrize('file', CONFIGS, ids=by_name)
+def test_config__has_no_unknown_key_and_says_how_to_launch(file):
+    cfg = Config.fromfile(file)
+    init_default_scope(cfg.default_scope)
+    assert not unknown_keys(cfg.model, MODELS)
+    assert not unknown_keys(cfg.get('custom_hooks', []), HOOKS)
+    head = file.read_text().partition('_base_')[0]
+    assert file.stem in head
+    assert re.search(r'mim train era_mm|python tools/train.py', head)
+
+
+@pytest.mark.parametrize('file', DISTILLED, ids=by_name)
+def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
+    cfg = Config.fromfile(file)
+    named = re.search(r'Plain twin: (\w+)\.py', file.read_text())
+    assert named, 'the first comment must name the plain twin'
+    twin = Config.fromfile(file.with_name(f'{named[1]}.py'))
+    assert twin.model == cfg.model.student
+    own = ('model', 'custom_hooks', 'custom_imports')
+    for key in set(cfg) | set(twin):
+        if key not in own:
+            assert cfg.get(key) == twin.get(key), key
+
+
+def test_flagship__is_what_its_docs_say():
+    cfg = Config.fromfile(ROOT / 'configs/era_retinanet_r101_r50.py')
+    assert cfg.model.student.type == 'RetinaNet'
+    assert cfg.model.student.backbone.depth == 50
+    assert 'retinanet_r101_fpn_2x_coco' in cfg.model.teacher.config
+    assert cfg.model.teacher.checkpoint.startswith('https://')
+    assert cfg.train_cfg.max_epochs == 24
+    assert cfg.optim_wrapper.optimizer.lr == 0.01
+    assert cfg.optim_wrapper.clip_grad.max_norm == 35
+    assert cfg.train_dataloader.dataset.data_root == 'data/coco/'
+    assert len((ROOT / 'configs/era_retinanet_r101_r50.py').read_text()
+               .splitlines()) <= 30
+
+
+@pytest.mark.slow
+def test_flagship__builds_steps_and_saves_on_tiny_images(tmp_path):
+    """All of it but the data and the weights: R101 teaches R50."""
+    cfg = Config.fromfile(ROOT / 'configs/era_retinanet_r101_r50.py')
+    teacher = Config.fromfile(
+        ROOT.joinpath('configs/plain_retinanet_r50.py')
+    ).model
+    teacher.backbone.depth = 101
+    teacher.backbone.init_cfg = None
+    cfg.model.teacher.checkpoint = save_teacher(
+        teacher.to_dict(), tmp_path / 'r101.pth'
+    )
+    cfg.model.student.backbone.init_cfg = None
+    root = write_coco(tmp_path / 'coco', num_images=2)
+    for name in ('train', 'val', 'test'):
+        loader = cfg[f'{name}_dataloader']
+        loader.num_workers = 0
+        loader.persistent_workers = False
+        loader.dataset |= dict(
+            data_root=root,
+            ann_file='annotations.json',
+            data_prefix=dict(img='images/'),
+            metainfo=dict(classes=CLASSES),
+        )
+        resize = [
+            t for t in loader.dataset.pipeline if t['type'] == 'Resize'
+        ]
+        resize[0].scale = (128, 96)
+    cfg.test_evaluator.ann_file = f'{root}/annotations.json'
+    # An 80-class prediction has no place in a 3-class annotation file.
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.default_hooks.checkpoint.save_best = None
+    cfg.train_cfg.max_epochs = 1
+    cfg.work_dir = str(tmp_path / 'run')
+    cfg.visualizer.vis_backends = []
+    Runner.from_cfg(cfg).train()
+
+    state = torch.load(tmp_path / 'run/epoch_1.pth', weights_only=False)
+    plain = MODELS.build(cfg.model.student)
+    plain.load_state_dict(state['state_dict'], strict=True)
+    assert extras_of(state['state_dict'])['distiller']['type'] == (
+        'ERADistiller'
+    )
+
+
+# -- the layout's rules ---------------------------------------------------
+
+
+def imports_of(file):
+    """Packages of era_mm that a module imports, as dotted parts."""
+    package = ['era_mm', *file.relative_to(ROOT / 'era_mm').parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            base = base if node.level else []
+            yield [*base, *(node.module or '').split('.')]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split('.')
+
+
+@pytest.mark.parametrize(
+    ('folder', 'allowed'),
+    [
+        ('layers', {'registry', 'layers'}),
+        ('core', {'registry', 'core', 'layers'}),
+    ],
+)
+def test_imports__point_one_way(folder, allowed):
+    for file in (ROOT / 'era_mm' / folder).rglob('*.py'):
+        for parts in imports_of(file):
+            if parts[0] == 'era_mm' and len(parts) > 1:
+                assert parts[1] in allowed, f'{file.name}: {parts}'
+
+
+def test_imports__methods_do_not_know_each_other():
+    for file in (ROOT / 'era_mm/methods').rglob('*.py'):
+        method = file.relative_to(ROOT / 'era_mm/methods').parts[0]
+        for parts in imports_of(file):
+            if parts[:2] == ['era_mm', 'methods'] and len(parts) > 2:
+                assert parts[2] == method.removesuffix('.py'), file

@@ -1,0 +1,145 @@
+"""TWIHook in real runs: modes evaluated in one pass, weights guarded."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+
+from era_mm.testing import distillation_config
+
+ERA = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=2))
+HOOK = dict(type='era_mm.TWIHook', modes=['S', 'E0', 'E1', 'T', 'ST'])
+
+
+class Metrics(Hook):
+    """Keeps what validation or test reported."""
+
+    priority = 'LOWEST'
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.found = dict(metrics)
+
+    after_test_epoch = after_val_epoch
+
+
+@pytest.fixture
+def trained(make_runner, teacher_file, tmp_path):
+    runner = make_runner(
+        distillation_config(ERA, checkpoint=teacher_file),
+        work_dir=tmp_path / 'train',
+        custom_hooks=[HOOK],
+        train_cfg=dict(by_epoch=True, max_epochs=6, val_interval=6),
+        optim_wrapper=dict(
+            type='OptimWrapper',
+            optimizer=dict(type='AdamW', lr=0.003),
+            clip_grad=dict(max_norm=5.0),
+        ),
+    )
+    metrics = Metrics()
+    runner.register_hook(metrics)
+    calls = []
+    runner.model.student.backbone.register_forward_hook(
+        lambda module, args, output: calls.append(module.training)
+    )
+    runner.train()
+    return metrics.found, calls, tmp_path / 'train' / 'epoch_6.pth'
+
+
+def evaluate(make_runner, model, work_dir, file, hooks=()):
+    runner = make_runner(
+        model,
+        work_dir=work_dir,
+        load_from=str(file),
+        custom_hooks=list(hooks),
+    )
+    metrics = Metrics()
+    runner.register_hook(metrics)
+    runner.test()
+    return metrics.found
+
+
+def test_modes__one_pass_gives_what_separate_runs_give(
+    trained, make_runner, teacher_file, tmp_path
+):
+    found, calls, file = trained
+    prefixes = {key.rpartition('coco/')[0] for key in found}
+    assert prefixes == {'', 'E0/', 'E1/', 'T/', 'ST/'}
+    # Features once per validation batch, whatever the number of modes.
+    assert calls.count(False) == 4
+    values = {
+        prefix: found[f'{prefix}coco/bbox_mAP_50'] for prefix in prefixes
+    }
+    assert len(set(values.values())) > 1, values
+
+    # The file alone gives the same again: extras come with it.
+    model = distillation_config(ERA, checkpoint=teacher_file)
+    again = evaluate(
+        make_runner, copy.deepcopy(model), tmp_path / 'again', file, [HOOK]
+    )
+    assert again == found
+    # As does each mode as the model's own prediction, without the hook.
+    for mode in ('E0', 'E1', 'T', 'ST'):
+        alone = evaluate(
+            make_runner,
+            {**copy.deepcopy(model), 'inference_mode': mode},
+            tmp_path / mode,
+            file,
+        )
+        expected = {
+            key.removeprefix(f'{mode}/'): value
+            for key, value in found.items()
+            if key.startswith(f'{mode}/')
+        }
+        assert alone == expected, mode
+    # S is the plain student, by stock mmdet.
+    plain = evaluate(
+        make_runner, model['student'], tmp_path / 'S', file
+    )
+    assert plain == {k: v for k, v in found.items() if k.count('/') == 1}
+
+
+def test_modes__unknown_one_stops_before_training(make_runner, teacher_file):
+    runner = make_runner(
+        distillation_config(ERA, checkpoint=teacher_file),
+        custom_hooks=[dict(type='era_mm.TWIHook', modes=['E7'])],
+    )
+    with pytest.raises(ValueError, match=r"'E7' is not offered.*'E1'"):
+        runner.train()
+    assert runner.iter == 0
+
+
+def test_weights__written_to_during_training_are_noticed(
+    make_runner, teacher_file
+):
+    class Vandal(Hook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            head = runner.model.teachers['teacher'].model.bbox_head
+            with torch.no_grad():
+                head.retina_cls.bias[0] += 1e-6
+
+    runner = make_runner(
+        distillation_config(ERA, checkpoint=teacher_file),
+        custom_hooks=[dict(type='era_mm.TWIHook', modes=['S'])],
+    )
+    runner.register_hook(Vandal())
+    with pytest.raises(RuntimeError, match='after training are not those of'):
+        runner.train()
+
+
+def test_hook__on_a_plain_model_is_refused(make_runner):
+    from era_mm.testing import detector_config
+
+    runner = make_runner(detector_config(), custom_hooks=[HOOK])
+    with pytest.raises(TypeError, match='era_mm.Distillation'):
+        runner.train()
+
+
+def test_testing__needs_no_teacher_weights(
+    trained, make_runner, teacher_file, tmp_path
+):
+    # S mode of a distilled file must not fetch the teacher.
+    found, _, file = trained
+    model = distillation_config(ERA, checkpoint='https://nowhere/t.pth')
+    alone = evaluate(make_runner, model, tmp_path / 'no_teacher', file)
+    assert alone == {k: v for k, v in found.items() if k.count('/') == 1}
