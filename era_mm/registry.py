@@ -44,7 +44,7 @@ def explain_unknown_keys(cls: type) -> type:
             )
         init(self, *args, **kwargs)
 
-    cls.__init__ = checked_init
+    cls.__init__ = checked_init  # type: ignore[misc]
     return cls
 
 

@@ -184,7 +184,8 @@ class BaseDistiller(BaseModule):
         Gradients are taken by ``autograd.grad`` for the inner parameters
         alone, so neither the student's gradients nor DDP's hooks notice.
         """
-        assert self.inner is not None and self._inner_optimizer is not None
+        assert self.inner is not None
+        assert self._inner_optimizer is not None
         parameters = [p for p in self.inner.parameters() if p.requires_grad]
         with torch.enable_grad():
             loss = self.inner_loss(
@@ -236,9 +237,7 @@ class BaseDistiller(BaseModule):
 
     # -- schedules ---------------------------------------------------------
 
-    def scheduled(
-        self, losses: dict[str, Any], step: int
-    ) -> dict[str, Any]:
+    def scheduled(self, losses: dict[str, Any], step: int) -> dict[str, Any]:
         """Apply the schedules to the terms of one step.
 
         Raises:

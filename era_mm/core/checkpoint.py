@@ -98,7 +98,7 @@ def read_checkpoint(filename: str) -> OrderedDict:
         for key, value in state_dict.items()
     )
     if hasattr(state_dict, '_metadata'):
-        plain._metadata = state_dict._metadata
+        setattr(plain, '_metadata', state_dict._metadata)  # noqa: B010
     return plain
 
 
@@ -161,4 +161,3 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         value = tensors[key].detach().cpu().contiguous()
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-

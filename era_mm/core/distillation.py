@@ -48,8 +48,7 @@ def _tidy_keys(model: 'Distillation', incompatible: Any) -> None:
         if not key.endswith(own)
     ]
     unexpected = [
-        key.replace('student.', '', 1)
-        for key in incompatible.unexpected_keys
+        key.replace('student.', '', 1) for key in incompatible.unexpected_keys
     ]
     incompatible.missing_keys[:] = missing
     incompatible.unexpected_keys[:] = unexpected
@@ -108,9 +107,7 @@ class Distillation(BaseModel):
         with preserve_rng():
             teachers = {
                 name: Teacher(**cfg, name=name)
-                for name, cfg in _named(
-                    teacher, 'teacher', 'config'
-                ).items()
+                for name, cfg in _named(teacher, 'teacher', 'config').items()
             }
             preprocessor = DistillationDataPreprocessor(
                 student_model.data_preprocessor, teachers
@@ -204,14 +201,13 @@ class Distillation(BaseModel):
             )
             teacher_feats[name] = teacher.extract(inputs)
         for distiller in distillers.values():
-            teacher = (
-                self.teachers[distiller.teacher]
-                if distiller.needs_teacher
-                else None
-            )
             distiller.prepare(
                 student=self.student,
-                teacher=teacher.model if teacher else None,
+                teacher=(
+                    self.teachers[distiller.teacher].model
+                    if distiller.needs_teacher
+                    else None
+                ),
                 student_feats={
                     source: student_feats[source]
                     for source in distiller.student_sources
@@ -259,7 +255,7 @@ class Distillation(BaseModel):
                 the student; the preprocessor makes them.
         """
         if mode == 'loss':
-            return self.loss(inputs, data_samples, teacher_inputs)
+            return self.loss(inputs, data_samples or [], teacher_inputs)
         if mode == 'predict':
             return self.predict(inputs, data_samples)
         return self.student(inputs, data_samples, mode=mode)
@@ -442,7 +438,7 @@ class Distillation(BaseModel):
         return {'loss': sum(log_vars.values()), **log_vars}
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """mmengine's step, or one of the pre-training phase."""
+        """Mmengine's step, or one of the pre-training phase."""
         if self.pretraining:
             return self.pretrain_step(data)
         return super().train_step(data, optim_wrapper)
@@ -503,9 +499,7 @@ class Distillation(BaseModel):
 
     def _inner_modules(self) -> list[nn.Module]:
         distillers = self._modules.get('distillers') or {}
-        return [
-            d.inner for d in distillers.values() if d.inner is not None
-        ]
+        return [d.inner for d in distillers.values() if d.inner is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'Distillation':
         super()._apply(fn, recurse)

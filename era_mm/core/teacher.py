@@ -18,7 +18,9 @@ from .recorder import Recorder
 from .utils import preserve_rng
 
 
-def resolve_model_config(config: str | Mapping) -> tuple[ConfigDict, str | None]:
+def resolve_model_config(
+    config: str | Mapping,
+) -> tuple[ConfigDict, str | None]:
     """Find the model config that a short reference means.
 
     Args:

@@ -92,7 +92,7 @@ def detector_config(
         head: 'RetinaHead', 'FCOSHead', 'ATSSHead' or 'GFLHead'.
         kwargs: Entries of the detector's config to add or replace.
     """
-    train_cfg = dict(allowed_border=-1, pos_weight=-1, debug=False)
+    train_cfg: dict = dict(allowed_border=-1, pos_weight=-1, debug=False)
     if head in _ASSIGNERS:
         train_cfg['assigner'] = _ASSIGNERS[head]
     return dict(
@@ -219,9 +219,7 @@ def detection_batch(
     inputs, samples = [], []
     for index in range(num):
         inputs.append(
-            torch.randint(
-                0, 256, (3, size, size), generator=generator
-            ).byte()
+            torch.randint(0, 256, (3, size, size), generator=generator).byte()
         )
         boxes = index % 3 + 1
         corners = torch.rand(boxes, 2, generator=generator) * size / 2
@@ -268,9 +266,7 @@ def write_coco(folder: str | Path, num_images: int = 8, seed: int = 0) -> str:
         name = f'{index:04d}.png'
         Image.fromarray(pixels).save(folder / 'images' / name)
         images.append(
-            dict(
-                id=index, file_name=name, width=IMAGE_SIZE, height=IMAGE_SIZE
-            )
+            dict(id=index, file_name=name, width=IMAGE_SIZE, height=IMAGE_SIZE)
         )
         annotations.append(
             dict(

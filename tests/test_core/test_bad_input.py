@@ -29,9 +29,7 @@ def test_source__unknown_shows_the_nearest_names():
         MODELS.build(
             distillation_config(
                 ERA
-                | dict(
-                    source=dict(student='neck', teacher='neck.fpn_conv.0')
-                )
+                | dict(source=dict(student='neck', teacher='neck.fpn_conv.0'))
             )
         )
     assert 'of the teacher' in message_of(error)
@@ -179,9 +177,7 @@ def test_recorder__listens_only_inside_its_block():
 
 def test_recorder__module_called_per_level_gives_all_its_outputs():
     shared = torch.nn.Identity()
-    recorder = Recorder(
-        torch.nn.Sequential(shared), ['0'], owner='student'
-    )
+    recorder = Recorder(torch.nn.Sequential(shared), ['0'], owner='student')
     with recorder:
         for value in (1.0, 2.0, 3.0):
             shared(torch.tensor(value))

@@ -112,7 +112,7 @@ def test_nonzero_weights__change_the_student(
 def test_files__every_one_is_a_plain_student(
     make_runner, teacher_file, tmp_path, coco, update_buffers, caplog
 ):
-    runner, _ = train(
+    train(
         make_runner,
         distillation_config(ERA, checkpoint=teacher_file),
         custom_hooks=[
@@ -141,9 +141,7 @@ def test_files__every_one_is_a_plain_student(
     assert any(name.startswith('iter_') for name in names)
     assert any(name.startswith('best_') for name in names)
 
-    config = Config(
-        run_config(detector_config(), coco, tmp_path / 'stock')
-    )
+    config = Config(run_config(detector_config(), coco, tmp_path / 'stock'))
     reference = MODELS.build(detector_config())
     for file in files:
         state = torch.load(file, weights_only=False)['state_dict']
@@ -206,7 +204,7 @@ def test_resume__continues_as_if_never_stopped(
 ):
     model = distillation_config(ERA, checkpoint=teacher_file)
     kwargs = dict(custom_hooks=[dict(type='EMAHook', momentum=0.1)])
-    whole, whole_losses = train(
+    whole, _ = train(
         make_runner, copy.deepcopy(model), work_dir=tmp_path / 'a', **kwargs
     )
     # Resumed from the first epoch's file, into fresh random extras.
@@ -311,9 +309,7 @@ def test_teacher__is_shared_by_deepcopy(teacher_file):
     assert clone.teachers['teacher'] is model.teachers['teacher']
     assert clone.student is not model.student
     # The copy records its own modules, not the original's.
-    assert (
-        clone._student_recorder.modules['neck'] is clone.student.neck
-    )
+    assert clone._student_recorder.modules['neck'] is clone.student.neck
 
 
 def test_teacher__is_bit_identical_after_training(make_runner, teacher_file):
@@ -347,9 +343,9 @@ def test_teacher__sees_what_its_own_preprocessor_gives(teacher_file):
     )
     batch = detection_batch(size=60)
     teacher = model.teachers['teacher']
-    expected = teacher.model.data_preprocessor(
-        copy.deepcopy(batch), False
-    )['inputs']
+    expected = teacher.model.data_preprocessor(copy.deepcopy(batch), False)[
+        'inputs'
+    ]
     plain = model.student.data_preprocessor(copy.deepcopy(batch), True)
 
     seen = []
@@ -460,7 +456,10 @@ def test_recorded__tensors_are_gone_after_the_step(teacher_file):
                 weakref.ref(feat) for feat in output
             )
         )
-        for module in (model.student.neck, model.teachers['teacher'].model.neck)
+        for module in (
+            model.student.neck,
+            model.teachers['teacher'].model.neck,
+        )
     ]
     step(model, torch.optim.SGD(model.parameters(), lr=0.0))
     gc.collect()

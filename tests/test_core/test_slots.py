@@ -27,8 +27,10 @@ class SelfDistiller(BaseDistiller):
     def loss(self, *, student_feats, teacher_feats, data_samples):
         assert teacher_feats == {}
         maps = student_feats['neck']
-        return {'loss_self': maps[0].square().mean(), 'self_mean': maps[0][0]
-                .detach().mean()}
+        return {
+            'loss_self': maps[0].square().mean(),
+            'self_mean': maps[0][0].detach().mean(),
+        }
 
 
 class ToyCoder(nn.Module):

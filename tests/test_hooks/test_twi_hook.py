@@ -93,9 +93,7 @@ def test_modes__one_pass_gives_what_separate_runs_give(
         }
         assert alone == expected, mode
     # S is the plain student, by stock mmdet.
-    plain = evaluate(
-        make_runner, model['student'], tmp_path / 'S', file
-    )
+    plain = evaluate(make_runner, model['student'], tmp_path / 'S', file)
     assert plain == {k: v for k, v in found.items() if k.count('/') == 1}
 
 
@@ -131,7 +129,7 @@ def test_hook__on_a_plain_model_is_refused(make_runner):
     from era_mm.testing import detector_config
 
     runner = make_runner(detector_config(), custom_hooks=[HOOK])
-    with pytest.raises(TypeError, match='era_mm.Distillation'):
+    with pytest.raises(TypeError, match='Distillation'):
         runner.train()
 
 

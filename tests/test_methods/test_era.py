@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from mmengine.registry import MODELS
+from torch.nn.functional import conv2d
 
 from era_mm.core import Distillation
 from era_mm.methods.era import (
@@ -54,9 +54,7 @@ def test_decomposition__branch_error_is_estimate_error(shape):
     estimates = estimates_of(aligned=aligned, residuals=residuals)
     targets = residual_targets(estimates=estimates, teacher_feat=teacher)
     for d, r, e in zip(residuals, targets, estimates[1:], strict=True):
-        torch.testing.assert_close(
-            d - r, e - teacher, rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(d - r, e - teacher, rtol=1e-12, atol=1e-12)
     # Independent recursion: r_1 = f_t - u, r_i = r_(i-1) - d_(i-1).
     remainder = teacher - aligned
     for d, r in zip(residuals, targets, strict=True):
@@ -203,13 +201,9 @@ def test_mbrnet__parameter_counts_of_the_released_structure(
 def test_mbrnet__conv_counts_and_norms_per_level(share):
     # era.md 3.3: n=4, m=2, 256 channels: 4.72 M shared, 23.6 M for 5 levels.
     net = MBRNet(256, 256, num_levels=5, share_levels=share)
-    convs = sum(
-        p.numel() for n, p in net.named_parameters() if 'layers.' in n
-    )
+    convs = sum(p.numel() for n, p in net.named_parameters() if 'layers.' in n)
     assert round(convs / 1e4) == (472 if share else 2359)
-    norms = [
-        m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)
-    ]
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 5 * 4 * 2
     assert all(norm.momentum == 0.01 for norm in norms)
 
@@ -239,13 +233,13 @@ def test_mbrnet__branch_against_a_plain_chain():
     # [conv 3x3 - BN - ReLU] - conv 3x3 - BN - conv 1x1, written out.
     y = x
     for index in range(2):
-        y = F.conv2d(y, branch.layers[index].weight, padding=1)
+        y = conv2d(y, branch.layers[index].weight, padding=1)
         mean = y.mean((0, 2, 3), keepdim=True)
         var = y.var((0, 2, 3), unbiased=False, keepdim=True)
         y = (y - mean) / (var + 1e-5).sqrt()
         if index == 0:
             y = y.clamp(min=0)
-    y = F.conv2d(y, branch.projection.weight, branch.projection.bias)
+    y = conv2d(y, branch.projection.weight, branch.projection.bias)
     torch.testing.assert_close(out, y, rtol=1e-4, atol=1e-5)
 
 
@@ -278,8 +272,9 @@ def test_mbrnet__is_an_ordinary_neck_of_a_host():
     config = detector_config()
     config['neck'] = [
         config['neck'],
-        dict(type='era_mm.MBRNet', in_channels=16, out_channels=24,
-             num_levels=2),
+        dict(
+            type='era_mm.MBRNet', in_channels=16, out_channels=24, num_levels=2
+        ),
     ]
     config['bbox_head'] |= dict(in_channels=24)
     model = MODELS.build(_config_dict(config))
@@ -333,9 +328,7 @@ def test_distiller__total_against_a_written_out_reference(teacher_file):
         targets = teacher.extract_feat(inputs)
         n, s = 4, (1, 0.5, 0.25, 0.125)
         estimate = [net.aligns[i](maps[i]) for i in range(2)]
-        align = sum(
-            ((estimate[i] - targets[i]) ** 2).mean() for i in range(2)
-        )
+        align = sum(((estimate[i] - targets[i]) ** 2).mean() for i in range(2))
         residual = 0.0
         twi = head.loss(tuple(estimate), samples)
         cls, bbox = sum(twi['loss_cls']), sum(twi['loss_bbox'])
@@ -614,9 +607,7 @@ def test_modes__e_n_of_the_teacher_itself_predicts_as_the_teacher(
     with torch.no_grad():
         samples = model(**data, mode='predict')
     for mode in model.active_modes:
-        for a, b in zip(
-            samples, model.mode_predictions[mode], strict=True
-        ):
+        for a, b in zip(samples, model.mode_predictions[mode], strict=True):
             assert len(a.pred_instances)
             torch.testing.assert_close(
                 a.pred_instances.scores, b.pred_instances.scores

@@ -6,8 +6,8 @@ estimate, r what is still missing, all ``(N, C_t, *)``.
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from ...registry import MODELS
 
@@ -51,7 +51,7 @@ def residual_targets(
 
 def _mse(prediction: Tensor, target: Tensor) -> Tensor:
     # Half precision loses the small last residuals.
-    return F.mse_loss(prediction.float(), target.float())
+    return mse_loss(prediction.float(), target.float())
 
 
 @MODELS.register_module()

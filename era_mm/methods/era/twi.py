@@ -135,7 +135,10 @@ class TWIHead(BaseModule):
         metas = [sample.metainfo for sample in samples]
         if can_blend_raw(student_head, student_outs, self.head, teacher_outs):
             outs = [
-                [(1 - alpha) * s + alpha * t for s, t in zip(*pair)]
+                [
+                    (1 - alpha) * s + alpha * t
+                    for s, t in zip(*pair, strict=True)
+                ]
                 for pair in zip(student_outs, teacher_outs, strict=True)
             ]
             results = self.head.predict_by_feat(
