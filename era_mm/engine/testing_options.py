@@ -62,6 +62,12 @@ def use_tta(cfg: Config) -> None:
     Args:
         cfg: Changed in place.
     """
+    if str(cfg.model.type).startswith('era_mm.'):
+        raise UserError(
+            f'--tta: expected a plain model, but the config trains '
+            f'{cfg.model.type}. Its checkpoints are plain students: give the '
+            "student's own config with the same checkpoint."
+        )
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         if cfg.get('default_scope') != 'mmdet':
             raise UserError(

@@ -142,3 +142,9 @@ def test_use_tta__flips_a_detector_by_default() -> None:
         'LoadImageFromFile',
         'TestTimeAug',
     ]
+
+
+def test_use_tta__sends_a_distillation_to_its_student() -> None:
+    cfg = Config(dict(model=dict(type='era_mm.Distillation')))
+    with pytest.raises(UserError, match="student's own config"):
+        use_tta(cfg)
