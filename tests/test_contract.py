@@ -1,0 +1,143 @@
+"""The core's guarantees, for every registered method.
+
+A new method is found by itself. What it must bring: a config that names it, a
+test file, and a docstring with its source.
+"""
+
+import copy
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+import era_mm.methods
+from era_mm.core import BaseDistiller, extras_of
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    distillation_config,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = [file.read_text() for file in (ROOT / 'configs').rglob('*.py')]
+
+
+def find_methods():
+    found = []
+    for module in pkgutil.iter_modules(era_mm.methods.__path__):
+        module = importlib.import_module(f'era_mm.methods.{module.name}')
+        for cls in vars(module).values():
+            if (
+                isinstance(cls, type)
+                and issubclass(cls, BaseDistiller)
+                and cls is not BaseDistiller
+            ):
+                found.append((module.__name__.rpartition('.')[2], cls))
+    return found
+
+
+METHODS = find_methods()
+each_method = pytest.mark.parametrize(
+    ('name', 'cls'), METHODS, ids=[name for name, _ in METHODS]
+)
+
+
+def build(cls, teacher_file):
+    config = distillation_config(
+        dict(type=f'era_mm.{cls.__name__}'), checkpoint=teacher_file
+    )
+    if not cls.needs_teacher:
+        del config['teacher']
+    return MODELS.build(config)
+
+
+def test_methods__are_found():
+    assert 'ERADistiller' in [cls.__name__ for _, cls in METHODS]
+
+
+@each_method
+def test_method__brings_config_test_and_source(name, cls):
+    assert any(f'era_mm.{cls.__name__}' in text for text in CONFIGS)
+    assert list((ROOT / 'tests/test_methods').glob(f'test_{name}*.py'))
+    assert 'Source:' in cls.__doc__
+    assert 'Args:' in cls.__doc__
+
+
+@each_method
+def test_method__trains_two_steps(name, cls, teacher_file):
+    model = build(cls, teacher_file)
+    model.train()
+    before = copy.deepcopy(model.student.state_dict())
+    teachers = {
+        key: copy.deepcopy(teacher.model.state_dict())
+        for key, teacher in model.teachers.items()
+        if teacher.load() is None
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    # The third forward is where a parameter without gradient is noticed.
+    for seed in range(3):
+        data = model.data_preprocessor(detection_batch(4, seed=seed), True)
+        losses = model(**data, mode='loss')
+        own = [key for key in losses if 'loss_' in key]
+        assert len(own) > len({'loss_cls', 'loss_bbox'})
+        total, log_vars = model.parse_losses(losses)
+        assert all(
+            torch.tensor(float(v)).isfinite() for v in log_vars.values()
+        )
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert any(
+        not torch.equal(before[key], value)
+        for key, value in model.student.state_dict().items()
+    )
+    for key, teacher in model.teachers.items():
+        assert not any(m.training for m in teacher.model.modules())
+        for k, value in teacher.model.state_dict().items():
+            assert torch.equal(teachers[key][k], value)
+
+
+@each_method
+def test_method__saves_a_plain_student_and_restores_its_extras(
+    name, cls, teacher_file, tmp_path
+):
+    model, other = build(cls, teacher_file), build(cls, teacher_file)
+    torch.save(model.state_dict(), tmp_path / 'file.pth')
+    state = torch.load(tmp_path / 'file.pth', weights_only=True)
+    plain = MODELS.build(distillation_config({})['student'] | {})
+    plain.load_state_dict(state, strict=True)
+    assert extras_of(state)['distiller']['type'] == cls.__name__
+
+    other.load_state_dict(state)
+    theirs = other.distillers.state_dict()
+    for key, value in model.distillers.state_dict().items():
+        assert torch.equal(value, theirs[key]), key
+
+    plain.eval()
+    model.eval()
+    batch = detection_batch()
+    data = model.data_preprocessor(copy.deepcopy(batch), False)
+    with torch.no_grad():
+        first = plain(**plain.data_preprocessor(batch, False), mode='tensor')
+        second = model(data['inputs'], mode='tensor')
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@each_method
+def test_method__runs_in_mixed_precision(name, cls, teacher_file):
+    model = build(cls, teacher_file)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        data = model.data_preprocessor(detection_batch(4), True)
+        losses = model(**data, mode='loss')
+    total, _ = model.parse_losses(losses)
+    assert total.isfinite()
+    total.backward()
+    assert model.student.backbone.conv1.weight.grad.isfinite().all()
+
+
+def test_toy_student__is_the_plain_one():
+    assert distillation_config({})['student'] == detector_config()
