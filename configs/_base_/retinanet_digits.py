@@ -1,6 +1,7 @@
-# RetinaNet for small square scenes: three pyramid levels (strides 8, 16, 32)
-# and square anchors from 12 to 68 pixels. The two configs that use it choose
-# the widths. Trained from scratch, hence batch norm in backbone and neck.
+# RetinaNet for small scenes: three pyramid levels (strides 8, 16, 32) and
+# anchors as tall and narrow as digits are, from 16 to 100 pixels. The configs
+# that use it choose the widths. Trained from scratch, hence batch norm in
+# backbone and neck.
 model = dict(
     type='RetinaNet',
     data_preprocessor=dict(
@@ -29,9 +30,9 @@ model = dict(
         stacked_convs=1,
         anchor_generator=dict(
             type='AnchorGenerator',
-            octave_base_scale=1.5,
-            scales_per_octave=2,
-            ratios=[1.0],
+            octave_base_scale=2,
+            scales_per_octave=3,
+            ratios=[1.4],
             strides=[8, 16, 32],
         ),
         bbox_coder=dict(

@@ -66,7 +66,7 @@ class SceneParams:
     num_train: int = 3000
     num_val: int = 500
     num_test: int = 1000
-    image_size: int = 96
+    image_size: int = 128
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -269,14 +269,14 @@ def compose_scene(
     digits: list[Digit] = []
     clutter_ids: list[int] = []
 
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(2, 6)):
         _add_clutter(canvas, digits, clutter_ids, material, rng)
-    wanted = rng.integers(1, 5)
-    for _ in range(20):
+    wanted = rng.integers(3, 8)
+    for _ in range(30):
         if len(digits) == wanted:
             break
         _add_digit(canvas, digits, material, rng)
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(rng.integers(0, 4)):
         _add_clutter(canvas, digits, clutter_ids, material, rng)
 
     if rng.random() < 0.3:
@@ -369,7 +369,7 @@ def _random_digit(
 ) -> tuple[int, np.ndarray]:
     """Choose a digit of the split and draw it; returns its position, ink."""
     index = int(rng.integers(len(material.digit_ids)))
-    height = size * math.exp(rng.uniform(math.log(0.2), math.log(0.55)))
+    height = size * math.exp(rng.uniform(math.log(0.14), math.log(0.4)))
     coverage = _warp_digit(
         material.splines[index],
         height,
