@@ -183,6 +183,12 @@ def _load_config(args: argparse.Namespace) -> 'Config':
     cfg = Config.fromfile(path)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
+        for option in args.cfg_options:
+            if '=' not in option:
+                raise UserError(
+                    '--cfg-options: expected KEY=VALUE without spaces, but '
+                    f'got {option!r}. Quote values that hold a space.'
+                )
         # DictAction only works inside a parser, and importing it before the
         # arguments are parsed would make -h slow.
         parser = argparse.ArgumentParser()

@@ -155,6 +155,7 @@ def make_environment(
     version = f'python{sys.version_info.major}.{sys.version_info.minor}'
     packages = folder / 'lib' / version / 'site-packages'
     (packages / 'borrowed.pth').write_text(sysconfig.get_path('purelib'))
+    assert MIM_WHEELS.is_dir(), f'{MIM_WHEELS} is missing: run make setup'
     (mim_wheel,) = MIM_WHEELS.glob(f'{mim.replace("-", "_")}-*.whl')
     run(
         sys.executable,

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,29 +68,45 @@ def _own_config_folders() -> list[Path]:
 
 
 def check_checkpoints(cfg: Config) -> None:
-    """Stop if a checkpoint the config names is a local path without a file.
+    """Stop if a checkpoint the config names is a local path to no checkpoint.
 
     Every ``checkpoint`` entry below ``model`` is looked at (teacher weights,
     ``init_cfg``), and ``load_from``, which ``--resume`` and the checkpoint
     argument of ``test`` set.
 
     Raises:
-        UserError: A file is missing; all that are missing are named.
+        UserError: A file is missing, cut off or something else; all such
+            files are named.
     """
     wanted = list(_find_entries(cfg.get('model', {}), 'checkpoint', 'model'))
     wanted.append(('load_from', cfg.get('load_from')))
-    missing = [
-        f'  {key} = {value!r}, looked for {Path(value).resolve()}'
+    problems = [
+        f'  {key} = {value!r}: {problem}'
         for key, value in wanted
-        if _is_local(value) and not os.path.isfile(value)
+        if _is_local(value) and (problem := _find_fault(Path(value)))
     ]
-    if missing:
+    if problems:
         raise UserError(
-            'expected a checkpoint file, but found none for\n'
-            + '\n'.join(missing)
+            'expected a whole checkpoint file, but found none for\n'
+            + '\n'.join(problems)
             + '\nWhat to do: correct the path (it is relative to the folder '
             'the command runs in), give a URL, or train that model first.'
         )
+
+
+def _find_fault(checkpoint: Path) -> str:
+    """Say what is wrong with a file, as far as its ends tell."""
+    if not checkpoint.is_file():
+        return f'there is no file {checkpoint.resolve()}'
+    with open(checkpoint, 'rb') as file:
+        start = file.read(2)
+    # torch writes zip archives, whose index is at the end; before version
+    # 1.6 it wrote pickles.
+    if start == b'PK' and not zipfile.is_zipfile(checkpoint):
+        return 'the file is cut off (copy or download it again)'
+    if start != b'PK' and not start.startswith(b'\x80'):
+        return 'the file is not a checkpoint'
+    return ''
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:

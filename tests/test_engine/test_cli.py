@@ -57,6 +57,12 @@ def test_train__refuses_auto_scale_lr_without_a_base(capsys) -> None:
     assert 'base_batch_size' in capsys.readouterr().err
 
 
+def test_train__refuses_an_option_without_a_value(capsys) -> None:
+    Path('toy.py').write_text(CONFIG)
+    assert cli.run_train(['toy.py', '--cfg-options', 'a.b', '3']) == 1
+    assert "got 'a.b'" in capsys.readouterr().err
+
+
 def test_train__stops_before_it_writes_anything(tmp_path: Path) -> None:
     Path('toy.py').write_text(CONFIG)
     assert cli.run_train(['toy.py', '--resume', 'no.pth']) == 1

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from era_mm.engine.preflight import check_checkpoints, check_data, find_config
@@ -117,9 +118,23 @@ def test_check_checkpoints__names_a_missing_teacher() -> None:
             )
         )
     )
-    with pytest.raises(UserError, match=r"checkpoint = 'teacher\.pth'"):
+    with pytest.raises(UserError, match=r"teacher\.pth': there is no file"):
         check_checkpoints(cfg)
-    Path('teacher.pth').touch()
+    torch.save({}, 'teacher.pth')
+    check_checkpoints(cfg)
+
+
+def test_check_checkpoints__tells_a_cut_off_file_from_another() -> None:
+    cfg = Config(dict(load_from='epoch_1.pth'))
+    file = Path('epoch_1.pth')
+    torch.save(dict(weight=torch.ones(1000)), file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match='cut off'):
+        check_checkpoints(cfg)
+    file.write_text('<html>404</html>')
+    with pytest.raises(UserError, match='not a checkpoint'):
+        check_checkpoints(cfg)
+    torch.save({}, file, _use_new_zipfile_serialization=False)
     check_checkpoints(cfg)
 
 
