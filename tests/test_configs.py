@@ -88,8 +88,14 @@ def test_flagship__is_what_its_docs_say():
     assert cfg.optim_wrapper.optimizer.lr == 0.01
     assert cfg.optim_wrapper.clip_grad.max_norm == 35
     assert cfg.train_dataloader.dataset.data_root == 'data/coco/'
-    assert len((ROOT / 'configs/era_retinanet_r101_r50.py').read_text()
-               .splitlines()) <= 30
+    assert (
+        len(
+            (ROOT / 'configs/era_retinanet_r101_r50.py')
+            .read_text()
+            .splitlines()
+        )
+        <= 30
+    )
 
 
 @pytest.mark.slow
@@ -116,9 +122,7 @@ def test_flagship__builds_steps_and_saves_on_tiny_images(tmp_path):
             data_prefix=dict(img='images/'),
             metainfo=dict(classes=CLASSES),
         )
-        resize = [
-            t for t in loader.dataset.pipeline if t['type'] == 'Resize'
-        ]
+        resize = [t for t in loader.dataset.pipeline if t['type'] == 'Resize']
         resize[0].scale = (128, 96)
     cfg.test_evaluator.ann_file = f'{root}/annotations.json'
     # An 80-class prediction has no place in a 3-class annotation file.

@@ -518,6 +518,12 @@ def test_distiller__strides_must_agree():
         (dict(mbrnet=dict(num_branchs=2)), TypeError, "'num_branches'"),
         (dict(loss=dict(align_wieght=1.0)), TypeError, "'align_weight'"),
         (dict(source=['neck', 'backbone']), ValueError, 'one source'),
+        (
+            dict(mbrnet=dict(in_channels=32)),
+            ValueError,
+            r'in_channels` is \[32, 32\].*has \[16, 16\]',
+        ),
+        (dict(mbrnet=dict(num_levels=3)), ValueError, 'num_levels` is 3'),
     ],
 )
 def test_distiller__refuses(kwargs, error, message):

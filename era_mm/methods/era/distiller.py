@@ -123,13 +123,23 @@ class ERADistiller(BaseDistiller):
                     f'and {tuple(t.shape)} in the teacher: all but the '
                     'channels must agree. Choose sources of the same stride.'
                 )
-        self.mbrnet = MBRNet(
+        found = dict(
             in_channels=[m.shape[1] for m in student_maps],
             out_channels=[m.shape[1] for m in teacher_maps],
             num_levels=len(student_maps),
             spatial_dims=student_maps[0].dim() - 2,
-            **self._mbrnet_cfg,
         )
+        for key, value in found.items():
+            given = self._mbrnet_cfg.pop(key, value)
+            if isinstance(given, int) and isinstance(value, list):
+                given = [given] * len(value)
+            if given != value:
+                raise ValueError(
+                    f'`mbrnet.{key}` is {given} in the config, but the pair '
+                    f'has {value} at {self.student_sources[0]!r}. Remove the '
+                    'key: it is found by itself.'
+                )
+        self.mbrnet = MBRNet(**found, **self._mbrnet_cfg)
         # Refuses scales that do not fit now, not in the first step.
         self.loss_terms.branch_weights(self.mbrnet.num_branches)
         self._find_head(student, teacher)
