@@ -385,7 +385,9 @@ def main() -> int:
     try:
         Demo(work, args.threads, args.quick).run()
     except StageError as error:
-        console.print(f'\ndemo: {error}', markup=False, highlight=False)
+        console.print(
+            f'\ndemo: {error}', markup=False, highlight=False, soft_wrap=True
+        )
         return 1
     except KeyboardInterrupt:
         console.print('\nStopped. Run it again to go on from here.')

@@ -88,6 +88,8 @@ def evaluate(
                     'score': score,
                 }
             )
+    if not results:
+        return 0.0
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(coco, coco.loadRes(results), 'bbox')
         evaluation.evaluate()

@@ -96,7 +96,10 @@ class Screen:
             self._spent, self._spent_there = self._totals()
         took = 'unchanged' if seconds is None else f'{seconds:.0f} s'
         self._progress.console.print(
-            f'{self._title}: done, {took}', markup=False, highlight=False
+            f'{self._title}: done, {took}',
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
 
     def update(self, share: float | None, text: str) -> None:
@@ -154,6 +157,7 @@ class Screen:
                 f'(demo: {clock(left_all)} left)',
                 markup=False,
                 highlight=False,
+                soft_wrap=True,
             )
 
 
