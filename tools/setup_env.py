@@ -186,7 +186,7 @@ class Setup:
             [
                 str(self.python),
                 '-c',
-                'import torch, torchvision, cv2, mmdet, mmpretrain, mim; '
+                'import torch, torchvision, mmdet.apis, mmpretrain.apis, mim; '
                 'from mmcv.ops import nms; '
                 'boxes = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]); '
                 'kept = nms(boxes, torch.tensor([.9, .8]), .5)[1]; '
