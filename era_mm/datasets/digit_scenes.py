@@ -44,6 +44,8 @@ _FORMAT = 1
 _SHARES = {'train': 6, 'val': 2, 'test': 2}
 #: Photographs are cut into tiles of this side; a crop never leaves its tile.
 _TILE = 106
+#: Digits are enlarged this much once, smoothly, and then drawn from there.
+_ZOOM = 6
 #: A pixel belongs to the ink where the digit covers at least this much of it.
 _INK = 0.5
 #: A digit stays annotated only while this share of its ink can be seen.
@@ -91,7 +93,7 @@ class Material:
         split: 'train', 'val' or 'test'.
         digit_ids: Indices into `load_digits`.
         labels: The class of each digit.
-        splines: Cubic spline coefficients of each digit, zero-padded.
+        glyphs: Each digit, zero-padded and smoothly enlarged.
         tiles: RGB pixels of each photo tile.
         regions: `photo file, x, y, width, height` of each tile.
     """
@@ -99,7 +101,7 @@ class Material:
     split: str
     digit_ids: np.ndarray
     labels: np.ndarray
-    splines: np.ndarray
+    glyphs: np.ndarray
     tiles: list[np.ndarray]
     regions: list[tuple[str, int, int, int, int]]
 
@@ -203,9 +205,11 @@ def split_material(seed: int) -> dict[str, Material]:
     rng = np.random.default_rng([seed, 0])
     bunch = load_digits()
     padded = np.pad(bunch.images / 16.0, ((0, 0), (2, 2), (2, 2)))
-    splines = np.stack(
+    glyphs = np.stack(
         [
-            ndimage.spline_filter(digit, order=3, mode='constant')
+            ndimage.zoom(
+                digit, _ZOOM, order=3, mode='grid-constant', grid_mode=True
+            )
             for digit in padded
         ]
     )
@@ -240,7 +244,7 @@ def split_material(seed: int) -> dict[str, Material]:
             split,
             np.array(digit_ids[split]),
             bunch.target[digit_ids[split]],
-            splines[digit_ids[split]],
+            glyphs[digit_ids[split]],
             tiles[split],
             regions[split],
         )
@@ -283,7 +287,9 @@ def compose_scene(
         canvas = ndimage.gaussian_filter(
             canvas, (rng.uniform(0.3, 0.8),) * 2 + (0,)
         )
-    canvas = canvas + rng.normal(0, rng.uniform(0, 0.025), canvas.shape)
+    canvas = canvas + rng.uniform(0, 0.025) * rng.standard_normal(
+        canvas.shape, dtype=np.float32
+    )
     image = np.rint(255 * np.clip(canvas, 0, 1)).astype(np.uint8)
     return Scene(image, digits, clutter_ids, region)
 
@@ -324,16 +330,16 @@ def _background(
 
 
 def _warp_digit(
-    spline: np.ndarray,
+    glyph: np.ndarray,
     height: float,
     angle: float,
     shear: float,
     aspect: float,
 ) -> np.ndarray:
-    """Draw a digit smoothly at another size; returns its coverage.
+    """Draw a digit at another size and angle; returns its coverage.
 
     Args:
-        spline: Spline coefficients of the padded sample.
+        glyph: The enlarged sample.
         height: Height of the eight sample rows in pixels.
         angle: Rotation in radians.
         shear: Horizontal shift per unit of height.
@@ -341,20 +347,16 @@ def _warp_digit(
     """
     cos, sin = math.cos(angle), math.sin(angle)
     rotation = np.array([[cos, -sin], [sin, cos]])
-    # Output pixel -> sample cell, rows first.
-    to_cell = np.array([[1.0, 0.0], [shear, 1.0 / aspect]]) @ rotation
-    to_cell *= 8.0 / height
-    side = math.ceil(1.9 * height * max(1.0, aspect))
-    centre = (np.array(spline.shape) - 1) / 2
-    offset = centre - to_cell @ np.full(2, (side - 1) / 2)
+    # Output pixel -> glyph pixel, rows first.
+    to_glyph = np.array([[1.0, 0.0], [shear, 1.0 / aspect]]) @ rotation
+    to_glyph *= 8 * _ZOOM / height
+    # The eight cells and a little around them, as far as they reach.
+    reach = np.abs(np.linalg.inv(to_glyph)) @ np.full(2, 4.7 * _ZOOM)
+    shape = tuple(2 * np.ceil(reach).astype(int) + 1)
+    centre = (np.array(glyph.shape) - 1) / 2
+    offset = centre - to_glyph @ ((np.array(shape) - 1) / 2)
     value = ndimage.affine_transform(
-        spline,
-        to_cell,
-        offset,
-        (side, side),
-        order=3,
-        mode='constant',
-        prefilter=False,
+        glyph, to_glyph, offset, shape, order=1, mode='constant'
     )
     # A steeper edge than the blurred samples have, but never a jagged one.
     coverage = np.clip(0.5 + (value - 0.4) * 1.6, 0, 1)
@@ -371,7 +373,7 @@ def _random_digit(
     index = int(rng.integers(len(material.digit_ids)))
     height = size * math.exp(rng.uniform(math.log(0.14), math.log(0.4)))
     coverage = _warp_digit(
-        material.splines[index],
+        material.glyphs[index],
         height,
         rng.uniform(-max_angle, max_angle),
         rng.uniform(-0.3, 0.3),
@@ -618,11 +620,16 @@ def _write(
         checksums[split] = hashlib.sha256(text.encode()).hexdigest()
     (folder / MANIFEST).write_text(
         json.dumps(
-            dict(format=_FORMAT, params=asdict(params), sha256=checksums),
+            dict(**_recipe(params), sha256=checksums),
             indent=2,
         )
         + '\n'
     )
+
+
+def _recipe(params: SceneParams) -> dict[str, int]:
+    """What decides about the bytes."""
+    return dict(format=_FORMAT, **asdict(params))
 
 
 def _is_there(out: Path, params: SceneParams) -> bool:
@@ -635,8 +642,8 @@ def _is_there(out: Path, params: SceneParams) -> bool:
             return False
         raise FileExistsError(
             f'{out} must be free or hold digit scenes, but it exists without '
-            f'{MANIFEST}. Nothing was changed; choose another folder with '
-            '--out or move this one away.'
+            f'{MANIFEST}. Nothing was changed; choose another folder or '
+            'move this one away.'
         )
     try:
         found = json.loads(manifest.read_text())
@@ -644,24 +651,18 @@ def _is_there(out: Path, params: SceneParams) -> bool:
         raise FileExistsError(
             f'{manifest} must say how the digit scenes were made, but it '
             f'cannot be read: {error}. Nothing was changed; choose another '
-            'folder with --out or move this one away.'
+            'folder or move this one away.'
         ) from error
-    wanted = dict(format=_FORMAT, params=asdict(params))
-    if all(found.get(key) == value for key, value in wanted.items()):
-        return True
-    flat = [
-        dict(format=entry.get('format'), **entry.get('params', {}))
-        for entry in (found, wanted)
-    ]
-    keys = dict.fromkeys([*flat[0], *flat[1]])
     differing = ', '.join(
-        f'{key} {flat[0].get(key)} (there) and {flat[1].get(key)} (asked for)'
-        for key in keys
-        if flat[0].get(key) != flat[1].get(key)
+        f'{key} {found.get(key)} (there) and {value} (asked for)'
+        for key, value in _recipe(params).items()
+        if found.get(key) != value
     )
+    if not differing:
+        return True
     raise FileExistsError(
         f'{out} holds digit scenes made otherwise: {differing}. Nothing was '
-        'changed; choose another folder with --out or move this one away.'
+        'changed; choose another folder or move this one away.'
     )
 
 

@@ -182,7 +182,9 @@ def test_make_digit_scenes__second_run_changes_nothing(root):
 
 def test_make_digit_scenes__other_parameters_are_told(root):
     before = checksums(root)
-    with pytest.raises(FileExistsError, match=r'seed 3 .* and 5 .*--out'):
+    with pytest.raises(
+        FileExistsError, match=r'seed 3 .* and 5 .*another folder'
+    ):
         make_digit_scenes(root, SceneParams(5, 30, 12, 12))
     assert checksums(root) == before
 
