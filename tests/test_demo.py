@@ -1,0 +1,263 @@
+"""The demo's stages: what is repeated, and what an interruption leaves."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(
+        name, ROOT / 'tools' / f'{name}.py'
+    )
+    module = importlib.util.module_from_spec(spec)
+    # Its siblings import it by this name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+stages = load_tool('demo_stages')
+report = load_tool('demo_report')
+
+
+class Work:
+    """A stage that counts its runs."""
+
+    def __init__(self, name='work', keeps=False):
+        self.calls = []
+        self.fails = False
+        self.there = True
+        self.inputs = {'seed': 0}
+        self.stage = stages.Stage(
+            name,
+            'work',
+            10.0,
+            lambda: self.inputs,
+            self.run,
+            lambda result: self.there,
+            keeps,
+        )
+
+    def run(self, folder, goes_on, screen):
+        self.calls.append(goes_on)
+        (folder / 'half').write_text('')
+        screen.update(0.5, 'half')
+        if self.fails:
+            raise stages.StageError('broken')
+        return {'answer': len(self.calls)}
+
+    def __call__(self, folder):
+        with stages.open_screen([self.stage]) as screen:
+            return stages.run_stage(self.stage, folder, screen)['result']
+
+
+def test_run_stage__unchanged_stage_is_not_repeated(tmp_path):
+    work = Work()
+    assert work(tmp_path) == work(tmp_path) == {'answer': 1}
+    assert work.calls == [False]
+
+
+def test_run_stage__changed_inputs_start_afresh(tmp_path):
+    work = Work(keeps=True)
+    work(tmp_path)
+    work.inputs = {'seed': 1}
+    assert work(tmp_path) == {'answer': 2}
+    assert work.calls == [False, False]
+
+
+def test_run_stage__lost_result_starts_afresh(tmp_path):
+    work = Work(keeps=True)
+    work(tmp_path)
+    work.there = False
+    assert work(tmp_path) == {'answer': 2}
+    assert work.calls == [False, False]
+
+
+@pytest.mark.parametrize('keeps', [False, True])
+def test_run_stage__interrupted_stage_goes_on(tmp_path, keeps):
+    work = Work(keeps=keeps)
+    work.fails = True
+    with pytest.raises(stages.StageError, match='broken'):
+        work(tmp_path)
+    work.fails = False
+    work(tmp_path)
+    assert work.calls == [False, keeps]
+
+
+def test_run_stage__interrupted_stage_with_other_inputs_starts_afresh(
+    tmp_path,
+):
+    work = Work(keeps=True)
+    work.fails = True
+    with pytest.raises(stages.StageError):
+        work(tmp_path)
+    work.fails = False
+    work.inputs = {'seed': 1}
+    work(tmp_path)
+    assert work.calls == [False, False]
+
+
+def test_run_stage__counts_the_seconds_of_every_attempt(tmp_path):
+    work = Work(keeps=True)
+    work.fails = True
+    with pytest.raises(stages.StageError):
+        work(tmp_path)
+    file = tmp_path / 'work' / 'stage.json'
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, 'seconds': 100.0}))
+    work.fails = False
+    work(tmp_path)
+    assert json.loads(file.read_text())['seconds'] >= 100.0
+
+
+def test_run_logged__failure_shows_the_end_of_the_log(tmp_path):
+    code = 'import sys; print("the reason"); sys.exit(3)'
+    log = tmp_path / 'a.log'
+    with pytest.raises(stages.StageError, match='the reason') as caught:
+        stages.run_logged(
+            [sys.executable, '-c', code], log, lambda: None, threads=1
+        )
+    assert 'status 3' in str(caught.value)
+    assert str(log) in str(caught.value)
+
+
+def test_run_logged__interruption_ends_the_program(tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    code = 'import time; print("started", flush=True); time.sleep(60)'
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_logged(
+            [sys.executable, '-c', code], tmp_path / 'a.log', stop, threads=1
+        )
+
+
+def test_alone__second_demo_is_refused(tmp_path):
+    with (
+        stages.alone(tmp_path),
+        pytest.raises(stages.StageError, match='Another demo'),
+        stages.alone(tmp_path),
+    ):
+        pass
+    with stages.alone(tmp_path):
+        pass
+
+
+def test_screen__time_left_follows_the_pace(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(stages.time, 'monotonic', lambda: now[0])
+    shown = []
+    monkeypatch.setattr(
+        stages.Screen,
+        '_show',
+        lambda self, share, left, left_all, text: shown.append(
+            (round(share, 3), round(left, 3), round(left_all, 3))
+        ),
+    )
+    first, second = Work('first').stage, Work('second').stage
+    with stages.open_screen([first, second]) as screen:
+        screen.begin(first)
+        assert shown[-1] == (0.0, 10.0, 20.0)
+        screen.update(0.0, '')
+        # Half of a stage of 10 s took 20 s: 20 s are left of this one, and
+        # the next will take 40 s.
+        now[0] = 20.0
+        screen.update(0.5, '')
+        assert shown[-1] == (0.5, 20.0, 60.0)
+        now[0] = 40.0
+        screen.update(1.0, '')
+        screen.finish(40.0)
+        screen.begin(second)
+        assert shown[-1] == (0.0, 40.0, 40.0)
+
+
+def test_screen__resumed_stage_is_timed_from_where_it_went_on(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(stages.time, 'monotonic', lambda: now[0])
+    shown = []
+    monkeypatch.setattr(
+        stages.Screen,
+        '_show',
+        lambda self, share, left, left_all, text: shown.append(left),
+    )
+    stage = Work().stage
+    with stages.open_screen([stage]) as screen:
+        screen.begin(stage)
+        screen.update(0.5, '')
+        # A quarter took 10 s, so the last quarter will too.
+        now[0] = 10.0
+        screen.update(0.75, '')
+    assert shown[-1] == pytest.approx(10.0)
+
+
+def records(**stock):
+    metrics = {'coco/bbox_mAP': 0.312, 'coco/bbox_mAP_50': 0.5}
+    modes = {
+        f'{mode}/{key}': value + 0.1
+        for mode in ('T', 'ST')
+        for key, value in metrics.items()
+    }
+    variants = ('teacher', 'plain', 'era_S', 'era_T', 'era_ST')
+    measured = {
+        'stock': {'missing': [], 'unexpected': [], 'AP': 0.312, **stock},
+        'num_images': 10,
+        'image_size': 128,
+        'timed_images': 200,
+        'variants': {
+            name: {'parameters': 250_000, 'ms_per_image': 9.87}
+            for name in variants
+        },
+    }
+    results = {
+        'test_teacher': metrics,
+        'test_plain': metrics,
+        'test_era': metrics | modes,
+        'measure': measured,
+    }
+    return {
+        name: {'result': result, 'seconds': 30.0, 'resumed': False}
+        for name, result in results.items()
+    }
+
+
+def test_report__writes_the_table(tmp_path, capsys):
+    report.report(records(), tmp_path)
+    table = json.loads((tmp_path / 'table.json').read_text())
+    assert table['minutes'] == 2.0
+    assert [row['AP'] for row in table['rows']] == [
+        31.2,
+        31.2,
+        31.2,
+        41.2,
+        41.2,
+    ]
+    lines = (tmp_path / 'table.md').read_text().splitlines()
+    assert '| ERA student, T | 41.2 | 60.0 | 0.25 M | 9.9 |' in lines
+    assert 'no missing keys' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('what', ['missing', 'unexpected'])
+def test_report__keys_that_stock_mmdet_refuses_are_an_error(tmp_path, what):
+    with pytest.raises(stages.StageError, match='neck_extra'):
+        report.report(records(**{what: ['neck_extra']}), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_demo__quick_run_from_data_to_table(tmp_path):
+    command = [sys.executable, str(ROOT / 'tools' / 'demo.py'), '--quick']
+    command += ['--threads', '1', '--work-dir', str(tmp_path / 'demo')]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert 'no missing keys, no unexpected keys' in first.stdout
+    for name in ('table.json', 'table.md', 'detections.png'):
+        assert (tmp_path / 'demo' / name).stat().st_size > 0
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.stdout.count('unchanged') == 8
