@@ -159,7 +159,7 @@ def test_loss__gradients_are_right():
     # d/du: 5 * 2 (u - t) / 6 and nothing from the branches (targets are
     # constants); d/dd_i: s_i / n * 2 (d_i - r_i) / 6 with n = 2.
     r1, r2 = t - u, t - u - d1
-    kwargs = dict(rtol=1e-6, atol=1e-7)  # the MSE is float32
+    kwargs = dict(rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(u.grad, 10 * (u - t) / 6, **kwargs)
     torch.testing.assert_close(d1.grad, 0.5 * (d1 - r1) / 3, **kwargs)
     torch.testing.assert_close(d2.grad, 0.25 * (d2 - r2) / 3, **kwargs)

@@ -6,6 +6,7 @@ estimate, r what is still missing, all ``(N, C_t, *)``.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -51,7 +52,8 @@ def residual_targets(
 
 def _mse(prediction: Tensor, target: Tensor) -> Tensor:
     # Half precision loses the small last residuals.
-    return mse_loss(prediction.float(), target.float())
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return mse_loss(prediction.to(dtype), target.to(dtype))
 
 
 @MODELS.register_module()
@@ -64,8 +66,8 @@ class ERALoss(nn.Module):
         loss_era_twi_*    = twi_weight * sum_k w_k * head_loss_k
         w_0 = 1,  w_i = s_i / n
 
-    MSE is the mean over batch, channels and positions, in float32. The
-    divisor is n, not the sum of the scales.
+    MSE is the mean over batch, channels and positions, in float32 at least.
+    The divisor is n, not the sum of the scales.
 
     Source: ERA. The numbers are [official code], profile ``official``:
     align 5, residual 1, TWI 1, scales 1, 1/2, 1/4, 1/8. The sum over levels
