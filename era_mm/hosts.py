@@ -59,7 +59,8 @@ PROFILES: dict[str, tuple[Host, ...]] = {
     ),
 }
 
-INSTALL_HELP = """What to do: in a checkout of era_mm run `make setup`. Elsewhere install one
+INSTALL_HELP = """\
+What to do: in a checkout of era_mm run `make setup`. Elsewhere install one
 profile, in this order (docs/installation.md tells more):
   onedl, the maintained forks
     pip install torch==2.12.1 torchvision==0.27.1 "setuptools<81" ninja psutil
