@@ -1,16 +1,62 @@
 """ERADistiller: the residual approximation and TWI, put together."""
 
 import logging
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features
-from ...registry import MODELS
+from ...layers import dist_loss, kl_loss
+from ...registry import MODELS, explain_unknown_keys
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
 from .twi import TWIHead, find_head
+
+
+@explain_unknown_keys
+class LogitTerm:
+    """ERA's distillation of class logits, for classifiers.
+
+    Args:
+        kind: 'kl' or 'dist'.
+        weight: Its weight. 2 is [official code].
+        temperature: tau. 1 is [official code].
+        source: The student's module that puts out the logits.
+
+    Raises:
+        ValueError: An unknown kind.
+    """
+
+    KINDS: ClassVar[dict[str, Callable]] = {'kl': kl_loss, 'dist': dist_loss}
+
+    def __init__(
+        self,
+        kind: str = 'kl',
+        weight: float = 2.0,
+        temperature: float = 1.0,
+        source: str = 'head',
+    ) -> None:
+        if kind not in self.KINDS:
+            raise ValueError(
+                f'`logit.kind` must be one of {sorted(self.KINDS)}, but got '
+                f'{kind!r}.'
+            )
+        self.kind, self.weight = kind, weight
+        self.temperature, self.source = temperature, source
+
+    def __call__(
+        self, *, student_logits: Tensor, teacher_logits: Tensor
+    ) -> Tensor:
+        """The weighted loss of ``(N, K)`` logits."""
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        return self.weight * self.KINDS[self.kind](
+            student_logits=student_logits.to(dtype),
+            teacher_logits=teacher_logits.to(dtype),
+            temperature=self.temperature,
+        )
 
 
 @MODELS.register_module()
@@ -45,6 +91,12 @@ class ERADistiller(BaseDistiller):
             code].
         detach: Keep the branches' losses from the student: they see its
             feature detached. False is what the published script uses.
+        logit: Arguments of ``LogitTerm`` to distil class logits as well, for
+            classifiers: ``{}`` is [official code]. None: not at all.
+        twi_targets: What the teacher's head compares estimates with:
+            'labels', the ground truth [official code]; or 'both', the
+            teacher's logits too by the ``logit`` term, each of the two
+            halved [official code, its option featKL].
         alpha: Share of the teacher's head in mode ST, in [0, 1]. 0.5 is
             [inference]: which value the paper calls ST is unknown.
         teacher: Name of the teacher.
@@ -57,6 +109,7 @@ class ERADistiller(BaseDistiller):
     """
 
     TWI_STEPS = ('all', 'last', 'sampled', 'none')
+    TWI_TARGETS = ('labels', 'both')
 
     def __init__(
         self,
@@ -64,6 +117,8 @@ class ERADistiller(BaseDistiller):
         mbrnet: dict | None = None,
         loss: dict | None = None,
         twi_steps: str = 'all',
+        logit: dict | None = None,
+        twi_targets: str = 'labels',
         detach: bool = False,
         alpha: float = 0.5,
         teacher: str = 'teacher',
@@ -81,6 +136,21 @@ class ERADistiller(BaseDistiller):
                 f'`twi_steps` must be one of {self.TWI_STEPS}, but got '
                 f'{twi_steps!r}.'
             )
+        self.logit = None if logit is None else LogitTerm(**logit)
+        if twi_targets not in self.TWI_TARGETS:
+            raise ValueError(
+                f'`twi_targets` must be one of {self.TWI_TARGETS}, but got '
+                f'{twi_targets!r}.'
+            )
+        if twi_targets == 'both' and self.logit is None:
+            raise ValueError(
+                "`twi_targets='both'` compares with the teacher's logits by "
+                'the `logit` term, which is None. Set logit=dict().'
+            )
+        self.twi_targets = twi_targets
+        self.feature_source = self.student_sources[0]
+        if self.logit is not None:
+            self.student_sources += (self.logit.source,)
         if not 0 <= alpha <= 1:
             raise ValueError(f'`alpha` must be in [0, 1], but got {alpha}.')
         self._mbrnet_cfg = dict(mbrnet or {})
@@ -103,12 +173,12 @@ class ERADistiller(BaseDistiller):
     ) -> None:
         """Build MBRNet for the pair's channels and find the head."""
         assert teacher is not None
-        student_maps = student_feats[self.student_sources[0]]
+        student_maps = student_feats[self.feature_source]
         teacher_maps = teacher_feats[self.teacher_sources[0]]
         if len(student_maps) != len(teacher_maps):
             raise ValueError(
                 'Student and teacher must have the same number of levels at '
-                f'{self.student_sources[0]!r}, but the student has '
+                f'{self.feature_source!r}, but the student has '
                 f'{len(student_maps)} {[tuple(m.shape) for m in student_maps]}'
                 f' and the teacher {len(teacher_maps)} '
                 f'{[tuple(m.shape) for m in teacher_maps]}. Give both necks '
@@ -136,7 +206,7 @@ class ERADistiller(BaseDistiller):
             if given != value:
                 raise ValueError(
                     f'`mbrnet.{key}` is {given} in the config, but the pair '
-                    f'has {value} at {self.student_sources[0]!r}. Remove the '
+                    f'has {value} at {self.feature_source!r}. Remove the '
                     'key: it is found by itself.'
                 )
         self.mbrnet = MBRNet(**found, **self._mbrnet_cfg)
@@ -168,6 +238,11 @@ class ERADistiller(BaseDistiller):
             self.twi_steps = 'none'
             return
         self.twi_head = TWIHead(head)
+        if self.logit is not None and self.twi_head.is_dense:
+            raise ValueError(
+                '`logit` distils the logits of classifiers, but '
+                f'{type(teacher).__name__} is a detector. Remove `logit`.'
+            )
 
     def loss(
         self,
@@ -177,7 +252,7 @@ class ERADistiller(BaseDistiller):
         data_samples: list,
     ) -> dict[str, Tensor]:
         """``loss_era_align``, ``loss_era_residual``, ``loss_era_twi_*``."""
-        maps = student_feats[self.student_sources[0]]
+        maps = student_feats[self.feature_source]
         targets_of = teacher_feats[self.teacher_sources[0]]
         for level, (s, t) in enumerate(zip(maps, targets_of, strict=True)):
             if s.shape[2:] != t.shape[2:]:
@@ -211,15 +286,27 @@ class ERADistiller(BaseDistiller):
             ],
             teacher_feats=targets_of,
         )
+        teacher_logits = None
+        if self.logit is not None:
+            assert self.twi_head is not None
+            with torch.no_grad():
+                teacher_logits = self.twi_head(targets_of)
+            losses['loss_era_logit'] = self.logit(
+                student_logits=student_feats[self.logit.source][0],
+                teacher_logits=teacher_logits,
+            )
         if self.twi_steps != 'none':
             steps = [list(step) for step in zip(*estimates, strict=True)]
             # e_0 trains the student whether or not the branches do.
             steps[0] = aligned
-            losses |= self._twi_losses(steps, data_samples)
+            losses |= self._twi_losses(steps, data_samples, teacher_logits)
         return losses
 
     def _twi_losses(
-        self, steps: list[list[Tensor]], data_samples: list
+        self,
+        steps: list[list[Tensor]],
+        data_samples: list,
+        teacher_logits: Tensor | None,
     ) -> dict[str, Tensor]:
         assert self.twi_head is not None
         weights = self.loss_terms.step_weights(len(steps) - 1)
@@ -234,11 +321,24 @@ class ERADistiller(BaseDistiller):
             steps, weights = [steps[index]], [sum(weights)]
         losses: dict[str, Tensor] = {}
         for step, weight in zip(steps, weights, strict=True):
-            for key, value in self.twi_head.loss(step, data_samples).items():
-                name = key.removeprefix('loss').strip('_') or 'cls'
-                name = f'loss_era_twi_{name}'
+            terms = {
+                key.removeprefix('loss').strip('_') or 'cls': value
+                for key, value in self.twi_head.loss(
+                    step, data_samples
+                ).items()
+            }
+            if self.twi_targets == 'both':
+                assert self.logit is not None
+                assert teacher_logits is not None
+                terms['logit'] = self.logit(
+                    student_logits=self.twi_head(step),
+                    teacher_logits=teacher_logits,
+                )
+                terms = {name: value / 2 for name, value in terms.items()}
+            for name, value in terms.items():
+                key = f'loss_era_twi_{name}'
                 value = self.loss_terms.twi_weight * weight * value
-                losses[name] = losses.get(name, 0) + value
+                losses[key] = losses.get(key, 0) + value
         return losses
 
     # -- inference ---------------------------------------------------------
@@ -260,7 +360,7 @@ class ERADistiller(BaseDistiller):
     ) -> dict[str, list]:
         """Predictions through the teacher's head."""
         assert self.twi_head is not None
-        maps = student_feats[self.student_sources[0]]
+        maps = student_feats[self.feature_source]
         steps = [self.mbrnet.align(maps)]
         if modes != ('E0',):
             for residual in self.mbrnet.residuals(maps):

@@ -31,10 +31,6 @@ def find_head(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _is_dense(head: nn.Module) -> bool:
-    return hasattr(head, 'predict_by_feat')
-
-
 @MODELS.register_module()
 class TWIHead(BaseModule):
     """The teacher's head, applied to estimates of the teacher's features.
@@ -59,6 +55,15 @@ class TWIHead(BaseModule):
     def head(self) -> nn.Module:
         """The teacher's head itself."""
         return self._head.module
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a detector's dense head, else a classifier's."""
+        return hasattr(self.head, 'predict_by_feat')
+
+    def forward(self, feats: Sequence[Tensor]) -> Any:
+        """The head's raw outputs on an estimate; a classifier's logits."""
+        return self.head(tuple(feats))
 
     @contextlib.contextmanager
     def _training_outputs(self) -> Iterator[None]:
@@ -96,7 +101,7 @@ class TWIHead(BaseModule):
     def predict(self, feats: Sequence[Tensor], data_samples: list) -> list:
         """The head's predictions on an estimate, as new data samples."""
         samples = [sample.new() for sample in data_samples]
-        if not _is_dense(self.head):
+        if not self.is_dense:
             return self.head.predict(tuple(feats), samples)
         results = self.head.predict(tuple(feats), samples, rescale=True)
         return _with_instances(samples, results)
@@ -121,9 +126,9 @@ class TWIHead(BaseModule):
         Source: ERA [official code] for logits; dense heads are [ours].
         """
         samples = [sample.new() for sample in data_samples]
-        if not _is_dense(self.head):
+        if not self.is_dense:
             logits = (1 - alpha) * student_head(tuple(student_feats))
-            logits = logits + alpha * self.head(tuple(feats))
+            logits = logits + alpha * self(feats)
             for sample, scores in zip(
                 samples, logits.softmax(dim=1), strict=True
             ):
@@ -131,7 +136,7 @@ class TWIHead(BaseModule):
                 sample.set_pred_label(scores.argmax(dim=0, keepdim=True))
             return samples
         student_outs = student_head(tuple(student_feats))
-        teacher_outs = self.head(tuple(feats))
+        teacher_outs = self(feats)
         metas = [sample.metainfo for sample in samples]
         if can_blend_raw(student_head, student_outs, self.head, teacher_outs):
             outs = [

@@ -1,0 +1,190 @@
+"""Classification: the released script's arithmetic, number for number."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from mmpretrain.structures import DataSample
+from torch.nn.functional import cross_entropy, log_softmax, relu, softmax
+
+from era_mm.testing import (
+    classifier_config,
+    detector_config,
+    distillation_config,
+    save_teacher,
+)
+
+CLASSES = 3
+
+
+@pytest.fixture
+def build(tmp_path):
+    init_default_scope('mmpretrain')
+
+    def make(width=16, **kwargs):
+        teacher = classifier_config(width=width, num_classes=CLASSES)
+        file = save_teacher(teacher, tmp_path / 't.pth', scope='mmpretrain')
+        model = MODELS.build(
+            dict(
+                type='era_mm.Distillation',
+                student=classifier_config(num_classes=CLASSES),
+                teacher=dict(config=teacher, checkpoint=file),
+                distiller=dict(type='era_mm.ERADistiller', **kwargs),
+            )
+        )
+        model.init_weights()
+        return model.double()
+
+    return make
+
+
+def batch(num=6):
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(
+        num, 3, 32, 32, generator=generator, dtype=torch.float64
+    )
+    labels = torch.arange(num) % CLASSES
+    return inputs, labels, [DataSample().set_gt_label(y) for y in labels]
+
+
+def branch_by_hand(branch, x):
+    """[Linear - BN - ReLU] - Linear - BN (- Linear), train mode."""
+    for index, layer in enumerate(branch.layers):
+        x = x @ layer.weight.T + layer.bias
+        mean, var = x.mean(0), x.var(0, unbiased=False)
+        norm = branch.norms[index][0]
+        x = (x - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
+        if index == 0:
+            x = relu(x)
+    if isinstance(branch.projection, torch.nn.Linear):
+        x = x @ branch.projection.weight.T + branch.projection.bias
+    return x
+
+
+def released_terms(model, inputs, labels, halved=False):
+    """era.md 1.5, written out: profile official."""
+    era = model.distillers['distiller']
+    teacher = model.teachers['teacher'].model
+    head = teacher.head.fc
+    with torch.no_grad():
+        f_t = teacher.extract_feat(inputs)[-1]
+        z_t = f_t @ head.weight.T + head.bias
+    f_s = model.student.extract_feat(inputs)[-1]
+    z_s = model.student.head.fc(f_s)
+    align = era.mbrnet.aligns[0]
+    u = f_s @ align.weight.T + align.bias
+
+    def h_t(x):
+        return x @ head.weight.T + head.bias
+
+    def kd(z):
+        p = softmax(z_t, 1)
+        return 2 * (p * (p.log() - log_softmax(z, 1))).sum() / len(z)
+
+    def twi(e):
+        ce = cross_entropy(h_t(e), labels)
+        return (ce + kd(h_t(e))) / 2 if halved else ce
+
+    terms = {
+        'loss': cross_entropy(z_s, labels),
+        'loss_era_logit': kd(z_s),
+        'loss_era_align': 5 * ((u - f_t) ** 2).mean(),
+    }
+    scales = (1, 0.5, 0.25, 0.125)
+    residual, twi_total = 0, twi(u)
+    remainder, estimate = f_t - u, u
+    for scale, branch in zip(scales, era.mbrnet.levels[0], strict=True):
+        d = branch_by_hand(branch, f_s)
+        residual = (
+            residual + scale / 4 * ((d - remainder.detach()) ** 2).mean()
+        )
+        estimate = estimate + d
+        twi_total = twi_total + scale / 4 * twi(estimate)
+        remainder = remainder - d
+    return terms | {'loss_era_residual': residual, 'twi': twi_total}
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def relative(a, b):
+    scale = max(b.abs().max().item(), 1e-30)
+    return (a - b).abs().max().item() / scale
+
+
+@pytest.mark.parametrize('width', [8, 16])  # equal and other channels
+@pytest.mark.parametrize('halved', [False, True])
+def test_official__every_term_and_gradient_is_the_released_scripts(
+    build, width, halved
+):
+    model = build(
+        width=width,
+        logit={},
+        twi_targets='both' if halved else 'labels',
+    )
+    inputs, labels, samples = batch()
+    found = model(inputs, samples, mode='loss')
+    found = {k: v for k, v in found.items() if 'loss' in k}
+    found['twi'] = sum(found.pop(k) for k in list(found) if 'twi' in k)
+    expected = released_terms(model, inputs, labels, halved)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert relative(found[name], value) < 1e-10, name
+        ours = gradients(model, found[name])
+        theirs = gradients(model, value)
+        assert set(ours) == set(theirs), name
+        for key, gradient in theirs.items():
+            # Biases before a norm have gradient 0 but for rounding.
+            if gradient.abs().max() > 1e-12:
+                assert relative(ours[key], gradient) < 1e-10, (name, key)
+    total, expected_total = sum(found.values()), sum(expected.values())
+    assert relative(total, expected_total) < 1e-10
+
+
+def test_inference__blend_is_on_raw_logits(build):
+    # era.md 1.6: z(a) = (1 - a) z_s + a H_t(e_n).
+    model = build(alpha=0.3)
+    model.eval()
+    inputs, _, samples = batch()
+    model.active_modes = ('T', 'ST')
+    with torch.no_grad():
+        own = model(inputs, samples, mode='predict')
+        feats = model.student.extract_feat(inputs)
+        z_s = model.student.head(feats)
+        era = model.distillers['distiller']
+        z_t = model.teachers['teacher'].model.head(era.mbrnet(feats))
+    blend = (0.7 * z_s + 0.3 * z_t).softmax(1)
+    for index, sample in enumerate(own):
+        found = model.mode_predictions['ST'][index].pred_score
+        torch.testing.assert_close(found, blend[index])
+        found = model.mode_predictions['T'][index].pred_score
+        torch.testing.assert_close(found, z_t.softmax(1)[index])
+        torch.testing.assert_close(sample.pred_score, z_s.softmax(1)[index])
+
+
+def test_logit__of_a_detector_is_refused():
+    init_default_scope('mmdet')
+    config = distillation_config(dict(type='era_mm.ERADistiller', logit={}))
+    config['distiller']['logit'] = dict(source='bbox_head.retina_cls')
+    with pytest.raises(ValueError, match='logits of classifiers'):
+        MODELS.build(config | dict(student=detector_config()))
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'error', 'message'),
+    [
+        (dict(logit=dict(kind='mse')), ValueError, 'kind'),
+        (dict(logit=dict(wieght=1.0)), TypeError, "'weight'"),
+        (dict(twi_targets='both'), ValueError, 'which is None'),
+        (dict(twi_targets='some'), ValueError, 'twi_targets'),
+    ],
+)
+def test_logit__refuses(build, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        build(**kwargs)
