@@ -74,7 +74,3 @@ def _child(name: str) -> Registry:
 MODELS = _child('MODELS')
 HOOKS = _child('HOOKS')
 MODEL_WRAPPERS = _child('MODEL_WRAPPERS')
-DATASETS = _child('DATASETS')
-TRANSFORMS = _child('TRANSFORMS')
-METRICS = _child('METRICS')
-VISUALIZERS = _child('VISUALIZERS')

@@ -15,12 +15,14 @@ from mmengine.dist import all_reduce, get_world_size
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..registry import explain_unknown_keys
 from .schedule import LossSchedule
 from .utils import Unregistered
 
 Features = Mapping[str, tuple[Tensor, ...]]
 
 
+@explain_unknown_keys
 class BaseDistiller(BaseModule):
     """One paper's method: trainable extras and losses on features.
 
@@ -56,6 +58,8 @@ class BaseDistiller(BaseModule):
 
     needs_teacher = True
     pretrain_iters = 0
+    #: The run's global iteration; the core sets it before :meth:`loss`.
+    step = 0
 
     def __init__(
         self,
@@ -171,6 +175,12 @@ class BaseDistiller(BaseModule):
         if built is not None:
             module, self._inner_optimizer = built
             self._inner = Unregistered(module)
+        if self.pretrain_iters and self._inner is None:
+            raise ValueError(
+                f'{type(self).__name__} pre-trains for {self.pretrain_iters} '
+                'iterations but has no inner module to train. Define '
+                '`build_inner`, or set pretrain_iters=0.'
+            )
 
     def inner_step(
         self,
@@ -202,6 +212,8 @@ class BaseDistiller(BaseModule):
             parameter.grad = gradient / get_world_size()
         self._inner_optimizer.step()
         self._inner_optimizer.zero_grad()
+        # Autocast keeps low-precision copies of the weights from before.
+        torch.clear_autocast_cache()
         return loss.detach()
 
     # -- inference ---------------------------------------------------------

@@ -12,14 +12,16 @@ from .teacher import Teacher
 
 def _settings(preprocessor: nn.Module) -> dict[str, Any]:
     """What decides a preprocessor's output, augmentation aside."""
-    settings: dict[str, Any] = {'type': type(preprocessor)}
-    for key, value in vars(preprocessor).items():
-        if not key.startswith('_') and key not in ('training', 'init_cfg'):
-            settings[key] = value
+    # mmengine keeps some of them under private names (the channel order).
+    other = {'_device', '_non_blocking', 'batch_augments', 'init_cfg'}
+    settings = {
+        key: value
+        for key, value in vars(preprocessor).items()
+        if key not in other | set(vars(nn.Module()))
+    }
     for key, value in preprocessor.named_buffers():
         settings[key] = value.flatten().tolist()
-    settings.pop('batch_augments', None)
-    return settings
+    return settings | {'type': type(preprocessor)}
 
 
 class DistillationDataPreprocessor(BaseDataPreprocessor):

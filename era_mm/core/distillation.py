@@ -1,10 +1,12 @@
 """The model that mmengine trains: a student, teachers, and distillers."""
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from mmengine.dist import broadcast
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .base_distiller import BaseDistiller
-from .checkpoint import METADATA_KEY, Extras
+from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .data_preprocessor import DistillationDataPreprocessor
 from .recorder import Recorder
 from .teacher import Teacher, forward_until, resolve_model_config
@@ -31,6 +33,13 @@ def _named(value: Any, name: str, key: str) -> dict[str, Any]:
         )
     entries = {name: value} if key in value else dict(value)
     for entry_name, entry in entries.items():
+        if 'loss' in entry_name or '.' in entry_name:
+            # mmengine adds up every logged key that has "loss" in it.
+            raise ValueError(
+                f'A {name} must not be named {entry_name!r}: names prefix '
+                'the logged quantities, so they may hold neither "loss" nor '
+                'a dot. Choose another name.'
+            )
         if not isinstance(entry, Mapping) or key not in entry:
             raise ValueError(
                 f'`{name}` {entry_name!r} must be a dict with {key!r}, but '
@@ -91,6 +100,8 @@ class Distillation(BaseModel):
     """
 
     _is_copy = False
+    #: False once a file without extras was loaded and nothing trained since.
+    _has_extras = True
 
     def __init__(
         self,
@@ -187,7 +198,7 @@ class Distillation(BaseModel):
         inputs = torch.zeros(1, 3, *size)
         recorder = self._student_recorder
         with torch.no_grad(), evaluating(self.student), recorder:
-            forward_until(self.student, inputs, recorder.modules)
+            forward_until(self.student, inputs, recorder.sources)
         student_feats = recorder.pop()
         teacher_feats: dict[str, dict] = {}
         for name, teacher in self.teachers.items():
@@ -229,6 +240,11 @@ class Distillation(BaseModel):
         with preserve_rng():
             for distiller in self.distillers.values():
                 distiller.init_weights()
+        # mmengine does this for what `state_dict` holds, the student.
+        for distiller in self.distillers.values():
+            for module in (distiller, distiller.inner):
+                for tensor in module.state_dict().values() if module else ():
+                    broadcast(tensor)
         self.load_teachers()
 
     def load_teachers(self) -> None:
@@ -286,11 +302,15 @@ class Distillation(BaseModel):
         with self._student_recorder as recorder:
             losses = dict(self.student(inputs, data_samples, mode='loss'))
         student_feats = recorder.pop()
+        if self.training and torch.is_grad_enabled():
+            self._check_graph(student_feats)
+            self._has_extras = True
         step = self.step
         for name, distiller in self.distillers.items():
             feats = self._feats_of(distiller, student_feats, teacher_feats)
-            if distiller.inner is not None:
+            if distiller.inner is not None and self.training:
                 distiller.inner_step(**feats, data_samples=data_samples)
+            distiller.step = step
             terms = distiller.scheduled(
                 distiller.loss(**feats, data_samples=data_samples), step
             )
@@ -305,6 +325,20 @@ class Distillation(BaseModel):
                     )
                 losses[key] = value
         return losses
+
+    @staticmethod
+    def _check_graph(student_feats: dict[str, tuple[Tensor, ...]]) -> None:
+        """Refuse sources whose losses could not train the student."""
+        for source, feats in student_feats.items():
+            if not any(feat.requires_grad for feat in feats):
+                raise RuntimeError(
+                    f"The student's output at {source!r} has no gradient, so "
+                    'distilling it would train nothing. It lies in a frozen '
+                    'stage (`frozen_stages`) or inside a part under '
+                    'activation checkpointing (`with_cp`, '
+                    '`activation_checkpointing`): choose another source, or '
+                    'turn that off.'
+                )
 
     def _teach(
         self,
@@ -336,13 +370,18 @@ class Distillation(BaseModel):
 
     # -- prediction --------------------------------------------------------
 
+    def _modes_of(self, name: str) -> dict[str, str]:
+        """A distiller's modes by the names they have in this model.
+
+        With several distillers they are prefixed, as the losses are.
+        """
+        modes = self.distillers[name].inference_modes()
+        prefix = f'{name}.' if len(self.distillers) > 1 else ''
+        return {f'{prefix}{mode}': mode for mode in modes}
+
     def check_modes(self, modes: list[str] | tuple[str, ...]) -> None:
         """Refuse inference modes that no distiller offers."""
-        known = [
-            mode
-            for distiller in self.distillers.values()
-            for mode in distiller.inference_modes()
-        ]
+        known = [m for name in self.distillers for m in self._modes_of(name)]
         for mode in modes:
             if mode not in known:
                 raise ValueError(
@@ -364,6 +403,13 @@ class Distillation(BaseModel):
             modes[self.inference_mode] = None
         if not modes:
             return self.student(inputs, data_samples, mode='predict')
+        if not self._has_extras:
+            raise RuntimeError(
+                f'The modes {list(modes)} need what the distillers have '
+                'learnt, but the loaded checkpoint has a plain student only. '
+                'Load a file that the distillation has written, or ask for '
+                'no mode.'
+            )
         # The modes may use the teacher; the student alone does not.
         self.load_teachers()
         blank = [sample.new() for sample in data_samples or []]
@@ -374,15 +420,15 @@ class Distillation(BaseModel):
                 )
             else:
                 forward_until(
-                    self.student, inputs, recorder.modules, data_samples
+                    self.student, inputs, recorder.sources, data_samples
                 )
         student_feats = recorder.pop()
         found: dict[str, list] = {}
-        for distiller in self.distillers.values():
-            own = tuple(m for m in modes if m in distiller.inference_modes())
+        for name, distiller in self.distillers.items():
+            own = {k: v for k, v in self._modes_of(name).items() if k in modes}
             if own:
-                found |= distiller.predict(
-                    own,
+                predictions_of = distiller.predict(
+                    tuple(own.values()),
                     student=self.student,
                     student_feats={
                         source: student_feats[source]
@@ -390,7 +436,8 @@ class Distillation(BaseModel):
                     },
                     data_samples=blank,
                 )
-        self.mode_predictions = {mode: found[mode] for mode in found}
+                found |= {k: predictions_of[v] for k, v in own.items()}
+        self.mode_predictions = found
         if self.inference_mode is None:
             return predictions
         return found[self.inference_mode]
@@ -424,7 +471,7 @@ class Distillation(BaseModel):
             )
             with self._student_recorder as recorder:
                 forward_until(
-                    self.student, inputs, recorder.modules, data_samples
+                    self.student, inputs, recorder.sources, data_samples
                 )
         student_feats = recorder.pop()
         log_vars = {}
@@ -468,7 +515,9 @@ class Distillation(BaseModel):
         return mark
 
     def _check_gradients(self) -> None:
-        if not self.training or self._watched_steps > 1:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if self._watched_steps > 1:
             return
         self._watched_steps += 1
         if self._watched_steps == 1:
@@ -522,32 +571,27 @@ class Distillation(BaseModel):
         clone._is_copy = True
         return clone
 
-    # What averages a copy walks the parameters and buffers of both models in
-    # parallel, freezes the copy's and writes into them. So a copy lists
-    # stand-ins for the shared extras: equal in value, and nothing that is
-    # done to them reaches the original.
-
     def named_parameters(
         self, prefix: str = '', recurse: bool = True, **kwargs: Any
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As in torch; see the comment above for copies."""
-        members = super().named_parameters(prefix, recurse, **kwargs)
-        return self._stand_in(members, prefix) if self._is_copy else members
+        """The student's under its own names, then the extras'.
 
-    def named_buffers(
-        self, prefix: str = '', recurse: bool = True, **kwargs: Any
-    ) -> Iterator[tuple[str, Tensor]]:
-        """As in torch; see the comment above for copies."""
-        members = super().named_buffers(prefix, recurse, **kwargs)
-        return self._stand_in(members, prefix) if self._is_copy else members
+        Optimiser constructors of the hosts decide by names that begin with
+        ``backbone``.
 
-    @staticmethod
-    def _stand_in(members: Iterator, prefix: str) -> Iterator:
-        extras = f'{prefix}.distillers.' if prefix else 'distillers.'
-        for name, tensor in members:
-            if name.startswith(extras):
-                tensor = tensor.detach().clone()
-            yield name, tensor
+        What averages a copy (EMA) walks the parameters of both models in
+        parallel, freezes the copy's and writes into them. So a copy lists
+        stand-ins for the shared extras: equal in value, and nothing that is
+        done to them reaches the original.
+        """
+        start = f'{prefix}.' if prefix else ''
+        for name, parameter in super().named_parameters(
+            prefix, recurse, **kwargs
+        ):
+            if self._is_copy and name.startswith(f'{start}distillers.'):
+                parameter = parameter.detach().clone()
+            own = name.removeprefix(f'{start}student.')
+            yield (name if own == name else start + own), parameter
 
     def state_dict(
         self,
@@ -589,16 +633,23 @@ class Distillation(BaseModel):
         return extras
 
     def _load_extras(self, extras: Mapping) -> None:
+        self._has_extras = True
         for name, distiller in self.distillers.items():
             entry = extras.get(name)
             if entry is None or entry['type'] != type(distiller).__name__:
+                self._has_extras = False
                 print_log(
                     f'The checkpoint has no extras of distiller {name!r} '
                     f'({type(distiller).__name__}); they keep their values.',
                     logger='current',
+                    level=logging.WARNING,
                 )
                 continue
-            distiller.load_state_dict(entry['state_dict'])
+            load_strictly(
+                distiller,
+                entry['state_dict'],
+                name=f'extras of {name!r} in the checkpoint',
+            )
             if distiller.inner is not None:
                 distiller.inner.load_state_dict(entry['inner'])
                 distiller.inner_optimizer.load_state_dict(
@@ -621,9 +672,7 @@ class Distillation(BaseModel):
             state_dict[f'{prefix}student.{key[len(prefix) :]}'] = (
                 state_dict.pop(key)
             )
-        extras = local_metadata.get(METADATA_KEY)
-        if extras is not None:
-            self._load_extras(extras)
+        self._load_extras(local_metadata.get(METADATA_KEY) or {})
         super()._load_from_state_dict(
             state_dict,
             prefix,

@@ -68,16 +68,19 @@ class Recorder:
         self, model: nn.Module, sources: Iterable[str], *, owner: str
     ) -> None:
         self.owner = owner
-        self.modules = {
-            source: find_module(model, source, owner=owner)
-            for source in sources
-        }
+        self.model = model
+        self.sources = tuple(sources)
+        for source in self.sources:
+            find_module(model, source, owner=owner)
         self._outputs: dict[str, tuple[Tensor, ...]] = {}
+        self._versions: dict[str, list[int]] = {}
         self._handles: list = []
 
     def __enter__(self) -> 'Recorder':
         self.clear()
-        for source, module in self.modules.items():
+        for source in self.sources:
+            # Looked up again: converting norms to SyncBN replaces modules.
+            module = self.model.get_submodule(source)
             self._handles.append(
                 module.register_forward_hook(self._hook(source))
             )
@@ -90,30 +93,46 @@ class Recorder:
 
     def _hook(self, source: str):
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            self._outputs[source] = self._outputs.get(source, ()) + as_tuple(
-                output, source=source
+            feats = as_tuple(output, source=source)
+            self._outputs[source] = self._outputs.get(source, ()) + feats
+            self._versions.setdefault(source, []).extend(
+                0 if feat.is_inference() else feat._version for feat in feats
             )
 
         return record
 
     def clear(self) -> None:
         """Forget what was recorded, so that its memory can go."""
-        self._outputs = {}
+        self._outputs, self._versions = {}, {}
 
     def pop(self) -> dict[str, tuple[Tensor, ...]]:
         """Hand out what was recorded and forget it.
 
         Raises:
-            RuntimeError: A source did not fire.
+            RuntimeError: A source did not fire, or what it put out was
+                changed in place afterwards.
         """
-        outputs, self._outputs = self._outputs, {}
-        for source, module in self.modules.items():
+        outputs, versions = self._outputs, self._versions
+        self.clear()
+        for source in self.sources:
             if source not in outputs:
-                kind = type(module).__name__
+                kind = type(self.model.get_submodule(source)).__name__
                 raise RuntimeError(
                     f'Source {source!r} of the {self.owner} ({kind}) was '
                     'never called in this forward pass, so there is nothing '
                     'to distil from it. Containers such as ModuleList are '
                     'not called themselves: name one of their children.'
                 )
-        return {source: outputs[source] for source in self.modules}
+            for feat, version in zip(
+                outputs[source], versions[source], strict=True
+            ):
+                if not feat.is_inference() and feat._version != version:
+                    raise RuntimeError(
+                        f'The output of source {source!r} of the '
+                        f'{self.owner} was changed in place after it was '
+                        'recorded (an in-place activation or addition '
+                        'follows it), so it is not what the module put out. '
+                        'Choose the module that follows, or set '
+                        'inplace=False there.'
+                    )
+        return {source: outputs[source] for source in self.sources}

@@ -2,7 +2,10 @@
 
 import math
 
+from ..registry import explain_unknown_keys
 
+
+@explain_unknown_keys
 class LossSchedule:
     """Factor of one loss term as a function of the global step.
 

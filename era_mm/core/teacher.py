@@ -181,7 +181,7 @@ class Teacher:
         # no_grad and not inference_mode: inference tensors cannot take part
         # in the student's backward pass.
         with self._autocast(inputs), self._recorder as recorder:
-            forward_until(self.model, inputs, recorder.modules, data_samples)
+            forward_until(self.model, inputs, recorder.sources, data_samples)
         feats = recorder.pop()
         if self.dtype is None:
             return feats

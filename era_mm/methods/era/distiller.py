@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features
+from ...core.utils import evaluating
 from ...layers import dist_loss, kl_loss
 from ...registry import MODELS, explain_unknown_keys
 from .losses import ERALoss, estimates_of, residual_targets
@@ -51,12 +52,15 @@ class LogitTerm:
         self, *, student_logits: Tensor, teacher_logits: Tensor
     ) -> Tensor:
         """The weighted loss of ``(N, K)`` logits."""
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
         return self.weight * self.KINDS[self.kind](
-            student_logits=student_logits.to(dtype),
-            teacher_logits=teacher_logits.to(dtype),
+            student_logits=_full(student_logits),
+            teacher_logits=_full(teacher_logits),
             temperature=self.temperature,
         )
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @MODELS.register_module()
@@ -160,8 +164,6 @@ class ERADistiller(BaseDistiller):
         self.alpha = alpha
         self.mbrnet: MBRNet
         self.twi_head: TWIHead | None = None
-        # Its own generator: the draw must not shift the data's random state.
-        self._generator = torch.Generator().manual_seed(0)
 
     def prepare(
         self,
@@ -210,9 +212,55 @@ class ERADistiller(BaseDistiller):
                     'key: it is found by itself.'
                 )
         self.mbrnet = MBRNet(**found, **self._mbrnet_cfg)
-        # Refuses scales that do not fit now, not in the first step.
+        # Refuses what does not fit now, not in the first step.
         self.loss_terms.branch_weights(self.mbrnet.num_branches)
         self._find_head(student, teacher)
+        self._try_out(student_maps, teacher_maps)
+
+    @torch.no_grad()
+    def _try_out(
+        self,
+        student_maps: tuple[Tensor, ...],
+        teacher_maps: tuple[Tensor, ...],
+    ) -> None:
+        """Run branches and head once on the dry run's features."""
+        with evaluating(self.mbrnet):
+            try:
+                self.mbrnet(student_maps)
+            except RuntimeError as error:
+                raise ValueError(
+                    'MBRNet cannot run on the features at '
+                    f'{self.feature_source!r} '
+                    f'{[tuple(m.shape) for m in student_maps]}: {error}. '
+                    'Choose a norm_cfg for such features.'
+                ) from error
+        if self.twi_head is None:
+            return
+        head = self.twi_head.head
+        if (
+            self.twi_steps != 'none'
+            and self.twi_head.is_dense
+            and head.train_cfg is None
+        ):
+            raise ValueError(
+                "The teacher's head has no `train_cfg`, so it cannot assign "
+                'the ground truth. Give the config the teacher was trained '
+                "with, or set twi_steps='none'."
+            )
+        try:
+            self.twi_head(teacher_maps)
+        except (RuntimeError, AssertionError, TypeError, IndexError) as error:
+            if self.twi_steps == 'none':
+                self.twi_head = None
+                return
+            raise ValueError(
+                f"The teacher's {type(head).__name__} cannot take the "
+                f'features at {self.teacher_sources[0]!r} '
+                f'{[tuple(m.shape) for m in teacher_maps]} '
+                f'({type(error).__name__}: {error}). TWI needs the source '
+                "that feeds the head, usually 'neck'; else set "
+                "twi_steps='none'."
+            ) from error
 
     def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
         head, student_head = find_head(teacher), find_head(student)
@@ -258,13 +306,19 @@ class ERADistiller(BaseDistiller):
             if s.shape[2:] != t.shape[2:]:
                 raise ValueError(
                     f'Level {level}: student {tuple(s.shape)}, teacher '
-                    f'{tuple(t.shape)}. Both must see inputs of one size; '
-                    'compare pad_size_divisor of their data_preprocessor.'
+                    f'{tuple(t.shape)}. Choose sources of one stride, and '
+                    'compare pad_size_divisor of both data_preprocessors.'
                 )
-        aligned = self.mbrnet.align(maps)
-        residuals = self.mbrnet.residuals(
-            [m.detach() for m in maps] if self.detach else maps
-        )
+        # Sums and differences of estimates in full precision: the last
+        # residuals are small.
+        targets_of = tuple(_full(t) for t in targets_of)
+        aligned = [_full(u) for u in self.mbrnet.align(maps)]
+        residuals = [
+            [_full(d) for d in branch]
+            for branch in self.mbrnet.residuals(
+                [m.detach() for m in maps] if self.detach else maps
+            )
+        ]
         start = [u.detach() for u in aligned] if self.detach else aligned
         # By level, then by step.
         estimates = [
@@ -313,9 +367,13 @@ class ERADistiller(BaseDistiller):
         if self.twi_steps != 'all':
             index = len(steps) - 1
             if self.twi_steps == 'sampled':
+                # Its own generator, so that the draw does not shift the
+                # data's random state; by step, so that a resumed run and
+                # all ranks draw alike.
+                generator = torch.Generator().manual_seed(self.step)
                 index = int(
                     torch.multinomial(
-                        torch.tensor(weights), 1, generator=self._generator
+                        torch.tensor(weights), 1, generator=generator
                     )
                 )
             steps, weights = [steps[index]], [sum(weights)]

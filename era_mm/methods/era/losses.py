@@ -97,13 +97,16 @@ class ERALoss(nn.Module):
         """s_i / n for each branch.
 
         Raises:
-            ValueError: Another number of scales than branches.
+            ValueError: Another number of scales than branches, or a
+                negative one.
         """
-        scales = self.scales or tuple(0.5**i for i in range(num_branches))
-        if len(scales) != num_branches:
+        scales = self.scales
+        if scales is None:
+            scales = tuple(0.5**i for i in range(num_branches))
+        if len(scales) != num_branches or min(scales) < 0:
             raise ValueError(
-                f'`scales` needs one value per branch ({num_branches}), but '
-                f'got {list(scales)}.'
+                f'`scales` needs one value per branch ({num_branches}), none '
+                f'negative, but got {list(scales)}.'
             )
         return [scale / num_branches for scale in scales]
 

@@ -237,6 +237,16 @@ class MBRNet(BaseModule):
             for c_s, c_t in (pairs[:1] if share_levels else pairs)
         )
 
+    def init_weights(self) -> None:
+        """Initialise the branches.
+
+        mmengine asks direct children only, and the branches sit in lists.
+        """
+        super().init_weights()
+        for branches in self.levels:
+            for branch in branches:
+                branch.init_weights()
+
     def align(self, feats: Sequence[Tensor]) -> list[Tensor]:
         """The aligned features u, one per level.
 

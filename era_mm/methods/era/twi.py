@@ -7,6 +7,7 @@ each inference mode reaches.
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,10 +73,15 @@ class TWIHead(BaseModule):
         # only at test. Losses need the training form. The flags of the
         # layers below stay as they are, so norms and dropout remain frozen.
         self.head.training = True
+        # Some losses count in buffers (GHM's running bins).
+        buffers = [(b, b._version, b.clone()) for b in self.head.buffers()]
         try:
             yield
         finally:
             self.head.training = False
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
     def loss(
         self, feats: Sequence[Tensor], data_samples: list
@@ -151,7 +157,7 @@ class TWIHead(BaseModule):
             )
         else:
             results = [
-                _merge(pair, self.head.test_cfg)
+                _merge(pair, alpha, self.head.test_cfg)
                 for pair in zip(
                     student_head.predict_by_feat(
                         *student_outs, batch_img_metas=metas, rescale=True
@@ -173,6 +179,11 @@ def can_blend_raw(
 ) -> bool:
     """Whether two dense heads' raw outputs mean the same."""
     if type(student_head) is not type(teacher_head):
+        return False
+    if not all(
+        hasattr(teacher_head, part)
+        for part in ('prior_generator', 'bbox_coder')
+    ):
         return False
     if len(student_outs) != len(teacher_outs):
         return False
@@ -209,16 +220,40 @@ def _with_instances(samples: list, results: Sequence[InstanceData]) -> list:
     return samples
 
 
-def _merge(pair: Sequence[InstanceData], test_cfg: Any) -> InstanceData:
+def _merge(
+    pair: Sequence[InstanceData], alpha: float, test_cfg: Any
+) -> InstanceData:
     from mmcv.ops import batched_nms
 
-    both = InstanceData.cat(list(pair))
+    student, teacher = pair
+    # The heavier side keeps its scores, so that thresholds still mean what
+    # they meant.
+    heavier = max(alpha, 1 - alpha)
+    student.scores = student.scores * (1 - alpha) / heavier
+    teacher.scores = teacher.scores * alpha / heavier
+    both = InstanceData.cat([student, teacher])
+    both = both[both.scores > 0]
     if not len(both):
         return both
-    _, keep = batched_nms(
-        both.bboxes, both.scores, both.labels, dict(test_cfg.nms)
-    )
+    nms = test_cfg.get('nms', dict(type='nms', iou_threshold=0.5))
+    _, keep = batched_nms(both.bboxes, both.scores, both.labels, dict(nms))
     return both[keep[: test_cfg.get('max_per_img', len(keep))]]
+
+
+def _for_mode(config: Any, mode: str) -> Any:
+    """An evaluator's config whose files do not overwrite the student's."""
+    if isinstance(config, (list, tuple)):
+        return [_for_mode(item, mode) for item in config]
+    config = copy.deepcopy(config)
+    for item in (config, *config.get('metrics', [])):
+        if item.get('outfile_prefix'):
+            item['outfile_prefix'] = f'{item["outfile_prefix"]}.{mode}'
+        if item.get('out_file_path'):
+            path = Path(item['out_file_path'])
+            item['out_file_path'] = str(
+                path.with_name(f'{path.stem}.{mode}{path.suffix}')
+            )
+    return config
 
 
 @HOOKS.register_module()
@@ -239,6 +274,9 @@ class TWIHook(Hook):
             (blend), 'E0', 'E1', ... (the estimates before). 'S' may be named
             and changes nothing.
     """
+
+    # Before mmengine's own hooks take the metrics for log and best file.
+    priority = 'HIGHEST'
 
     def __init__(self, modes: Sequence[str] = ('T', 'ST')) -> None:
         self.modes = tuple(mode for mode in modes if mode != 'S')
@@ -283,7 +321,7 @@ class TWIHook(Hook):
         model.active_modes = self.modes
         self._evaluators = {}
         for mode in self.modes:
-            evaluator = runner.build_evaluator(copy.deepcopy(config))
+            evaluator = runner.build_evaluator(_for_mode(config, mode))
             evaluator.dataset_meta = loop.evaluator.dataset_meta
             self._evaluators[mode] = evaluator
 
