@@ -65,7 +65,7 @@ class SceneParams:
     """
 
     seed: int = 0
-    num_train: int = 3000
+    num_train: int = 1200
     num_val: int = 500
     num_test: int = 1000
     image_size: int = 128
@@ -324,7 +324,7 @@ def _background(
         canvas = canvas[:, ::-1]
     grey = canvas.mean(axis=2, keepdims=True)
     canvas = grey + rng.uniform(0, 1.2) * (canvas - grey)
-    canvas = rng.uniform(0.6, 1.2) * canvas + rng.uniform(0, 0.15)
+    canvas = rng.uniform(0.35, 0.7) * canvas + rng.uniform(0, 0.1)
     photo, left, top, _, _ = material.regions[index]
     return (np.clip(canvas, 0, 1), (photo, left + x, top + y, side, side))
 
@@ -376,7 +376,7 @@ def _random_digit(
         material.glyphs[index],
         height,
         rng.uniform(-max_angle, max_angle),
-        rng.uniform(-0.3, 0.3),
+        rng.uniform(-0.2, 0.2),
         rng.uniform(0.75, 1.25),
     )
     return index, coverage
@@ -405,13 +405,20 @@ def _place(
 
 
 def _colour(
-    canvas: np.ndarray, layer: Layer, contrast: float, rng: np.random.Generator
+    canvas: np.ndarray,
+    layer: Layer,
+    contrast: float,
+    rng: np.random.Generator,
+    light: float = 0.5,
 ) -> np.ndarray:
-    """Choose a colour, lighter or darker than what it will cover."""
+    """Choose a colour, lighter or darker than what it will cover.
+
+    It is lighter with probability ``light``, and where darker has no room.
+    """
     beneath = np.average(
         canvas[layer.window].mean(axis=2), weights=layer.coverage
     )
-    sign = 1 if rng.random() < 0.5 else -1
+    sign = 1 if rng.random() < light else -1
     if not 0 <= beneath + sign * contrast <= 1:
         sign = 1 if beneath < 0.5 else -1
     tint = rng.uniform(-1, 1, 3)
@@ -450,7 +457,7 @@ def _add_digit(
 ) -> None:
     """Try to add one annotated digit."""
     size = len(canvas)
-    index, coverage = _random_digit(material, rng, size, 0.35)
+    index, coverage = _random_digit(material, rng, size, 0.25)
     layer = _place(coverage, size, rng, 0.15)
     ink = np.zeros((size, size), dtype=bool)
     ink[layer.window] = layer.coverage >= _INK
@@ -462,7 +469,7 @@ def _add_digit(
     )
     if digit.visible < _MIN_VISIBLE:
         return
-    colour = _colour(canvas, layer, rng.uniform(0.3, 0.7), rng)
+    colour = _colour(canvas, layer, rng.uniform(0.3, 0.6), rng, light=1.0)
     if _blend(canvas, digits, layer, colour, rng.uniform(0.75, 1.0)):
         digits.append(digit)
 
