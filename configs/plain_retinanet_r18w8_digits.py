@@ -1,5 +1,5 @@
 # The student of the demo's pair alone: RetinaNet on a ResNet-18 of width 8.
-# Digit scenes, 10 epochs:
+# Digit scenes, 15 epochs:
 #   python tools/train.py configs/plain_retinanet_r18w8_digits.py
 _base_ = [
     'mmdet::_base_/default_runtime.py',

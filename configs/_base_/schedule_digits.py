@@ -1,6 +1,6 @@
 # The one schedule of every digit-scenes run: teacher, plain student and
 # distilled student. `digits_epochs` stretches all of it.
-digits_epochs = 10
+digits_epochs = 15
 
 train_cfg = dict(
     type='EpochBasedTrainLoop',
@@ -12,7 +12,7 @@ test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=0.003, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=10, norm_type=2),
 )
