@@ -29,6 +29,7 @@ def trained(make_runner, teacher_file, tmp_path):
         distillation_config(ERA, checkpoint=teacher_file),
         work_dir=tmp_path / 'train',
         custom_hooks=[HOOK],
+        log_level='INFO',
         train_cfg=dict(by_epoch=True, max_epochs=6, val_interval=6),
         optim_wrapper=dict(
             type='OptimWrapper',
@@ -71,6 +72,12 @@ def test_modes__one_pass_gives_what_separate_runs_give(
         prefix: found[f'{prefix}coco/bbox_mAP_50'] for prefix in prefixes
     }
     assert len(set(values.values())) > 1, values
+    # And a user sees them: in the log and in what dashboards read.
+    logs = list(file.parent.glob('*/*.log'))
+    scalars = list(file.parent.glob('*/vis_data/scalars.json'))
+    for text in (logs[0].read_text(), scalars[0].read_text()):
+        assert 'T/coco/bbox_mAP' in text
+        assert 'E1/coco/bbox_mAP' in text
 
     # The file alone gives the same again: extras come with it.
     model = distillation_config(ERA, checkpoint=teacher_file)
@@ -123,6 +130,17 @@ def test_weights__written_to_during_training_are_noticed(
     runner.register_hook(Vandal())
     with pytest.raises(RuntimeError, match='after training are not those of'):
         runner.train()
+
+
+def test_modes__hook_leaves_the_model_as_it_was(make_runner, teacher_file):
+    runner = make_runner(
+        distillation_config(ERA, checkpoint=teacher_file),
+        custom_hooks=[HOOK],
+        train_cfg=dict(by_epoch=True, max_epochs=1, val_interval=1),
+    )
+    runner.train()
+    assert runner.model.active_modes == ()
+    assert runner.model.mode_predictions == {}
 
 
 def test_hook__on_a_plain_model_is_refused(make_runner):

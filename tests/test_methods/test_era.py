@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
+from mmengine.structures import InstanceData
 from torch.nn.functional import conv2d
 
 from era_mm.core import Distillation
@@ -17,6 +20,7 @@ from era_mm.methods.era import (
     residual_targets,
 )
 from era_mm.methods.era.mbrnet import ResidualBranch
+from era_mm.methods.era.twi import _for_mode, _merge, can_blend_raw
 from era_mm.testing import (
     detection_batch,
     detector_config,
@@ -208,15 +212,6 @@ def test_mbrnet__conv_counts_and_norms_per_level(share):
     assert all(norm.momentum == 0.01 for norm in norms)
 
 
-def test_mbrnet__shared_levels_keep_statistics_apart():
-    net = MBRNet(2, 2, num_levels=2, num_branches=1, share_levels=True)
-    net.init_weights()
-    net.train()
-    net([torch.randn(4, 2, 8, 8), 100 + torch.randn(4, 2, 4, 4)])
-    first, second = net.levels[0][0].norms[0]
-    assert not torch.allclose(first.running_mean, second.running_mean)
-
-
 def test_mbrnet__branch_against_a_plain_chain():
     branch = ResidualBranch(
         3,
@@ -284,8 +279,6 @@ def test_mbrnet__is_an_ordinary_neck_of_a_host():
 
 
 def _config_dict(config):
-    from mmengine.config import ConfigDict
-
     return ConfigDict(copy.deepcopy(config))
 
 
@@ -696,3 +689,193 @@ def test_twi_head__holds_no_parameters():
     twi = TWIHead(head)
     assert not list(twi.parameters())
     assert not twi.state_dict()
+
+
+# -- details that a mutation once survived ------------------------------------
+
+
+def test_loss__logged_distances_hold_no_graph():
+    u = torch.ones(1, 1, requires_grad=True)
+    losses = ERALoss()(
+        aligned=[u],
+        residuals=[[u]],
+        targets=[[torch.zeros(1, 1)]],
+        teacher_feats=[torch.zeros(1, 1)],
+    )
+    assert losses['loss_era_align'].requires_grad
+    assert not any(losses[f'era_mse_e{i}'].requires_grad for i in range(2))
+
+
+def test_mbrnet__shared_levels_use_their_own_norm():
+    net = MBRNet(2, 2, num_levels=2, num_branches=1, share_levels=True).train()
+    feats = [torch.randn(4, 2, 8, 8), 100 + torch.randn(4, 2, 4, 4)]
+    net(feats)
+    branch = net.levels[0][0]
+    for norm, feat in zip(branch.norms[0], feats, strict=True):
+        mean = branch.layers[0](feat).mean((0, 2, 3))
+        torch.testing.assert_close(norm.running_mean, 0.01 * mean)
+
+
+@pytest.mark.parametrize('dims', [0, 2])
+def test_mbrnet__init_weights_is_the_released_one(dims):
+    net = MBRNet(64, 256, spatial_dims=dims)
+    net.init_weights()
+    for branch in net.levels[0]:
+        layer, projection = branch.layers[0], branch.projection
+        if dims == 0:
+            assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1)
+            assert projection.weight.std().item() == pytest.approx(
+                0.01, rel=0.1
+            )
+            assert not layer.bias.any()
+        else:
+            assert layer.weight.std().item() == pytest.approx(
+                (2 / (64 * 9)) ** 0.5, rel=0.1
+            )
+            assert projection.weight.std().item() == pytest.approx(
+                (2 / 256) ** 0.5, rel=0.1
+            )
+        assert not projection.bias.any()
+
+
+@pytest.mark.parametrize('head', ['RetinaHead', 'FCOSHead'])
+def test_modes__boxes_are_in_the_original_images_pixels(head, tmp_path):
+    teacher = detector_config(width=16, channels=24, head=head)
+    model = build(
+        save_teacher(teacher, tmp_path / 't.pth'), teacher=teacher
+    ).eval()
+    model.active_modes = ('T', 'ST')
+    found = []
+    for factor in (1.0, 2.0):
+        batch = detection_batch()
+        for sample in batch['data_samples']:
+            sample.set_metainfo(dict(scale_factor=(factor, factor)))
+        with torch.no_grad():
+            own = model(
+                **model.data_preprocessor(batch, False), mode='predict'
+            )
+        found.append({'S': own, **model.mode_predictions})
+    for mode in ('S', 'T', 'ST'):
+        for a, b in zip(found[0][mode], found[1][mode], strict=True):
+            assert len(a.pred_instances)
+            torch.testing.assert_close(
+                a.pred_instances.bboxes, 2 * b.pred_instances.bboxes
+            )
+
+
+def test_blend__is_raw_only_on_the_same_priors_and_coder():
+    def head(**changes):
+        config = detector_config()
+        config['bbox_head'] = {**config['bbox_head'], **changes}
+        return MODELS.build(ConfigDict(copy.deepcopy(config))).bbox_head.eval()
+
+    feats = (torch.randn(1, 16, 8, 8), torch.randn(1, 16, 4, 4))
+    anchors = detector_config()['bbox_head']['anchor_generator']
+    one = head()
+    for other, expected in (
+        (head(), True),
+        (head(anchor_generator={**anchors, 'octave_base_scale': 4}), False),
+        (
+            head(
+                bbox_coder=dict(
+                    type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]
+                )
+            ),
+            False,
+        ),
+    ):
+        assert can_blend_raw(one, one(feats), other, other(feats)) is expected
+
+
+def test_blend__merged_boxes_are_suppressed_and_capped():
+    def instances(boxes, scores):
+        return InstanceData(
+            bboxes=torch.tensor(boxes, dtype=torch.float32),
+            scores=torch.tensor(scores),
+            labels=torch.zeros(len(boxes), dtype=torch.long),
+        )
+
+    student = instances([[0, 0, 10, 10], [50, 50, 60, 60]], [0.6, 0.3])
+    teacher = instances([[0, 0, 10, 11], [20, 20, 30, 30]], [0.9, 0.5])
+    cfg = ConfigDict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=2)
+    # 10x10 in 10x11: IoU 0.91, so the student's 0.6 goes; 0.3 is third.
+    torch.testing.assert_close(
+        _merge((student, teacher), 0.5, cfg).scores, torch.tensor([0.9, 0.5])
+    )
+
+
+def test_blend__merging_weighs_the_scores_by_alpha():
+    def one(x, score):
+        return InstanceData(
+            bboxes=torch.tensor([[x, 0.0, x + 10, 10.0]]),
+            scores=torch.tensor([score]),
+            labels=torch.zeros(1, dtype=torch.long),
+        )
+
+    cfg = ConfigDict(nms=dict(type='nms', iou_threshold=0.5))
+    # alpha 0.2: the student keeps 0.6, the teacher gets 0.8 * 0.2 / 0.8.
+    merged = _merge((one(0.0, 0.6), one(50.0, 0.8)), 0.2, cfg)
+    torch.testing.assert_close(merged.scores, torch.tensor([0.6, 0.2]))
+    merged = _merge((one(0.0, 0.6), one(50.0, 0.8)), 0.0, cfg)
+    torch.testing.assert_close(merged.scores, torch.tensor([0.6]))
+
+
+def test_modes__files_of_an_evaluator_get_the_modes_name():
+    config = [
+        dict(type='CocoMetric', outfile_prefix='out/res'),
+        dict(type='DumpResults', out_file_path='out/res.pkl'),
+    ]
+    found = _for_mode(config, 'T')
+    assert found[0]['outfile_prefix'] == 'out/res.T'
+    assert found[1]['out_file_path'] == 'out/res.T.pkl'
+    assert config[0]['outfile_prefix'] == 'out/res'
+
+
+def test_twi__counting_losses_leave_the_teachers_buffers(tmp_path):
+    # GHM counts examples per bin in a buffer of the head.
+    config = detector_config(width=16, channels=24)
+    config['bbox_head'] |= dict(
+        loss_cls=dict(type='GHMC', bins=5, momentum=0.75)
+    )
+    file = save_teacher(config, tmp_path / 't.pth')
+    model = build(file, teacher=config)
+    model.load_teachers()
+    teacher = model.teachers['teacher']
+    total, _ = model.parse_losses(losses_of(model))
+    total.backward()
+    assert teacher.fingerprint() == teacher.loaded_fingerprint
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(source='backbone'), "usually 'neck'"),
+        (dict(source='neck.fpn_convs.0'), 'priors for 2 levels, but got 1'),
+        (dict(loss=dict(scales=[])), 'one value per branch'),
+        (dict(loss=dict(scales=[1.0, 1.0, 1.0, -1.0])), 'negative'),
+    ],
+)
+def test_pair__that_does_not_fit_is_refused_when_built(change, message):
+    with pytest.raises(ValueError, match=message):
+        build(**change)
+
+
+def test_pair__teacher_without_train_cfg_is_refused_when_built():
+    teacher = detector_config(width=16, channels=24, train_cfg=None)
+    with pytest.raises(ValueError, match='no `train_cfg`'):
+        build(teacher=teacher)
+    build(teacher=teacher, twi_steps='none')
+
+
+def test_sampled__draws_by_the_global_step():
+    model = build(twi_steps='sampled')
+    model.load_teachers()
+    model.eval()
+
+    def draw(step):
+        MessageHub.get_current_instance().update_info('iter', step)
+        return losses_of(model)['loss_era_twi_cls'].item()
+
+    values = [draw(step) for step in range(8)]
+    assert len(set(values)) > 1
+    assert [draw(step) for step in range(8)] == values

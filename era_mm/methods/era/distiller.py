@@ -236,31 +236,36 @@ class ERADistiller(BaseDistiller):
                 ) from error
         if self.twi_head is None:
             return
-        head = self.twi_head.head
-        if (
-            self.twi_steps != 'none'
-            and self.twi_head.is_dense
-            and head.train_cfg is None
-        ):
+        problem = self._head_problem(teacher_maps)
+        if problem and self.twi_steps == 'none':
+            self.twi_head = None
+        elif problem:
             raise ValueError(
-                "The teacher's head has no `train_cfg`, so it cannot assign "
-                'the ground truth. Give the config the teacher was trained '
-                "with, or set twi_steps='none'."
+                f"The teacher's head ({type(self.twi_head.head).__name__}) "
+                f'cannot judge the source {self.teacher_sources[0]!r}: '
+                f'{problem}. TWI needs the source that feeds the head, '
+                "usually 'neck', and the config the teacher was trained with; "
+                "else set twi_steps='none'."
+            )
+
+    def _head_problem(self, teacher_maps: tuple[Tensor, ...]) -> str | None:
+        """Why the teacher's head cannot take these features, if so."""
+        assert self.twi_head is not None
+        head = self.twi_head.head
+        if self.twi_head.is_dense and head.train_cfg is None:
+            return 'it has no `train_cfg` and so cannot assign ground truth'
+        priors = getattr(head, 'prior_generator', None)
+        if priors is not None and priors.num_levels != len(teacher_maps):
+            return (
+                f'it has priors for {priors.num_levels} levels, but got '
+                f'{len(teacher_maps)}'
             )
         try:
             self.twi_head(teacher_maps)
         except (RuntimeError, AssertionError, TypeError, IndexError) as error:
-            if self.twi_steps == 'none':
-                self.twi_head = None
-                return
-            raise ValueError(
-                f"The teacher's {type(head).__name__} cannot take the "
-                f'features at {self.teacher_sources[0]!r} '
-                f'{[tuple(m.shape) for m in teacher_maps]} '
-                f'({type(error).__name__}: {error}). TWI needs the source '
-                "that feeds the head, usually 'neck'; else set "
-                "twi_steps='none'."
-            ) from error
+            shapes = [tuple(m.shape) for m in teacher_maps]
+            return f'{type(error).__name__} on {shapes}: {error}'
+        return None
 
     def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
         head, student_head = find_head(teacher), find_head(student)
