@@ -53,14 +53,14 @@ TITLES = {
 }
 #: Seconds of each stage on two cores of a Xeon at 2.6 GHz.
 EXPECTED = {
-    'data': 30,
-    'teacher': 300,
-    'plain': 140,
-    'era': 480,
-    'test_teacher': 25,
-    'test_plain': 20,
-    'test_era': 35,
-    'measure': 90,
+    'data': 19,
+    'teacher': 330,
+    'plain': 165,
+    'era': 520,
+    'test_teacher': 18,
+    'test_plain': 16,
+    'test_era': 44,
+    'measure': 30,
 }
 
 
