@@ -9,7 +9,7 @@ model = dict(
     student=_base_.model,
     teacher=dict(
         config='{{ fileDirname }}/plain_retinanet_r18w32_digits.py',
-        checkpoint='work_dirs/plain_retinanet_r18w32_digits/teacher.pth',
+        checkpoint='work_dirs/plain_retinanet_r18w32_digits/epoch_15.pth',
     ),
     distiller=dict(type='era_mm.ERADistiller'),
 )

@@ -78,6 +78,18 @@ def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
             assert cfg.get(key) == twin.get(key), key
 
 
+def test_digits__teacher_file_is_what_its_training_writes():
+    era = Config.fromfile(
+        ROOT / 'configs/era_retinanet_r18w32_r18w8_digits.py'
+    )
+    teacher = Config.fromfile(era.model.teacher.config)
+    stem = Path(era.model.teacher.config).stem
+    epochs = teacher.train_cfg.max_epochs
+    assert era.model.teacher.checkpoint == (
+        f'work_dirs/{stem}/epoch_{epochs}.pth'
+    )
+
+
 def test_flagship__is_what_its_docs_say():
     cfg = Config.fromfile(ROOT / 'configs/era_retinanet_r101_r50.py')
     assert cfg.model.student.type == 'RetinaNet'

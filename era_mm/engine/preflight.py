@@ -72,7 +72,7 @@ def check_checkpoints(cfg: Config) -> None:
 
     Every ``checkpoint`` entry below ``model`` is looked at (teacher weights,
     ``init_cfg``), and ``load_from``, which ``--resume`` and the checkpoint
-    argument of ``test`` set.
+    argument of ``test`` set. A teacher's 'random' is no path.
 
     Raises:
         UserError: A file is missing, cut off or something else; all such
@@ -83,7 +83,9 @@ def check_checkpoints(cfg: Config) -> None:
     problems = [
         f'  {key} = {value!r}: {problem}'
         for key, value in wanted
-        if _is_local(value) and (problem := _find_fault(Path(value)))
+        if _is_local(value)
+        and value != 'random'
+        and (problem := _find_fault(Path(value)))
     ]
     if problems:
         raise UserError(

@@ -166,3 +166,9 @@ def test_find_config__shows_the_nearest_names(tmp_path: Path) -> None:
     message = str(caught.value)
     assert f'{folder / "era_toy_net.py"}' in message
     assert '_base_' not in message
+
+
+def test_check_checkpoints__lets_a_random_teacher_pass() -> None:
+    check_checkpoints(
+        Config(dict(model=dict(teacher=dict(checkpoint='random'))))
+    )
