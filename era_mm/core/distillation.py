@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,9 @@ class Distillation(BaseModel):
     Args:
         student: A host model config, as the user's own config has it; or a
             reference ('mmdet::...' or a path).
-        distiller: One distiller config, or a dict of named ones.
+        distiller: One distiller config, or a dict of named ones. None only
+            together with ``inherit``: the student then trains as a plain one
+            from an inherited start.
         teacher: Arguments of :class:`~era_mm.core.teacher.Teacher`
             (``config``, ``checkpoint``, ``dtype``), or a dict of named ones;
             None for methods that need none.
@@ -93,10 +95,16 @@ class Distillation(BaseModel):
             in pixels.
         inference_mode: Whose predictions :meth:`predict` returns: None for
             the student's own, or one of the distillers' modes.
+        inherit: Modules of the student that start from the teacher's weights
+            where names and shapes match, such as ``['neck', 'bbox_head']``;
+            a list, or a dict from module to teacher where there are several.
+            They stay trainable. None: all start as in a plain run. [ours];
+            MGD and others in the lineage start detectors so.
 
     Raises:
         ValueError: Pairs that do not fit, sources that do not exist, a
-            distiller without its teacher.
+            distiller without its teacher, an inherited module that has
+            nothing in common with the teacher's.
     """
 
     _is_copy = False
@@ -106,11 +114,12 @@ class Distillation(BaseModel):
     def __init__(
         self,
         student: dict | str,
-        distiller: dict,
+        distiller: dict | None = None,
         teacher: dict | None = None,
         data_preprocessor: dict | None = None,
         input_size: int | tuple[int, int] = 64,
         inference_mode: str | None = None,
+        inherit: Sequence[str] | dict[str, str] | None = None,
     ) -> None:
         # The student comes first: it must find the random state of a plain
         # run.
@@ -134,6 +143,7 @@ class Distillation(BaseModel):
                     ).items()
                 }
             )
+            self._inherited = self._plan_inheritance(inherit)
             self._prepare(input_size)
         self.inference_mode: str | None = None
         self.active_modes: tuple[str, ...] = ()
@@ -164,8 +174,11 @@ class Distillation(BaseModel):
     def _prepare(self, input_size: int | tuple[int, int]) -> None:
         """Wire the recorders and let each distiller meet its pair."""
         distillers = dict(self.distillers.items())
-        if not distillers:
-            raise ValueError('`distiller` is empty; give at least one.')
+        if not distillers and not self._inherited:
+            raise ValueError(
+                '`distiller` is empty; give at least one. (Only with '
+                '`inherit` there may be none.)'
+            )
         for name, distiller in distillers.items():
             if not isinstance(distiller, BaseDistiller):
                 raise TypeError(
@@ -210,7 +223,8 @@ class Distillation(BaseModel):
                     for source in distiller.teacher_sources
                 )
             )
-            teacher_feats[name] = teacher.extract(inputs)
+            if teacher.is_recorded:
+                teacher_feats[name] = teacher.extract(inputs)
         for distiller in distillers.values():
             distiller.prepare(
                 student=self.student,
@@ -246,11 +260,68 @@ class Distillation(BaseModel):
                 for tensor in module.state_dict().values() if module else ():
                     broadcast(tensor)
         self.load_teachers()
+        self._inherit()
 
     def load_teachers(self) -> None:
         """Take the teachers' weights in, if they are not yet."""
         for teacher in self.teachers.values():
             teacher.load()
+
+    def _plan_inheritance(
+        self, inherit: Sequence[str] | dict[str, str] | None
+    ) -> dict[str, dict[str, list[str]]]:
+        """Keys of the student to take over, by teacher and module."""
+        if not inherit:
+            return {}
+        if isinstance(inherit, str):
+            inherit = [inherit]
+        if not isinstance(inherit, Mapping):
+            if len(self.teachers) != 1:
+                raise ValueError(
+                    f'`inherit` {list(inherit)} does not say from which '
+                    f'teacher, and there are {sorted(self.teachers)}. Give '
+                    'one teacher, or a dict {module: teacher}.'
+                )
+            inherit = dict.fromkeys(inherit, next(iter(self.teachers)))
+        own = self.student.state_dict()
+        plan: dict[str, dict[str, list[str]]] = {}
+        for module, name in inherit.items():
+            if name not in self.teachers:
+                raise ValueError(
+                    f'`inherit` takes {module!r} from a teacher {name!r}, but '
+                    f'there are {sorted(self.teachers)}.'
+                )
+            theirs = self.teachers[name].model.state_dict()
+            keys = [key for key in own if key.startswith(f'{module}.')]
+            match = [
+                key
+                for key in keys
+                if key in theirs and theirs[key].shape == own[key].shape
+            ]
+            if not match:
+                raise ValueError(
+                    f'The student can inherit nothing of {module!r} from '
+                    f'{name!r}: of its {len(keys)} tensors there, none has '
+                    'the name and shape of one of the teacher. Give modules '
+                    'that are alike in both, usually the neck and the head.'
+                )
+            plan.setdefault(name, {})[module] = match
+        return plan
+
+    @torch.no_grad()
+    def _inherit(self) -> None:
+        own = self.student.state_dict()
+        for name, modules in self._inherited.items():
+            theirs = self.teachers[name].model.state_dict()
+            for module, keys in modules.items():
+                for key in keys:
+                    own[key].copy_(theirs[key])
+                total = sum(key.startswith(f'{module}.') for key in own)
+                print_log(
+                    f'The student inherits {len(keys)} of {total} tensors of '
+                    f'{module!r} from {name!r}.',
+                    logger='current',
+                )
 
     # -- forward -----------------------------------------------------------
 
@@ -351,6 +422,8 @@ class Distillation(BaseModel):
         return {
             name: teacher.extract(own.get(name, inputs), data_samples)
             for name, teacher in self.teachers.items()
+            # One that is there for `inherit` alone is not asked.
+            if teacher.is_recorded
         }
 
     @staticmethod
@@ -450,7 +523,9 @@ class Distillation(BaseModel):
         return int(MessageHub.get_current_instance().get_info('iter', 0))
 
     def _pretrain_iters(self) -> int:
-        return max(d.pretrain_iters for d in self.distillers.values())
+        return max(
+            (d.pretrain_iters for d in self.distillers.values()), default=0
+        )
 
     @property
     def pretraining(self) -> bool:

@@ -163,6 +163,11 @@ class Teacher:
         """Say which features :meth:`extract` returns."""
         self._recorder = Recorder(self.model, sources, owner=self.name)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether any of its features is asked for."""
+        return self._recorder is not None and bool(self._recorder.sources)
+
     @torch.no_grad()
     def extract(
         self, inputs: Tensor, data_samples: list | None = None
