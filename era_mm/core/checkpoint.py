@@ -10,12 +10,18 @@ the extras without one.
 """
 
 import hashlib
+import logging
 import pickle
+import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
+from mmengine.dist import broadcast_object_list, get_rank
+from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
@@ -42,20 +48,102 @@ def extras_of(state_dict: Mapping[str, Tensor]) -> dict | None:
     return metadata.get('', {}).get(METADATA_KEY)
 
 
-def read_checkpoint(filename: str) -> OrderedDict:
+def read_checkpoint(
+    filename: str | Sequence[str], sha256: str | None = None
+) -> OrderedDict:
     """Read the state dict of a checkpoint file.
 
     Args:
-        filename: Path or URL, whatever mmengine's loader takes.
+        filename: Path or URL, whatever mmengine's loader takes; or several,
+            which are tried in their order until one can be read.
+        sha256: The first digits of the file's SHA-256, as the hosts' file
+            names end in. None: not looked at.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is truncated or not a checkpoint.
+        ValueError: The file is truncated, not a checkpoint, or another one
+            than ``sha256`` says; or none of several could be read.
     """
+    names = [filename] if isinstance(filename, str) else list(filename)
+    if not names:
+        raise ValueError('`checkpoint` is an empty list. Give a path or URL.')
+    faults: list[Exception] = []
+    for name in names:
+        try:
+            return _read(name, sha256)
+        except (FileNotFoundError, ValueError) as error:
+            faults.append(error)
+            if len(names) > 1:
+                print_log(str(error), logger='current', level=logging.WARNING)
+    if len(faults) == 1:
+        raise faults[0]
+    raise ValueError(
+        f'None of {len(names)} places of the checkpoint can be read:\n'
+        + '\n'.join(f'  {fault}' for fault in faults)
+    )
+
+
+def _download(url: str) -> Path:
+    """Where a file of the web lies, after it was fetched if need be.
+
+    Rank 0 fetches and tells the others how it went: they would wait for ever
+    for one that has stopped with an error.
+    """
+    path = Path(
+        torch.hub.get_dir(), 'checkpoints', Path(urlsplit(url).path).name
+    )
+    problem = ['']
+    if get_rank() == 0:
+        problem[0] = _fetch(url, path)
+    broadcast_object_list(problem)
+    # Other machines have no part in rank 0's folder.
+    if get_rank() > 0 and not problem[0]:
+        problem[0] = _fetch(url, path)
+    if problem[0]:
+        raise FileNotFoundError(
+            f'Checkpoint {url!r} cannot be fetched: {problem[0]}. Give a path '
+            'or another URL; `checkpoint` takes a list of them.'
+        )
+    return path
+
+
+def _fetch(url: str, path: Path) -> str:
+    """Fetch a file that is not there yet; what went wrong, or ''."""
+    if path.is_file():
+        return ''
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(
+            url, str(path), progress=sys.stderr.isatty()
+        )
+    except (OSError, HTTPException) as error:
+        return f'{type(error).__name__}: {error}'
+    return ''
+
+
+def _check_digest(path: Path, sha256: str, *, name: str) -> None:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
+    if not found.startswith(sha256.lower()):
+        raise ValueError(
+            f'Checkpoint {name!r} is another file: expected a SHA-256 that '
+            f'begins with {sha256}, but {path} has '
+            f'{found[: max(8, len(sha256))]}. Remove that file and fetch it '
+            'again, or correct `sha256`.'
+        )
+
+
+def _read(filename: str, sha256: str | None) -> OrderedDict:
     advice = (
         'Give a checkpoint that mmengine, mmdet or mmpretrain has saved '
         '(a dict with `state_dict`, or a state dict).'
     )
+    name = filename
+    if filename.startswith(('http://', 'https://')):
+        filename = str(_download(filename))
     is_local = '://' not in filename
     if is_local and not Path(filename).is_file():
         raise FileNotFoundError(
@@ -63,6 +151,12 @@ def read_checkpoint(filename: str) -> OrderedDict:
             f'{Path(filename).absolute().parent}). Correct the path, or give '
             'a URL.'
         )
+    if sha256 is not None:
+        if not is_local:
+            raise ValueError(
+                f'`sha256` is for files and http(s) URLs, but got {name!r}.'
+            )
+        _check_digest(Path(filename), sha256, name=name)
     try:
         checkpoint = CheckpointLoader.load_checkpoint(
             filename, map_location='cpu'
@@ -70,7 +164,7 @@ def read_checkpoint(filename: str) -> OrderedDict:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         size = f' ({Path(filename).stat().st_size} bytes)' if is_local else ''
         raise ValueError(
-            f'Checkpoint {filename!r}{size} cannot be read: it is truncated '
+            f'Checkpoint {name!r}{size} cannot be read: it is truncated '
             f'or not a checkpoint ({type(error).__name__}: '
             f'{str(error).splitlines()[0] if str(error) else "no details"}). '
             f'{advice}'
@@ -84,7 +178,7 @@ def read_checkpoint(filename: str) -> OrderedDict:
         isinstance(value, Tensor) for value in state_dict.values()
     ):
         raise ValueError(
-            f'Checkpoint {filename!r} holds no weights: expected a dict with '
+            f'Checkpoint {name!r} holds no weights: expected a dict with '
             f'`state_dict`, got {type(checkpoint).__name__}'
             + (
                 f' with keys {sorted(map(str, checkpoint))[:5]}'

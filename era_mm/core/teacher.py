@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,8 +93,10 @@ class Teacher:
 
     Args:
         config: What :func:`resolve_model_config` takes.
-        checkpoint: Path or URL of its weights, or 'random' (for tests of the
-            machinery: a random teacher teaches noise).
+        checkpoint: Path or URL of its weights, or a list of places that are
+            tried in order; or 'random' (for tests of the machinery: a random
+            teacher teaches noise).
+        sha256: The first digits of the file's SHA-256. None: not looked at.
         dtype: 'float16' or 'bfloat16' runs its forward under autocast; the
             features come back as float32. None: as the surrounding context.
         name: Its name, for messages.
@@ -109,7 +111,8 @@ class Teacher:
     def __init__(
         self,
         config: str | Mapping,
-        checkpoint: str | None = None,
+        checkpoint: str | Sequence[str] | None = None,
+        sha256: str | None = None,
         dtype: str | None = None,
         name: str = 'teacher',
     ) -> None:
@@ -125,6 +128,7 @@ class Teacher:
             )
         self.name = name
         self.checkpoint = checkpoint
+        self.sha256 = sha256
         self.dtype = dtype
         self.config, scope = resolve_model_config(config)
         with preserve_rng(), DefaultScope.overwrite_default_scope(scope):
@@ -151,8 +155,8 @@ class Teacher:
         if self.is_loaded:
             return
         if self.checkpoint != 'random':
-            state_dict = read_checkpoint(self.checkpoint)
-            load_strictly(self.model, state_dict, name=self.checkpoint)
+            state_dict = read_checkpoint(self.checkpoint, self.sha256)
+            load_strictly(self.model, state_dict, name=str(self.checkpoint))
         self.loaded_fingerprint = self.fingerprint()
 
     def fingerprint(self) -> str:

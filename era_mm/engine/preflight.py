@@ -83,9 +83,7 @@ def check_checkpoints(cfg: Config) -> None:
     problems = [
         f'  {key} = {value!r}: {problem}'
         for key, value in wanted
-        if _is_local(value)
-        and value != 'random'
-        and (problem := _find_fault(Path(value)))
+        if (problem := _find_fault_among(value))
     ]
     if problems:
         raise UserError(
@@ -94,6 +92,18 @@ def check_checkpoints(cfg: Config) -> None:
             + '\nWhat to do: correct the path (it is relative to the folder '
             'the command runs in), give a URL, or train that model first.'
         )
+
+
+def _find_fault_among(value: Any) -> str:
+    """Say why an entry, a place or a list of them, gives no checkpoint."""
+    places = value if isinstance(value, list | tuple) else [value]
+    faults = [
+        _find_fault(Path(place))
+        if _is_local(place) and place != 'random'
+        else ''
+        for place in places
+    ]
+    return '; '.join(faults) if all(faults) else ''
 
 
 def _find_fault(checkpoint: Path) -> str:
