@@ -6,6 +6,7 @@ features and gives losses; where features come from, when it runs and what is
 saved is the core's business.
 """
 
+import fnmatch
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -48,7 +49,10 @@ class BaseDistiller(BaseModule):
             alike, or ``dict(student=..., teacher=...)`` where the names
             differ, each a name or a list of names.
         teacher: Name of the teacher it learns from.
-        schedules: ``{loss key: dict(start=, stop=, ramp=, shape=)}``.
+        schedules: Factors of its loss terms over the run, each the arguments
+            of :class:`LossSchedule` under the key of a loss, in which ``*``
+            stands for anything: ``{'loss_era_twi_*': dict(ramp=500)}``.
+            Where several keys meet a loss, their factors are multiplied.
         init_cfg: As in mmengine.
 
     Raises:
@@ -255,15 +259,19 @@ class BaseDistiller(BaseModule):
         Raises:
             ValueError: A schedule for a term that does not exist.
         """
-        for key in self.schedules:
-            if key not in losses:
+        factors = dict.fromkeys(losses, 1.0)
+        for pattern, schedule in self.schedules.items():
+            keys = [
+                key for key in fnmatch.filter(losses, pattern) if 'loss' in key
+            ]
+            if not keys:
                 raise ValueError(
-                    f'`schedules` of {type(self).__name__} names {key!r}, '
+                    f'`schedules` of {type(self).__name__} names {pattern!r}, '
                     f'which is none of its losses: {sorted(losses)}.'
                 )
+            for key in keys:
+                factors[key] *= schedule(step)
         return {
-            key: self.schedules[key](step) * value
-            if key in self.schedules
-            else value
+            key: value if factors[key] == 1 else factors[key] * value
             for key, value in losses.items()
         }

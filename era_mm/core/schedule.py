@@ -1,6 +1,7 @@
 """When a distillation term counts, and how much."""
 
 import math
+from collections.abc import Sequence
 
 from ..registry import explain_unknown_keys
 
@@ -9,31 +10,46 @@ from ..registry import explain_unknown_keys
 class LossSchedule:
     """Factor of one loss term as a function of the global step.
 
-        factor(t) = 0                               t < start or t >= stop
-                  = shape((t - start + 1) / ramp)   in the ramp
-                  = 1                               after it
+        factor(t) = 0                                 t < start or t >= stop
+                  = scale * gamma^m * (initial + (1 - initial) * shape(x))
+        x = min(1, (t - start + 1) / ramp),  1 without a ramp
         shape(x) = x (linear) or (1 - cos(pi x)) / 2 (cosine)
+        m = number of milestones <= t
 
     A function of the global step alone, so a resumed run goes on where it
-    was.
+    was. ``LossSchedule(scale=0.5)`` is a constant weight; ``initial=0`` ramps
+    up; ``scale=0.1, initial=10`` ramps from 1 down to 0.1.
 
     Source: ours.
 
     Args:
+        scale: Factor after the ramp.
         start: First step, in iterations, at which the term counts.
         stop: Step from which on it does not count any more. None: never.
-        ramp: Number of iterations from 0 to the full weight. 0: at once.
+        ramp: Number of iterations from ``initial`` to the full weight. 0: at
+            once.
+        initial: Where the ramp begins, relative to ``scale``.
         shape: 'linear' or 'cosine'.
+        milestones: Steps from each of which on the factor is multiplied by
+            ``gamma``.
+        gamma: See ``milestones``.
+
+    Raises:
+        ValueError: Steps that are not in order.
     """
 
     SHAPES = ('linear', 'cosine')
 
     def __init__(
         self,
+        scale: float = 1.0,
         start: int = 0,
         stop: int | None = None,
         ramp: int = 0,
+        initial: float = 0.0,
         shape: str = 'linear',
+        milestones: Sequence[int] = (),
+        gamma: float = 0.1,
     ) -> None:
         if shape not in self.SHAPES:
             raise ValueError(
@@ -45,16 +61,29 @@ class LossSchedule:
                 'A loss schedule needs 0 <= start < stop and ramp >= 0, but '
                 f'got start={start}, stop={stop}, ramp={ramp}.'
             )
-        self.start, self.stop = start, stop
-        self.ramp, self.shape = ramp, shape
+        if scale < 0 or initial < 0 or gamma < 0:
+            raise ValueError(
+                'Factors of a loss schedule must not be negative, but got '
+                f'scale={scale}, initial={initial}, gamma={gamma}.'
+            )
+        if sorted(milestones) != list(milestones):
+            raise ValueError(
+                '`milestones` of a loss schedule must be in rising order, '
+                f'but got {list(milestones)}.'
+            )
+        self.scale, self.start, self.stop = scale, start, stop
+        self.ramp, self.initial, self.shape = ramp, initial, shape
+        self.milestones, self.gamma = tuple(milestones), gamma
 
     def __call__(self, step: int) -> float:
         """Factor at a global step."""
         if step < self.start or (self.stop is not None and step >= self.stop):
             return 0.0
+        passed = sum(milestone <= step for milestone in self.milestones)
+        factor = self.scale * self.gamma**passed
         if not self.ramp:
-            return 1.0
+            return factor
         progress = min(1.0, (step - self.start + 1) / self.ramp)
         if self.shape == 'cosine':
-            return (1 - math.cos(math.pi * progress)) / 2
-        return progress
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return factor * (self.initial + (1 - self.initial) * progress)

@@ -135,7 +135,13 @@ def test_student__that_is_a_distillation_is_refused():
 
 @pytest.mark.parametrize(
     'kwargs',
-    [dict(shape='cubic'), dict(start=-1), dict(start=5, stop=5)],
+    [
+        dict(shape='cubic'),
+        dict(start=-1),
+        dict(start=5, stop=5),
+        dict(scale=-1),
+        dict(milestones=[5, 3]),
+    ],
 )
 def test_schedule__refuses(kwargs):
     with pytest.raises(ValueError, match='schedule'):
@@ -157,6 +163,18 @@ def test_schedule__values_by_hand():
         0,
     ]
     assert LossSchedule()(10**9) == 1.0
+    assert LossSchedule(scale=0.5)(0) == 0.5
+    # Down from 0.1 * 10 to 0.1 in four steps: 1 - 0.9 x.
+    down = LossSchedule(scale=0.1, initial=10, ramp=4)
+    assert [round(down(t), 4) for t in (0, 1, 2, 3, 9)] == [
+        0.775,
+        0.55,
+        0.325,
+        0.1,
+        0.1,
+    ]
+    steps = LossSchedule(scale=2, milestones=[2, 5], gamma=0.5)
+    assert [steps(t) for t in (1, 2, 4, 5, 9)] == [2, 1, 1, 0.5, 0.5]
 
 
 def test_recorder__listens_only_inside_its_block():

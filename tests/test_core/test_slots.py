@@ -227,6 +227,26 @@ def test_schedule__scales_a_term_by_the_global_step(teacher_file):
     ]
 
 
+def test_schedule__patterns_meet_several_terms_and_multiply():
+    distiller = MODELS.build(
+        dict(
+            type='era_mm.ERADistiller',
+            schedules={
+                'loss_era_twi_*': dict(start=3),
+                '*': dict(scale=0.5),
+            },
+        )
+    )
+    terms = {
+        'loss_era_twi_cls': 1.0,
+        'loss_era_twi_bbox': 2.0,
+        'loss_era_align': 4.0,
+        'era_mse_e0': 8.0,
+    }
+    assert list(distiller.scheduled(terms, 2).values()) == [0, 0, 2, 8]
+    assert list(distiller.scheduled(terms, 3).values()) == [0.5, 1, 2, 8]
+
+
 def test_schedule__of_an_unknown_term_is_refused(teacher_file):
     config = coder_config(teacher_file, schedules=dict(loss_code=dict()))
     model = MODELS.build(config)
