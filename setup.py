@@ -41,7 +41,7 @@ class BuildWithMim(build_py):
       sorts before both. It goes when onedl-mim looks the module up by name.
 
     In an editable install onedl-mim reads the checkout itself. openmim looks
-    in site-packages/era_mm, so the two entry scripts are put there. Configs
+    in site-packages/era_mm, so the entry scripts are put there. Configs
     are not: copies would go stale.
     """
 
@@ -51,7 +51,7 @@ class BuildWithMim(build_py):
             installed = self.get_finalized_command('install').install_lib
             scripts = Path(installed, 'era_mm', '.mim', 'tools')
             scripts.mkdir(parents=True)
-            for name in ('train.py', 'test.py'):
+            for name in ('train.py', 'test.py', 'export_student.py'):
                 shutil.copy(HERE / 'tools' / name, scripts)
             return
         for package in ('era_mm', '_era_mm_mim'):

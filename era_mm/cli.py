@@ -1,4 +1,4 @@
-"""``train`` and ``test``, with the flags of mmdet's scripts.
+"""``train`` and ``test``, with the flags of mmdet's scripts; ``export``.
 
 Nothing heavy is imported before the arguments are parsed: mim asks for
 ``train.py -h`` before every run.
@@ -41,6 +41,11 @@ def run_train(argv: Sequence[str] | None = None) -> int:
 def run_test(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint; the exit status is returned."""
     return _run(_test_parser().parse_args(argv), _test)
+
+
+def run_export_student(argv: Sequence[str] | None = None) -> int:
+    """Write a student as a plain host model; the exit status is returned."""
+    return _run(_export_parser().parse_args(argv), _export)
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -97,19 +102,55 @@ def _test_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='export_student',
+        description='Write what a distillation has trained as an ordinary '
+        'model of the host: PREFIX.py and PREFIX.pth.',
+    )
+    parser.add_argument(
+        'config', help='path or base name of the config it was trained with'
+    )
+    parser.add_argument(
+        'checkpoint', help='path or URL of what the training has written'
+    )
+    parser.add_argument(
+        '--mode',
+        choices=['S', 'E0', 'T'],
+        default='S',
+        help="S: the student alone. E0: with the teacher's head, the align "
+        'layer folded in. T: with MBRNet and the head (needs era_mm). '
+        '(default: S)',
+    )
+    parser.add_argument(
+        '--out',
+        required=True,
+        metavar='PREFIX',
+        help='where to write, without extension',
+    )
+    parser.add_argument(
+        '--distiller',
+        metavar='NAME',
+        help='whose mode, where the config has several distillers',
+    )
+    parser.add_argument(
+        '--keep-align',
+        action='store_true',
+        help='with E0: leave the align layer as a stock layer behind the '
+        'neck, also where it cannot be folded',
+    )
+    _add_config_options(parser)
+    # Of the flags that every command knows, a single process has no ranks.
+    parser.set_defaults(local_rank=0)
+    return parser
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir',
         metavar='DIR',
         help='where logs and checkpoints go (default: the work_dir of the '
         'config, else work_dirs/<config name>)',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        metavar='KEY=VALUE',
-        help='override config entries, e.g. train_cfg.max_epochs=3 '
-        'model.backbone.depth=18 key="[a,b]"',
     )
     parser.add_argument(
         '--launcher',
@@ -124,6 +165,17 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         help=argparse.SUPPRESS,
+    )
+    _add_config_options(parser)
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='override config entries, e.g. train_cfg.max_epochs=3 '
+        'model.backbone.depth=18 key="[a,b]"',
     )
     parser.add_argument(
         '--traceback',
@@ -174,14 +226,12 @@ def _explain(error: BaseException) -> str:
     )
 
 
-def _load_config(args: argparse.Namespace) -> 'Config':
+def _read_config(args: argparse.Namespace) -> 'Config':
     from mmengine.config import Config, DictAction
 
     from era_mm.engine.preflight import find_config
 
-    path = find_config(args.config)
-    cfg = Config.fromfile(path)
-    cfg.launcher = args.launcher
+    cfg = Config.fromfile(find_config(args.config))
     if args.cfg_options is not None:
         for option in args.cfg_options:
             if '=' not in option:
@@ -195,10 +245,16 @@ def _load_config(args: argparse.Namespace) -> 'Config':
         parser.add_argument('--cfg-options', nargs='+', action=DictAction)
         parsed = parser.parse_args(['--cfg-options', *args.cfg_options])
         cfg.merge_from_dict(parsed.cfg_options)
+    return cfg
+
+
+def _load_config(args: argparse.Namespace) -> 'Config':
+    cfg = _read_config(args)
+    cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs', Path(path).stem))
+        cfg.work_dir = str(Path('work_dirs', Path(cfg.filename).stem))
     return cfg
 
 
@@ -261,3 +317,27 @@ def _test(args: argparse.Namespace) -> None:
     if args.out is not None:
         add_outputs(runner, args.out)
     runner.test()
+
+
+def _export(args: argparse.Namespace) -> None:
+    from era_mm.engine.export import export_student
+
+    exported = export_student(
+        _read_config(args),
+        args.checkpoint,
+        args.out,
+        mode=args.mode,
+        distiller=args.distiller,
+        keep_align=args.keep_align,
+    )
+    number = sum(p.numel() for p in exported.model.parameters())
+    print(f'{exported.config}\n{exported.checkpoint}')
+    print(
+        f'{args.mode}: {type(exported.model).__name__}, '
+        f'{number / 1e6:.2f} M parameters; '
+        + (
+            f'needs era_mm for {", ".join(exported.needs_era_mm)}'
+            if exported.needs_era_mm
+            else 'needs no era_mm'
+        )
+    )

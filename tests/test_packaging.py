@@ -276,6 +276,7 @@ def test_wheel__holds_one_package_and_what_mim_reads(wheel: Path) -> None:
             'model-index.yml',
             'tools/train.py',
             'tools/test.py',
+            'tools/export_student.py',
             'configs/packaging_toy.py',
         ):
             assert f'{package}/.mim/{inside}' in names

@@ -1,6 +1,6 @@
 """The machine; it knows no paper."""
 
-from .base_distiller import BaseDistiller, Features
+from .base_distiller import BaseDistiller, Features, HostModel
 from .checkpoint import extras_of, load_strictly, read_checkpoint
 from .distillation import Distillation
 from .recorder import Recorder
@@ -12,6 +12,7 @@ __all__ = [
     'BaseDistiller',
     'Distillation',
     'Features',
+    'HostModel',
     'LossSchedule',
     'Recorder',
     'Teacher',

@@ -9,9 +9,10 @@ saved is the core's business.
 import fnmatch
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -21,6 +22,18 @@ from .schedule import LossSchedule
 from .utils import Unregistered
 
 Features = Mapping[str, tuple[Tensor, ...]]
+
+
+class HostModel(NamedTuple):
+    """An ordinary model of a host.
+
+    Args:
+        config: Its config, as one writes it.
+        module: It, built.
+    """
+
+    config: ConfigDict
+    module: nn.Module
 
 
 @explain_unknown_keys
@@ -43,6 +56,7 @@ class BaseDistiller(BaseModule):
     - ``schedules``: a factor per loss term over the global step.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
       student's own.
+    - :meth:`export`: one of these modes as an ordinary host model.
 
     Args:
         source: Module whose output is distilled, in student and teacher
@@ -249,6 +263,29 @@ class BaseDistiller(BaseModule):
         raise NotImplementedError(
             f'{type(self).__name__} has no inference modes, but {modes} were '
             'asked for.'
+        )
+
+    def export(
+        self,
+        mode: str,
+        *,
+        student: HostModel,
+        teacher: HostModel,
+        inputs: Tensor,
+        **options: Any,
+    ) -> HostModel:
+        """A mode as a host model, for use without ``Distillation``.
+
+        Args:
+            mode: One of :meth:`inference_modes`.
+            student: The student, in eval mode. Not to be changed.
+            teacher: The same of the teacher.
+            inputs: Images to try the exported model on, ``(N, 3, H, W)``.
+            options: What the method offers.
+        """
+        raise NotImplementedError(
+            f'{type(self).__name__} exports no mode, but {mode!r} was asked '
+            'for.'
         )
 
     # -- schedules ---------------------------------------------------------

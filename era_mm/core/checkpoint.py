@@ -51,13 +51,23 @@ def extras_of(state_dict: Mapping[str, Tensor]) -> dict | None:
 def read_checkpoint(
     filename: str | Sequence[str], sha256: str | None = None
 ) -> OrderedDict:
-    """Read the state dict of a checkpoint file.
+    """Read the state dict of a checkpoint file; see ``read_with_meta``."""
+    return read_with_meta(filename, sha256)[0]
+
+
+def read_with_meta(
+    filename: str | Sequence[str], sha256: str | None = None
+) -> tuple[OrderedDict, dict]:
+    """Read the state dict of a checkpoint file and what it says of itself.
 
     Args:
         filename: Path or URL, whatever mmengine's loader takes; or several,
             which are tried in their order until one can be read.
         sha256: The first digits of the file's SHA-256, as the hosts' file
             names end in. None: not looked at.
+
+    Returns:
+        The state dict, and the file's ``meta`` (classes, epoch, ...).
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -136,7 +146,9 @@ def _check_digest(path: Path, sha256: str, *, name: str) -> None:
         )
 
 
-def _read(filename: str, sha256: str | None) -> OrderedDict:
+def _read(
+    filename: str, sha256: str | None
+) -> tuple[OrderedDict, dict]:
     advice = (
         'Give a checkpoint that mmengine, mmdet or mmpretrain has saved '
         '(a dict with `state_dict`, or a state dict).'
@@ -193,7 +205,7 @@ def _read(filename: str, sha256: str | None) -> OrderedDict:
     )
     if hasattr(state_dict, '_metadata'):
         setattr(plain, '_metadata', state_dict._metadata)  # noqa: B010
-    return plain
+    return plain, dict(checkpoint.get('meta') or {})
 
 
 def load_strictly(

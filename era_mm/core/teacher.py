@@ -132,7 +132,8 @@ class Teacher:
         self.dtype = dtype
         self.config, scope = resolve_model_config(config)
         with preserve_rng(), DefaultScope.overwrite_default_scope(scope):
-            self.model: nn.Module = MODELS.build(self.config)
+            # Detectors write into the config that they are built from.
+            self.model: nn.Module = MODELS.build(copy.deepcopy(self.config))
         self.model.requires_grad_(False)
         self.model.eval()
         self.loaded_fingerprint: str | None = None

@@ -2,16 +2,17 @@
 
 import logging
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ...core import BaseDistiller, Features
+from ...core import BaseDistiller, Features, HostModel
 from ...core.utils import evaluating
 from ...layers import dist_loss, kl_loss
 from ...registry import MODELS, explain_unknown_keys
+from .export import export_estimate
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
 from .twi import TWIHead, find_head
@@ -412,6 +413,10 @@ class ERADistiller(BaseDistiller):
             return ()
         estimates = [f'E{i}' for i in range(self.mbrnet.num_branches)]
         return (*estimates, 'T', 'ST')
+
+    def export(self, mode: str, **pair: Any) -> HostModel:
+        """Mode 'E0' or 'T' as a host model; see ``export_estimate``."""
+        return export_estimate(self, mode, **pair)
 
     def predict(
         self,

@@ -1,0 +1,330 @@
+"""Takes the student out of a distillation: a config and a checkpoint."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from era_mm.core import (
+    BaseDistiller,
+    Distillation,
+    HostModel,
+    extras_of,
+    load_strictly,
+)
+from era_mm.core.checkpoint import read_with_meta
+from era_mm.core.teacher import resolve_model_config
+from era_mm.errors import UserError
+
+MODES = ('S', 'E0', 'T')
+
+
+class Exported(NamedTuple):
+    """What was written.
+
+    Args:
+        config: Path of the config.
+        checkpoint: Path of the weights.
+        model: The model that they make.
+        needs_era_mm: Keys of the config that name types of era_mm; none for
+            a model that the stock host loads.
+    """
+
+    config: Path
+    checkpoint: Path
+    model: nn.Module
+    needs_era_mm: tuple[str, ...]
+
+
+def export_student(
+    cfg: Config,
+    checkpoint: str,
+    prefix: str,
+    *,
+    mode: str = 'S',
+    distiller: str | None = None,
+    keep_align: bool = False,
+) -> Exported:
+    """Write ``prefix.py`` and ``prefix.pth``, an ordinary host model.
+
+    The config is the run's own, with data and schedule, and the plain model
+    in place of the distillation. The files are read back as a stock host
+    reads them before they get their names; nothing is left of an export that
+    fails.
+
+    Args:
+        cfg: Config of the distillation.
+        checkpoint: What training has written, a path or a URL.
+        prefix: Where to write, without extension.
+        mode: 'S', the student alone; 'E0' or 'T', the student with the
+            teacher's head.
+        distiller: Whose mode, where several distillers offer it.
+        keep_align: For E0, see ``era_mm.methods.era.export``.
+
+    Raises:
+        UserError: No distillation, no such mode, a plain student's file for
+            E0 or T, files that are there already.
+    """
+    targets = [Path(f'{prefix}.py'), Path(f'{prefix}.pth')]
+    _check_request(cfg, targets, mode, distiller, keep_align)
+    student_config, scope = _student_config(cfg)
+    scope = cfg.get('default_scope') or scope
+    state_dict, meta = read_with_meta(checkpoint)
+    with DefaultScope.overwrite_default_scope(scope):
+        if mode == 'S':
+            exported = HostModel(student_config, _build(student_config))
+            load_strictly(exported.module, state_dict, name=checkpoint)
+        else:
+            exported = _export_mode(
+                cfg,
+                state_dict,
+                mode,
+                student_config=student_config,
+                checkpoint=checkpoint,
+                distiller=distiller,
+                keep_align=keep_align,
+            )
+    plain = _plain_config(cfg, exported.config, scope)
+    targets[0].parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that renaming moves no bytes and cannot stop
+    # halfway.
+    with tempfile.TemporaryDirectory(
+        dir=targets[0].parent, prefix='.export-'
+    ) as folder:
+        parts = [Path(folder, target.name) for target in targets]
+        plain.dump(parts[0])
+        torch.save(
+            {
+                'meta': {**meta, 'cfg': parts[0].read_text()},
+                'state_dict': exported.module.state_dict(),
+            },
+            parts[1],
+        )
+        _read_back(*parts)
+        for part, target in zip(parts, targets, strict=True):
+            os.replace(part, target)
+    return Exported(
+        config=targets[0],
+        checkpoint=targets[1],
+        model=exported.module,
+        needs_era_mm=tuple(_types_of_ours(plain.to_dict())),
+    )
+
+
+def _check_request(
+    cfg: Config,
+    targets: list[Path],
+    mode: str,
+    distiller: str | None,
+    keep_align: bool,
+) -> None:
+    if mode not in MODES:
+        raise UserError(f'--mode: expected one of {MODES}, but got {mode!r}.')
+    if keep_align and mode != 'E0':
+        raise UserError(
+            f'--keep-align: it is about E0, but the mode is {mode}. Leave it '
+            'out.'
+        )
+    if distiller is not None and mode == 'S':
+        raise UserError(
+            '--distiller: S is the student alone, whatever distilled it. '
+            'Leave it out.'
+        )
+    if targets[0].stem.endswith(('.py', '.pth')):
+        raise UserError(
+            f'--out: expected a path without extension, but got '
+            f'{str(targets[0].with_suffix(""))!r}: .py and .pth are added.'
+        )
+    for target in targets:
+        if target.exists():
+            raise UserError(
+                f'--out: {target} exists already. Choose another name, or '
+                'remove it.'
+            )
+    kind = cfg.get('model', {}).get('type')
+    if kind is not Distillation and (
+        str(kind).rpartition('.')[2] != Distillation.__name__
+    ):
+        raise UserError(
+            'config: expected one whose model is era_mm.Distillation, but '
+            f'{cfg.filename} has {kind}. A plain model needs no export; give '
+            'the config that the distillation was trained with.'
+        )
+
+
+def _student_config(cfg: Config) -> tuple[ConfigDict, str | None]:
+    config, scope = resolve_model_config(cfg.model.student)
+    for preprocessor in (
+        cfg.model.get('data_preprocessor'),
+        cfg.get('data_preprocessor'),
+    ):
+        if preprocessor is not None:
+            config.setdefault('data_preprocessor', preprocessor)
+    return config, scope
+
+
+def _build(config: ConfigDict) -> nn.Module:
+    # Detectors write into the config that they are built from.
+    return MODELS.build(copy.deepcopy(config)).eval()
+
+
+def _export_mode(
+    cfg: Config,
+    state_dict: Mapping,
+    mode: str,
+    *,
+    student_config: ConfigDict,
+    checkpoint: str,
+    distiller: str | None,
+    keep_align: bool,
+) -> HostModel:
+    extras = extras_of(state_dict)
+    if extras is None:
+        raise UserError(
+            f'checkpoint: {mode} needs what the distillation has learnt '
+            f'beside the student, but {checkpoint!r} holds a plain student '
+            'only. Give a file that the training has written '
+            '(epoch_*.pth, iter_*.pth, best_*.pth).'
+        )
+    model_config = copy.deepcopy(cfg.model)
+    # As mmengine's Runner does.
+    if cfg.get('data_preprocessor') is not None:
+        model_config.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model: Distillation = MODELS.build(model_config)
+    name = _choose(model, mode, distiller)
+    method: BaseDistiller = model.distillers[name]
+    if extras.get(name, {}).get('type') != type(method).__name__:
+        found = {key: entry['type'] for key, entry in extras.items()}
+        raise UserError(
+            f'checkpoint: expected extras of distiller {name!r} '
+            f'({type(method).__name__}), but {checkpoint!r} has {found}. '
+            'Give config and checkpoint of the same run.'
+        )
+    teacher = model.teachers[method.teacher]
+    if teacher.checkpoint == 'random':
+        raise UserError(
+            f"{mode} takes the teacher's head, but the {teacher.name} is "
+            "'random': another one in every run. Set its `checkpoint`."
+        )
+    load_strictly(model, state_dict, name=checkpoint)
+    teacher.load()
+    model.eval()
+    size = cfg.model.get('input_size', 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    return method.export(
+        mode,
+        student=HostModel(student_config, model.student),
+        teacher=HostModel(teacher.config, teacher.model),
+        inputs=torch.randn(2, 3, height, width, generator=generator),
+        **({'keep_align': True} if keep_align else {}),
+    )
+
+
+def _choose(model: Distillation, mode: str, wanted: str | None) -> str:
+    """The distiller whose mode it is."""
+    names = list(model.distillers)
+    if wanted is not None and wanted not in names:
+        raise UserError(
+            f'--distiller: expected one of {names}, but got {wanted!r}.'
+        )
+    offering = [
+        name
+        for name in names
+        if mode in model.distillers[name].inference_modes()
+    ]
+    chosen = offering if wanted is None else [wanted]
+    if len(chosen) > 1:
+        raise UserError(
+            f'--distiller: {offering} all offer {mode}. Name one of them.'
+        )
+    if not set(chosen) & set(offering):
+        kinds = [
+            f'{name!r} ({type(model.distillers[name]).__name__})'
+            for name in chosen or names
+        ]
+        raise UserError(
+            f'--mode: {", ".join(kinds)} does not offer {mode}; ERA does '
+            "with a teacher whose head it can use, unless twi_steps='none'. "
+            'S can be exported in any case.'
+        )
+    return chosen[0]
+
+
+def _plain_config(cfg: Config, model: ConfigDict, scope: str | None) -> Config:
+    """The run's config with a plain model in it."""
+    plain = cfg.to_dict()
+    plain['model'] = model.to_dict()
+    plain['default_scope'] = scope
+    # What belongs to the run that was.
+    for key in ('work_dir', 'load_from', 'resume', 'launcher'):
+        plain.pop(key, None)
+    hooks = [h for h in plain.pop('custom_hooks', None) or [] if not _ours(h)]
+    if hooks:
+        plain['custom_hooks'] = hooks
+    # A config that mmengine has dumped may hold what the command line set.
+    if _ours(plain.get('model_wrapper_cfg')):
+        del plain['model_wrapper_cfg']
+    wrapper = plain.get('optim_wrapper') or {}
+    if wrapper.get('type') == 'CPUAmpOptimWrapper':
+        wrapper['type'] = 'OptimWrapper'
+    modules = [m for m in _imports(cfg) if m.partition('.')[0] != 'era_mm']
+    if any(_types_of_ours(plain)):
+        modules.append('era_mm')
+    plain.pop('custom_imports', None)
+    if modules:
+        plain['custom_imports'] = dict(
+            imports=modules, allow_failed_imports=False
+        )
+    return Config(plain)
+
+
+def _imports(cfg: Config) -> list[str]:
+    """What the config and those that it refers to import."""
+    teacher = cfg.model.get('teacher') or {}
+    entries = [teacher] if 'config' in teacher else list(teacher.values())
+    files = [cfg.model.student, *(entry['config'] for entry in entries)]
+    configs = [cfg] + [
+        Config.fromfile(file)
+        for file in files
+        if isinstance(file, str) and '::' not in file
+    ]
+    modules: list[str] = []
+    for config in configs:
+        found = (config.get('custom_imports') or {}).get('imports', [])
+        modules += [found] if isinstance(found, str) else found
+    return list(dict.fromkeys(modules))
+
+
+def _ours(entry: Any) -> bool:
+    return isinstance(entry, dict) and str(entry.get('type')).startswith(
+        'era_mm.'
+    )
+
+
+def _types_of_ours(node: Any, key: str = '') -> Iterator[str]:
+    """Dotted keys of the entries whose type is one of era_mm's."""
+    if isinstance(node, dict):
+        if _ours(node):
+            yield key
+        for part, value in node.items():
+            yield from _types_of_ours(value, f'{key}.{part}'.lstrip('.'))
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _types_of_ours(value, f'{key}[{index}]')
+
+
+def _read_back(config: Path, checkpoint: Path) -> None:
+    """Build and load from the files alone, or fail."""
+    cfg = Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        model = _build(cfg.model)
+    state_dict, _ = read_with_meta(str(checkpoint))
+    load_strictly(model, state_dict, name=str(checkpoint))
