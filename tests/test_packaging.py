@@ -235,6 +235,21 @@ def test_mim__passes_every_flag_on(environments, elsewhere) -> None:
     assert (elsewhere / 'predictions.pkl').is_file()
 
 
+@pytest.mark.parametrize('mim', ['openmim', 'onedl-mim'])
+@pytest.mark.parametrize('install', ['wheel', 'editable'])
+def test_mim_run__finds_the_export_in_every_cell(
+    install: str, mim: str, environments, elsewhere
+) -> None:
+    done = run(
+        environments(install, mim) / 'mim',
+        *('run', 'era_mm', 'export_student', 'packaging_toy', 'no.pth'),
+        *('--mode', 'E0', '--out', 'student'),
+        cwd=elsewhere,
+        check=False,
+    )
+    assert 'error: config: expected one whose model is era_mm' in done.stdout
+
+
 def test_mim__starts_two_cpu_ranks(environments, elsewhere) -> None:
     done = run(
         environments('editable', 'onedl-mim') / 'mim',

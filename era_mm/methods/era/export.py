@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 #: Parts of a model config that come from the student; the rest (type, heads,
 #: their assigners and test settings) is the teacher's.
-STUDENT_PARTS = ('data_preprocessor', 'backbone', 'neck', 'init_cfg')
+STUDENT_PARTS = (
+    'data_preprocessor',
+    'backbone',
+    'neck',
+    'init_cfg',
+    'pretrained',
+)
 
 
 def export_estimate(
