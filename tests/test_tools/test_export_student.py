@@ -170,7 +170,7 @@ class Run:
     """A finished distillation: its config, its model and its file."""
 
     def __init__(self, folder, student, teacher, distiller=ERA, **config):
-        self.folder = folder
+        self.folder, self.teacher = folder, teacher
         scope = config.get('default_scope', 'mmdet')
         init_default_scope(scope)
         noise = torch.randn(4, 3, 64, 64)
@@ -290,6 +290,10 @@ def test_detector__predicts_what_the_mode_predicts(tmp_path, head, neck, mode):
         assert {k: v.shape for k, v in stock.state_dict().items()} == {
             k: v.shape for k, v in run.model.student.state_dict().items()
         }
+    model = Config.fromfile(exported.config).model
+    whole = run.cfg.model.student if mode == 'S' else run.teacher
+    assert model.bbox_head.to_dict() == whole['bbox_head']
+    assert model.backbone == run.cfg.model.student.backbone
     # The modes differ, or the comparison would say nothing.
     inputs = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
