@@ -146,9 +146,7 @@ def _check_digest(path: Path, sha256: str, *, name: str) -> None:
         )
 
 
-def _read(
-    filename: str, sha256: str | None
-) -> tuple[OrderedDict, dict]:
+def _read(filename: str, sha256: str | None) -> tuple[OrderedDict, dict]:
     advice = (
         'Give a checkpoint that mmengine, mmdet or mmpretrain has saved '
         '(a dict with `state_dict`, or a state dict).'

@@ -251,9 +251,9 @@ def _choose(model: Distillation, mode: str, wanted: str | None) -> str:
             for name in chosen or names
         ]
         raise UserError(
-            f'--mode: {", ".join(kinds)} does not offer {mode}; ERA does '
-            "with a teacher whose head it can use, unless twi_steps='none'. "
-            'S can be exported in any case.'
+            f'--mode: {", ".join(kinds) or "a run without distiller"} does '
+            f'not offer {mode}; ERA does with a teacher whose head it can '
+            'use. S can be exported in any case.'
         )
     return chosen[0]
 

@@ -195,7 +195,7 @@ class Run:
         with torch.no_grad():
             feats = student.extract_feat(noise)
         for method in self.model.distillers.values():
-            if method.feature_source == 'neck':
+            if method.student_sources[0] == 'neck':
                 season(method, lambda net=method.mbrnet: net(feats))
         self.model.load_teachers()
         self.model.eval()

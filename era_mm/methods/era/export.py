@@ -116,11 +116,19 @@ def _teacher_around(
         config.pop(part, None)
         if part in student.config:
             config[part] = copy.deepcopy(student.config[part])
+    dropped: tuple[str, ...] = ()
+    if getattr(teacher.module, 'with_mask', False) and not getattr(
+        student.module, 'with_mask', False
+    ):
+        # TWI leaves a mask branch out that the student has no masks for.
+        for part in ('mask_head', 'mask_roi_extractor'):
+            config['roi_head'].pop(part, None)
+        dropped = ('roi_head.mask_',)
     ours = tuple(f'{part}.' for part in STUDENT_PARTS)
     state = {
         key: value
         for key, value in teacher.module.state_dict().items()
-        if not key.startswith(ours)
+        if not key.startswith((*ours, *dropped))
     }
     state |= {
         key: value
@@ -136,11 +144,12 @@ def _neck_stages(
     """Config and weights of each part of the student's neck."""
     neck = student.config.get('neck')
     feeds_head = 'backbone' if neck is None else 'neck'
-    if distiller.feature_source != feeds_head:
+    source = distiller.student_sources[0]
+    if source != feeds_head:
         raise UserError(
             'An exported head reads the output of '
             f'{feeds_head!r}, but the distiller approximates '
-            f'{distiller.feature_source!r}. Only `source={feeds_head!r}` can '
+            f'{source!r}. Only `source={feeds_head!r}` can '
             'be exported; S can be in any case.'
         )
     if neck is None:
