@@ -195,7 +195,7 @@ class Run:
         with torch.no_grad():
             feats = student.extract_feat(noise)
         for method in self.model.distillers.values():
-            if method.student_sources[0] == 'neck':
+            if method.student_sources[0] in ('backbone', 'neck'):
                 season(method, lambda net=method.mbrnet: net(feats))
         self.model.load_teachers()
         self.model.eval()
@@ -499,21 +499,22 @@ def test_fold__of_any_fpn_is_the_align_layer_behind_it(settings):
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize('same', [True, False])
-def test_fold__subsampled_levels_need_the_same_align_layer(same):
+def test_fold__subsampled_levels_need_the_same_align_layer():
     neck = FPN([4, 6], 5, num_outs=4)
     neck.init_weights()
     aligns = [nn.Conv2d(5, 5, 1) for _ in range(4)]
-    for level in (2, 3) if same else (2,):
+    for level in (2, 3):
         aligns[level].load_state_dict(aligns[1].state_dict())
-    if not same:
-        with pytest.raises(UserError, match='level 3 is level 2 subsampled'):
-            fold_into_neck(neck, aligns)
-        return
     inputs = (torch.randn(2, 4, 16, 12), torch.randn(2, 6, 8, 6))
     wanted = [u(p) for u, p in zip(aligns, neck(inputs), strict=True)]
-    neck.load_state_dict(fold_into_neck(neck, aligns))
-    torch.testing.assert_close(list(neck(inputs)), wanted)
+    folded = copy.deepcopy(neck)
+    folded.load_state_dict(fold_into_neck(neck, aligns))
+    torch.testing.assert_close(list(folded(inputs)), wanted)
+    for name in ('weight', 'bias'):
+        other = copy.deepcopy(aligns)
+        getattr(other[3], name).data.view(-1)[0] += 1
+        with pytest.raises(UserError, match='level 3 is level 2 subsampled'):
+            fold_into_neck(neck, other)
 
 
 def test_fold__by_hand():
@@ -564,7 +565,7 @@ def assert_same_scores(run, mode, exported, exact):
         device='cpu',
     )
     assert set(stock.state_dict()) == set(stock_keys(exported))
-    images = torch.randn(4, 3, 32, 32)
+    images = torch.randn(4, 3, 64, 64)
     batch = dict(inputs=images, data_samples=[DataSample() for _ in images])
     with torch.no_grad():
         found = stock.test_step(copy.deepcopy(batch))
@@ -626,6 +627,55 @@ def test_classifier__another_head_is_refused_by_name(tmp_path):
         run.export('E0')
     exported = run.export('E0', keep_align=True)
     assert_same_scores(run, 'E0', exported, exact=True)
+
+
+@pytest.mark.parametrize('mode', ['S', 'E0', 'T'])
+def test_classifier__without_a_neck(tmp_path, mode):
+    def transformer(width):
+        return dict(
+            type='mmpretrain.ImageClassifier',
+            backbone=dict(
+                type='mmpretrain.VisionTransformer',
+                arch=dict(
+                    embed_dims=width,
+                    num_layers=1,
+                    num_heads=2,
+                    feedforward_channels=width,
+                ),
+                img_size=64,
+                patch_size=16,
+            ),
+            head=dict(
+                type='mmpretrain.LinearClsHead',
+                num_classes=3,
+                in_channels=width,
+            ),
+        )
+
+    run = Run(
+        tmp_path,
+        transformer(8),
+        transformer(16),
+        ERA | dict(source='backbone'),
+        default_scope='mmpretrain',
+    )
+    assert_same_scores(run, mode, run.export(mode), exact=mode != 'E0')
+
+
+def test_detector__without_a_neck(tmp_path):
+    models = []
+    for width in (8, 16):
+        model = detector(width=width, channels=4 * width)
+        model['neck'] = None
+        model['backbone'] |= dict(out_indices=(2,))
+        generator = model['bbox_head']['anchor_generator']
+        generator['strides'] = [16]
+        models.append(model)
+    run = Run(tmp_path, *models, ERA | dict(source='backbone'))
+    with pytest.raises(UserError, match='a neck: the student has none'):
+        run.export('E0')
+    exported = run.export('E0', keep_align=True)
+    assert_same_boxes(run, 'E0', exported, exact=True)
 
 
 # -- files ------------------------------------------------------------------

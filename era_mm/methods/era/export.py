@@ -82,6 +82,8 @@ def export_estimate(
         folds_into_head = True
         config['head']['in_channels'] = aligns[-1].in_features
         state |= fold_into_head(teacher.module.head, aligns[-1])
+    elif not stages:
+        raise _cannot_fold('a neck', 'the student has none')
     else:
         neck = student.module.neck
         last = neck[-1] if isinstance(neck, nn.Sequential) else neck
@@ -264,7 +266,7 @@ def fold_into_neck(
     reason = _why_not_foldable(neck, aligns)
     if reason is not None:
         raise _cannot_fold("the student's neck", reason)
-    state = {key: value.clone() for key, value in neck.state_dict().items()}
+    state = dict(neck.state_dict())
     for level, module in enumerate(neck.fpn_convs):
         weight = module.conv.weight.double()
         if module.with_norm:
