@@ -290,7 +290,10 @@ def test_detector__predicts_what_the_mode_predicts(tmp_path, head, neck, mode):
         assert {k: v.shape for k, v in stock.state_dict().items()} == {
             k: v.shape for k, v in run.model.student.state_dict().items()
         }
-    model = Config.fromfile(exported.config).model
+    cfg = Config.fromfile(exported.config)
+    imports = dict(imports=['era_mm'], allow_failed_imports=False)
+    assert cfg.get('custom_imports') == (imports if mode == 'T' else None)
+    model = cfg.model
     whole = run.cfg.model.student if mode == 'S' else run.teacher
     assert model.bbox_head.to_dict() == whole['bbox_head']
     assert model.backbone == run.cfg.model.student.backbone
