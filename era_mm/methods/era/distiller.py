@@ -228,7 +228,7 @@ class ERADistiller(BaseDistiller):
         with evaluating(self.mbrnet):
             try:
                 self.mbrnet(student_maps)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise ValueError(
                     'MBRNet cannot run on the features at '
                     f'{self.feature_source!r} '
@@ -385,6 +385,8 @@ class ERADistiller(BaseDistiller):
             steps, weights = [steps[index]], [sum(weights)]
         losses: dict[str, Tensor] = {}
         for step, weight in zip(steps, weights, strict=True):
+            if weight == 0:
+                continue
             terms = {
                 key.removeprefix('loss').strip('_') or 'cls': value
                 for key, value in self.twi_head.loss(
@@ -429,25 +431,27 @@ class ERADistiller(BaseDistiller):
         """Predictions through the teacher's head."""
         assert self.twi_head is not None
         maps = student_feats[self.feature_source]
-        steps = [self.mbrnet.align(maps)]
-        if modes != ('E0',):
-            for residual in self.mbrnet.residuals(maps):
-                steps.append(
-                    [e + d for e, d in zip(steps[-1], residual, strict=True)]
-                )
+        num_branches = {
+            mode: self.mbrnet.num_branches
+            if mode in ('T', 'ST')
+            else int(mode[1:])
+            for mode in modes
+        }
+        # Through the neck's own sum or mean, as T is as a stock model.
+        steps = self.mbrnet.estimates(maps, max(num_branches.values()))
         predictions = {}
         for mode in modes:
+            step = steps[num_branches[mode]]
             if mode == 'ST':
                 student_head = find_head(student)
                 assert student_head is not None
                 predictions[mode] = self.twi_head.predict_blend(
-                    steps[-1],
+                    step,
                     data_samples,
                     student_head=student_head,
                     student_feats=maps,
                     alpha=self.alpha,
                 )
             else:
-                step = steps[-1] if mode == 'T' else steps[int(mode[1:])]
                 predictions[mode] = self.twi_head.predict(step, data_samples)
         return predictions

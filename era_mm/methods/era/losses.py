@@ -12,22 +12,37 @@ from torch.nn.functional import mse_loss
 
 from ...registry import MODELS
 
+REDUCTIONS = ('sum', 'mean')
+
 
 def estimates_of(
-    *, aligned: Tensor, residuals: Sequence[Tensor]
+    *,
+    aligned: Tensor,
+    residuals: Sequence[Tensor],
+    reduction: str = 'sum',
 ) -> list[Tensor]:
     """Running estimates of the teacher's feature.
 
-        e_0 = u,   e_i = e_(i-1) + d_i
+        e_0 = u
+        e_i = e_(i-1) + d_i                        'sum'
+            = u + 1/i * (d_1 + ... + d_i)          'mean'
 
-    Source: ERA [official code].
+    Source: ERA [official code]. Training is 'sum' always; 'mean' is its
+    second form of e_n at inference, and has no training loss that matches.
+    The mean before the last branch is [ours].
 
     Returns:
         B + 1 tensors e_0 ... e_n.
     """
     estimates = [aligned]
-    for residual in residuals:
-        estimates.append(estimates[-1] + residual)
+    if reduction == 'sum':
+        for residual in residuals:
+            estimates.append(estimates[-1] + residual)
+    else:
+        total = torch.zeros_like(aligned)
+        for count, residual in enumerate(residuals, start=1):
+            total = total + residual
+            estimates.append(aligned + total / count)
     return estimates
 
 
@@ -64,7 +79,7 @@ class ERALoss(nn.Module):
         loss_era_residual = residual_weight / n
                             * sum_i s_i sum_l MSE(d_il, r_il)
         loss_era_twi_*    = twi_weight * sum_k w_k * head_loss_k
-        w_0 = 1,  w_i = s_i / n
+        w_0 = 1 (0 without twi_on_aligned),  w_i = s_i / n
 
     MSE is the mean over batch, channels and positions, in float32 at least.
     The divisor is n, not the sum of the scales.
@@ -78,6 +93,9 @@ class ERALoss(nn.Module):
         residual_weight: Weight of the branches' terms.
         twi_weight: Weight of the teacher head's losses.
         scales: s_i, one per branch. None: 0.5 ** (i - 1).
+        twi_on_aligned: The teacher's head judges e_0 = u too, not only what
+            the branches add to it: [official code], its option featcls, which
+            its script sets.
     """
 
     def __init__(
@@ -86,12 +104,14 @@ class ERALoss(nn.Module):
         residual_weight: float = 1.0,
         twi_weight: float = 1.0,
         scales: Sequence[float] | None = None,
+        twi_on_aligned: bool = True,
     ) -> None:
         super().__init__()
         self.align_weight = align_weight
         self.residual_weight = residual_weight
         self.twi_weight = twi_weight
         self.scales = None if scales is None else tuple(scales)
+        self.twi_on_aligned = twi_on_aligned
 
     def branch_weights(self, num_branches: int) -> list[float]:
         """s_i / n for each branch.
@@ -112,7 +132,8 @@ class ERALoss(nn.Module):
 
     def step_weights(self, num_branches: int) -> list[float]:
         """Weights w_k of the head's losses on e_0 ... e_n."""
-        return [1.0, *self.branch_weights(num_branches)]
+        first = 1.0 if self.twi_on_aligned else 0.0
+        return [first, *self.branch_weights(num_branches)]
 
     def forward(
         self,

@@ -4,22 +4,61 @@ Legend: N batch, C_s and C_t channels of student and teacher, L levels,
 B branches, * any spatial dimensions.
 """
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...registry import MODELS
+from .losses import REDUCTIONS, estimates_of
 
 _LAYERS = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d}
 
 
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels, at every position by itself.
+
+    PyTorch's normalises the last dimensions, which on ``(N, C, *)`` are not
+    the channels; mmpretrain's LN2d takes maps only.
+
+    Source: Ba et al., arXiv 1607.06450; channels first is [ours].
+
+    Shape:
+        - x, out: ``(N, C, *)``
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(N, C, *)``."""
+        # Contiguous, because heads of the hosts take views.
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1).contiguous()
+
+
 def _norm(norm_cfg: dict, channels: int, spatial_dims: int) -> nn.Module:
-    cfg = dict(norm_cfg)
-    if cfg['type'] == 'BN':
+    cfg: dict[str, Any] = dict(norm_cfg)
+    kind = cfg.get('type')
+    if kind == 'BN':
         cfg['type'] = f'BN{max(spatial_dims, 1)}d'
+    elif kind in ('LN', 'LN2d'):
+        cfg['type'] = ChannelLayerNorm
+    elif kind == 'GN' and 'num_groups' not in cfg:
+        raise ValueError(
+            '`norm_cfg` of type GN needs `num_groups`, a divisor of the '
+            f'{channels} channels, but got {norm_cfg}. Set for instance '
+            "norm_cfg=dict(type='GN', num_groups=32)."
+        )
     return build_norm_layer(cfg, channels)[1]
+
+
+def _activation(act_cfg: dict) -> nn.Module:
+    cfg: dict[str, Any] = dict(act_cfg)
+    if cfg.get('type') == 'Mish':
+        # ERA offers it, mmcv does not register it.
+        cfg['type'] = nn.Mish
+    return build_activation_layer(cfg)
 
 
 def _projection(
@@ -33,7 +72,8 @@ def _projection(
 class ResidualBranch(BaseModule):
     """One residual approximator.
 
-        [layer - norm - act] x (num_blocks - 1), layer - norm, (projection)
+        hidden:  [layer - norm - act] x (num_blocks - 1), layer - norm
+        forward: hidden, (projection)
 
     The layer is Linear (with bias) on vectors and a 3-wide convolution
     (without) on maps; width stays ``in_channels``; the projection is there
@@ -49,6 +89,8 @@ class ResidualBranch(BaseModule):
             statistics of their own.
         norm_cfg: Norm.
         act_cfg: Activation; the last block has none.
+
+    Source: ERA [official code].
     """
 
     def __init__(
@@ -81,10 +123,9 @@ class ResidualBranch(BaseModule):
             )
             for _ in range(num_blocks)
         )
-        self.activation = (
-            build_activation_layer(act_cfg)
-            if num_blocks > 1
-            else nn.Identity()
+        # One per block: some activations learn (PReLU).
+        self.activations = nn.ModuleList(
+            _activation(act_cfg) for _ in range(num_blocks - 1)
         )
         self.projection = (
             _projection(in_channels, out_channels, spatial_dims)
@@ -93,39 +134,52 @@ class ResidualBranch(BaseModule):
         )
 
     def init_weights(self) -> None:
-        """Linear N(0, 0.01), convolutions Kaiming fan-out, norms 1 and 0.
+        """As :func:`_init_like_released`."""
+        _init_like_released(self)
 
-        Source: [official code]. Not zero-initialised: the closing norm makes
-        each residual unit-variance per channel at the first step.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, 0, 0.01)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                nn.init.kaiming_normal_(
-                    module.weight, mode='fan_out', nonlinearity='relu'
-                )
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor, norm: int = 0) -> Tensor:
-        """One residual.
+    def hidden(self, x: Tensor, norm: int = 0) -> Tensor:
+        """The residual before its projection, in the student's channels.
 
         Args:
-            x: The student's feature.
+            x: The student's feature, or what the topology makes of it.
             norm: Which of the norms to use.
 
         Shape:
-            - x: ``(N, C_s, *)``
-            - out: ``(N, C_t, *)``
+            - x, out: ``(N, C_s, *)``
         """
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             x = self.norms[index][norm](layer(x))
             if index < last:
-                x = self.activation(x)
-        return self.projection(x)
+                x = self.activations[index](x)
+        return x
+
+    def forward(self, x: Tensor, norm: int = 0) -> Tensor:
+        """One residual.
+
+        Shape:
+            - x: ``(N, C_s, *)``
+            - out: ``(N, C_t, *)``
+        """
+        return self.projection(self.hidden(x, norm))
+
+
+def _init_like_released(module: nn.Module) -> None:
+    """Linear N(0, 0.01), convolutions Kaiming fan-out; norms keep 1 and 0.
+
+    Source: [official code]. Not zero-initialised: the closing norm makes each
+    residual unit-variance per channel at the first step.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0, 0.01)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            nn.init.kaiming_normal_(
+                layer.weight, mode='fan_out', nonlinearity='relu'
+            )
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 @MODELS.register_module()
@@ -133,18 +187,23 @@ class MBRNet(BaseModule):
     """Multi-Branched Residual Network, a neck.
 
         u_l = align_l(P_l)
-        d_il = branch_i(P_l)                     i = 1..num_branches
-        forward: e_nl = u_l + sum_i d_il
+        h_il = branch_i(x_il)                    i = 1..num_branches
+        d_il = projection_il(h_il)
+        forward: e_nl = u_l + sum_i d_il         or mean_i, see `reduction`
 
-    Every branch sees the student's feature itself (parallel branches). Used
-    as an ordinary neck of a host model it gives the final estimate of the
-    teacher's features, so a detector with ``neck=[FPN, MBRNet]`` and the
-    teacher's head is the T mode as a stock model.
+        x_il = P_l                               'parallel'
+             = h_(i-1)l,  x_1l = P_l             'serial'
+             = P_l + sum_(j<i) h_jl              'accumulated'
+
+    The projection is there only where the channels differ. Used as an
+    ordinary neck of a host model it gives the final estimate of the teacher's
+    features, so a detector with ``neck=[FPN, MBRNet]`` and the teacher's head
+    is the T mode as a stock model.
 
     Source: ERA, arXiv 2508.16050. Structure, ``num_branches=4`` (its ImageNet
-    script), ``num_blocks=2`` and the norm's momentum 0.01 are [official
-    code], where features are vectors; its convolutional block is present
-    there and unused. Levels are [ours].
+    script), ``num_blocks=2``, parallel branches with a projection each and
+    the norm's momentum 0.01 are [official code], where features are vectors;
+    its convolutional block is present there and unused. Levels are [ours].
 
     Args:
         in_channels: C_s, one number or one per level.
@@ -154,17 +213,36 @@ class MBRNet(BaseModule):
             maps.
         num_branches: Number of branches.
         num_blocks: Blocks per branch.
+        topology: What a branch sees: 'parallel', the student's feature
+            [official code, its default]; 'accumulated', that plus what the
+            branches before put out [official code, its isAccuX]; 'serial',
+            what the branch before put out [official code, there but not
+            wired]. In the last two a branch's losses reach the branches
+            before it as well.
+        share_projection: One projection for all branches of a level instead
+            of one each [official code, its is_multi_fc=0].
+        reduction: How forward adds up the residuals: 'sum' [official code,
+            its default], which is what training does; or 'mean' [official
+            code, its final_out_type=avg].
         share_levels: Levels share the layers of the branches. The norms stay
             one per level: shared statistics normalise a level by itself in
             training and by the mixture of levels at test.
-        norm_cfg: Norm of the blocks.
-        act_cfg: Activation between the blocks.
+        norm_cfg: Norm of the blocks: 'BN', 'SyncBN', 'GN' or any other that
+            mmcv builds, and 'LN', here over the channels at every position.
+            None: BN with momentum 0.01; a dict of one's own starts from the
+            layer's own defaults.
+        act_cfg: Activation between the blocks, any that mmcv builds, and
+            'Mish'. None: ReLU. [official code] offers ReLU, GELU, Mish, PReLU
+            and LeakyReLU (slope 0.2).
         init_cfg: As in mmengine.
 
     Raises:
         ValueError: Channel lists that do not fit the levels, counts below 1,
-            or shared levels of different width.
+            shared levels of different width, an unknown topology or
+            reduction, GN without its groups.
     """
+
+    TOPOLOGIES = ('parallel', 'serial', 'accumulated')
 
     def __init__(
         self,
@@ -174,6 +252,9 @@ class MBRNet(BaseModule):
         spatial_dims: int = 2,
         num_branches: int = 4,
         num_blocks: int = 2,
+        topology: str = 'parallel',
+        share_projection: bool = False,
+        reduction: str = 'sum',
         share_levels: bool = False,
         norm_cfg: dict | None = None,
         act_cfg: dict | None = None,
@@ -191,6 +272,14 @@ class MBRNet(BaseModule):
                 f'least 1, but got {num_branches}, {num_blocks} and '
                 f'{num_levels}.'
             )
+        for name, choice, choices in (
+            ('topology', topology, self.TOPOLOGIES),
+            ('reduction', reduction, REDUCTIONS),
+        ):
+            if choice not in choices:
+                raise ValueError(
+                    f'`{name}` must be one of {choices}, but got {choice!r}.'
+                )
         channels = {}
         for name, value in (
             ('in_channels', in_channels),
@@ -212,8 +301,18 @@ class MBRNet(BaseModule):
                 '`share_levels` needs the same channels on every level, but '
                 f'got {channels}. Set share_levels=False.'
             )
+        if share_projection and all(c_s == c_t for c_s, c_t in pairs):
+            print_log(
+                '`share_projection` of MBRNet has no effect: in- and output '
+                f'have the same channels ({channels["in_channels"]}), so '
+                'there is no projection.',
+                logger='current',
+                level=logging.WARNING,
+            )
         self.num_branches = num_branches
         self.num_levels = num_levels
+        self.topology = topology
+        self.reduction = reduction
         self.spatial_dims = spatial_dims
         self.share_levels = share_levels
         norm_cfg = norm_cfg or dict(type='BN', momentum=0.01)
@@ -221,11 +320,13 @@ class MBRNet(BaseModule):
         self.aligns = nn.ModuleList(
             _projection(c_s, c_t, spatial_dims) for c_s, c_t in pairs
         )
+        # What the levels have of their own, or one for all of them.
+        branch_pairs = pairs[:1] if share_levels else pairs
         self.levels = nn.ModuleList(
             nn.ModuleList(
                 ResidualBranch(
                     c_s,
-                    c_t,
+                    c_s if share_projection else c_t,
                     spatial_dims=spatial_dims,
                     num_blocks=num_blocks,
                     num_norms=num_levels if share_levels else 1,
@@ -234,18 +335,25 @@ class MBRNet(BaseModule):
                 )
                 for _ in range(num_branches)
             )
-            for c_s, c_t in (pairs[:1] if share_levels else pairs)
+            for c_s, c_t in branch_pairs
+        )
+        self.projections = nn.ModuleList(
+            _projection(c_s, c_t, spatial_dims)
+            if share_projection and c_s != c_t
+            else nn.Identity()
+            for c_s, c_t in branch_pairs
         )
 
     def init_weights(self) -> None:
-        """Initialise the branches.
+        """Initialise branches and shared projections as the released code.
 
-        mmengine asks direct children only, and the branches sit in lists.
+        mmengine asks direct children only, and these sit in lists.
         """
         super().init_weights()
         for branches in self.levels:
             for branch in branches:
                 branch.init_weights()
+        _init_like_released(self.projections)
 
     def align(self, feats: Sequence[Tensor]) -> list[Tensor]:
         """The aligned features u, one per level.
@@ -259,32 +367,70 @@ class MBRNet(BaseModule):
             align(feat) for align, feat in zip(self.aligns, feats, strict=True)
         ]
 
-    def residuals(self, feats: Sequence[Tensor]) -> list[list[Tensor]]:
+    def residuals(
+        self, feats: Sequence[Tensor], num_branches: int | None = None
+    ) -> list[list[Tensor]]:
         """The residuals d, by branch and level.
+
+        Args:
+            feats: The student's features.
+            num_branches: The first so many branches only; None: all.
 
         Shape:
             - feats: L of ``(N, C_s, *)``
             - out: B lists of L of ``(N, C_t, *)``
         """
         self._check(feats)
-        return [
-            [
-                self.levels[0][branch](feat, norm=level)
-                if self.share_levels
-                else self.levels[level][branch](feat)
-                for level, feat in enumerate(feats)
-            ]
-            for branch in range(self.num_branches)
+        by_level = [
+            self._residuals_of_level(level, feat, num_branches)
+            for level, feat in enumerate(feats)
         ]
+        return [list(branch) for branch in zip(*by_level, strict=True)]
+
+    def _residuals_of_level(
+        self, level: int, feat: Tensor, num_branches: int | None
+    ) -> list[Tensor]:
+        index, norm = (0, level) if self.share_levels else (level, 0)
+        residuals = []
+        x = feat
+        for branch in self.levels[index][:num_branches]:
+            hidden = branch.hidden(x, norm)
+            residuals.append(
+                self.projections[index](branch.projection(hidden))
+            )
+            if self.topology == 'serial':
+                x = hidden
+            elif self.topology == 'accumulated':
+                x = x + hidden
+        return residuals
+
+    def estimates(
+        self, feats: Sequence[Tensor], num_branches: int | None = None
+    ) -> list[list[Tensor]]:
+        """The estimates e_0, e_1, ... of inference, by step and level.
+
+        Args:
+            feats: The student's features.
+            num_branches: The first so many branches only; None: all.
+
+        Shape:
+            - feats: L of ``(N, C_s, *)``
+            - out: ``num_branches + 1`` lists of L of ``(N, C_t, *)``
+        """
+        residuals = self.residuals(feats, num_branches)
+        by_level = [
+            estimates_of(
+                aligned=aligned,
+                residuals=[branch[level] for branch in residuals],
+                reduction=self.reduction,
+            )
+            for level, aligned in enumerate(self.align(feats))
+        ]
+        return [list(step) for step in zip(*by_level, strict=True)]
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The final estimate e_n, one per level."""
-        estimates = self.align(feats)
-        for residual in self.residuals(feats):
-            estimates = [
-                e + d for e, d in zip(estimates, residual, strict=True)
-            ]
-        return tuple(estimates)
+        return tuple(self.estimates(feats)[-1])
 
     def _check(self, feats: Sequence[Tensor]) -> None:
         if len(feats) != self.num_levels:
