@@ -725,6 +725,8 @@ class Distillation(BaseModel):
                 entry['state_dict'],
                 name=f'extras of {name!r} in the checkpoint',
             )
+            if 'teacher' in entry:
+                self.teachers[distiller.teacher].take(entry['teacher'])
             if distiller.inner is not None:
                 distiller.inner.load_state_dict(entry['inner'])
                 distiller.inner_optimizer.load_state_dict(

@@ -137,6 +137,7 @@ class Teacher:
         self.model.requires_grad_(False)
         self.model.eval()
         self.loaded_fingerprint: str | None = None
+        self._brought: dict[str, Tensor] = {}
         self._recorder: Recorder | None = None
 
     def __deepcopy__(self, memo: dict) -> 'Teacher':
@@ -158,7 +159,48 @@ class Teacher:
         if self.checkpoint != 'random':
             state_dict = read_checkpoint(self.checkpoint, self.sha256)
             load_strictly(self.model, state_dict, name=str(self.checkpoint))
+        self._check_brought()
         self.loaded_fingerprint = self.fingerprint()
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Take in weights that a student's checkpoint brings along.
+
+        Those of the head that its extras were trained with, where a file has
+        them. A 'random' teacher gets them, so that predictions through the
+        head need no file of the teacher; one with a checkpoint of its own
+        must hold the same.
+
+        Raises:
+            ValueError: Weights that this teacher does not have, or that
+                differ from its own; as soon as the teacher is loaded.
+        """
+        self._brought |= weights
+        if self.is_loaded:
+            self._check_brought()
+            self.loaded_fingerprint = self.fingerprint()
+
+    @torch.no_grad()
+    def _check_brought(self) -> None:
+        own = self.model.state_dict()
+        for key, value in self._brought.items():
+            if key not in own or own[key].shape != value.shape:
+                found = tuple(own[key].shape) if key in own else 'nothing'
+                raise ValueError(
+                    f'The checkpoint brings {key!r} {tuple(value.shape)} of '
+                    f'the {self.name} it was trained with, but the '
+                    f'{self.name} has {found} there. Give the config of the '
+                    f'{self.name} it was trained with.'
+                )
+            value = value.to(own[key])
+            if self.checkpoint == 'random':
+                own[key].copy_(value)
+            elif not torch.equal(own[key], value):
+                raise ValueError(
+                    f'The checkpoint was trained with another {self.name}: '
+                    f'{key!r} differs from that in {self.checkpoint!r}. Give '
+                    "the file it was trained with, or checkpoint='random' to "
+                    'predict with what the checkpoint brings.'
+                )
 
     def fingerprint(self) -> str:
         """Hash of all weights and buffers as they are now."""
