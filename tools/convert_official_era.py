@@ -75,9 +75,9 @@ def read_official(file: Path) -> dict[str, OrderedDict[str, Tensor]]:
     if missing:
         raise ValueError(
             f'{file} is no checkpoint of the released ERA code: expected a '
-            f'dict with the state dicts {", ".join(PARTS)}, but '
-            f'{", ".join(missing)} is none; it has '
-            f'{keys[:8] or type(checkpoint).__name__}.'
+            f'dict with the state dicts {", ".join(PARTS)}, but it lacks '
+            f'{", ".join(missing)} (it has '
+            f'{keys[:8] or type(checkpoint).__name__}).'
         )
     return {part: OrderedDict(checkpoint[part]) for part in PARTS}
 

@@ -478,12 +478,12 @@ REFUSED = {
     'a_list': (lambda c: [1, 2], 'no checkpoint of the released'),
     'a_plain_checkpoint': (
         lambda c: {'state_dict': c['model']},
-        'model, gap_model, teacher_head is none',
+        'it lacks model, gap_model, teacher_head ',
     ),
-    'no_branches': (lambda c: c | {'gap_model': None}, 'gap_model is none'),
+    'no_branches': (lambda c: c | {'gap_model': None}, 'it lacks gap_model '),
     'no_tensors': (
         lambda c: c | {'teacher_head': {'weight': 1}},
-        'teacher_head is none',
+        'it lacks teacher_head ',
     ),
     'no_up_fc': (
         change('model', up_fc__weight=None),
