@@ -80,7 +80,7 @@ def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
 
 def test_digits__teacher_file_is_what_its_training_writes():
     era = Config.fromfile(
-        ROOT / 'configs/era_retinanet_r18w32_r18w8_digits.py'
+        ROOT / 'configs/era_retinanet_r18w32_r18w16_digits.py'
     )
     teacher = Config.fromfile(era.model.teacher.config)
     stem = Path(era.model.teacher.config).stem

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
     'teacher': 'plain_retinanet_r18w32_digits',
-    'plain': 'plain_retinanet_r18w8_digits',
-    'era': 'era_retinanet_r18w32_r18w8_digits',
+    'plain': 'plain_retinanet_r18w16_digits',
+    'era': 'era_retinanet_r18w32_r18w16_digits',
 }
 TITLES = {
     'teacher': 'teacher',

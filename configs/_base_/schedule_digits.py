@@ -17,7 +17,8 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=10, norm_type=2),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0, end=100),
+    # Long: with 100 iterations some runs lost their first epochs.
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=450),
     dict(
         type='CosineAnnealingLR',
         T_max=digits_epochs,
