@@ -80,6 +80,23 @@ def test_zoo__has_the_standard_pairs():
     assert COCO | IMAGENET | CIFAR <= set(ERA)
 
 
+def test_docs__list_every_pair_with_its_twin():
+    text = (ROOT / 'docs/model_zoo.md').read_text()
+    rows = {
+        re.search(r'`(era_\w+)`', line)[1]: line
+        for line in text.splitlines()
+        if line.startswith('| `era_')
+    }
+    assert set(rows) == set(ERA)
+    for stem, row in rows.items():
+        named = re.search(r'Plain twin: (\w+)\.py', FILES[stem].read_text())
+        assert f'`{named[1]}`' in row
+        teacher = Path(load(stem).model.teacher.config).stem
+        assert f'`{teacher}`' in row or '::' in load(stem).model.teacher.config
+        recorded = (ROOT / 'results' / f'{stem}.json').exists()
+        assert recorded or row.endswith('| not run |')
+
+
 # -- schedules ------------------------------------------------------------
 
 WARM_UP = 1000
@@ -329,8 +346,18 @@ def size_of(stem):
     return 224 if 'swin' in stem else 64
 
 
+# TWI does not know these teachers' heads yet.
+WAITING = {
+    'era_faster_rcnn_r101_r50',
+    'era_faster_rcnn_cascade_mask_x101_r50',
+    'era_fcos_r101_r50',
+}
+
+
 @pytest.mark.parametrize('stem', FILES)
-def test_config__trains_a_step(stem):
+def test_config__trains_a_step(stem, request):
+    if stem in WAITING:
+        request.applymarker(pytest.mark.xfail(raises=ValueError, strict=True))
     cfg = load(stem)
     # Data set, pipeline and schedule: their types and keys exist.
     for split in ('train', 'val'):
