@@ -11,7 +11,13 @@ from typing import Any
 
 from mmengine import registry as mmengine_registry
 
-LOCATIONS = ['era_mm.core', 'era_mm.methods', 'era_mm.hooks', 'era_mm.engine']
+LOCATIONS = [
+    'era_mm.core',
+    'era_mm.methods',
+    'era_mm.models',
+    'era_mm.hooks',
+    'era_mm.engine',
+]
 
 
 def explain_unknown_keys(cls: type) -> type:
