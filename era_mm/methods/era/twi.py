@@ -1,35 +1,179 @@
 """Teacher Weight Integration: the teacher's frozen head on the student side.
 
-``TWIHead`` applies the head; ``TWIHook`` guards its weights and reports what
-each inference mode reaches.
+``find_head`` wraps what TWI can use of a model, with one class for each way
+in which the hosts' models use their heads: ``TWIHead`` (classifiers),
+``DenseTWIHead``, ``PredictorTWIHead`` and ``TwoStageTWIHead``.
+
+Legend: N batch, C_t channels of the teacher, L levels, * any spatial
+dimensions.
 """
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from mmengine.evaluator import Evaluator
-from mmengine.hooks import Hook
-from mmengine.model import BaseModule, is_model_wrapper
-from mmengine.structures import InstanceData
+from mmengine.model import BaseModule
+from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 
-from ...core import Distillation, Unregistered
-from ...registry import HOOKS, MODELS
+from ...core import Unregistered
+from ...core.utils import blank_sample, preserve_rng
+from ...registry import MODELS
+from .twi_blend import blend_raw, can_blend_raw, merge
 
 
-def find_head(model: nn.Module) -> nn.Module | None:
-    """The head TWI can use: a dense head or a classifier's; else None."""
+def is_query_based(model: nn.Module) -> bool:
+    """Whether it is one of mmdet's DETR-like detectors."""
+    return hasattr(model, 'forward_transformer')
+
+
+def num_classes_of(model: nn.Module) -> int | None:
+    """How many classes a model tells apart, if its head says so."""
+    owner = getattr(model, 'roi_head', model)
     for name in ('bbox_head', 'head'):
-        head = getattr(model, name, None)
-        if head is not None and all(
-            hasattr(head, method) for method in ('loss', 'predict')
-        ):
-            return head
+        head = getattr(owner, name, None)
+        if isinstance(head, nn.ModuleList):
+            head = head[-1]
+        if head is not None:
+            return getattr(head, 'num_classes', None)
     return None
+
+
+def find_head(model: nn.Module, place: str = 'head') -> 'TWIHead | None':
+    """What TWI can use of a model; None if there is nothing.
+
+    Args:
+        model: A teacher; or a student, for the blend.
+        place: 'head' for the whole of it, 'predictors' for the last layers
+            of a dense head.
+
+    Raises:
+        ValueError: 'predictors' of a head without two towers.
+    """
+    if place == 'predictors':
+        return PredictorTWIHead(predictors_of(model))
+    if is_query_based(model):
+        return None
+    bbox_head = getattr(model, 'bbox_head', None)
+    if _can(bbox_head, 'loss', 'predict', 'predict_by_feat'):
+        return DenseTWIHead(bbox_head)
+    rpn_head = getattr(model, 'rpn_head', None)
+    roi_head = getattr(model, 'roi_head', None)
+    if _can(rpn_head, 'loss', 'predict', 'predict_by_feat') and _can(
+        roi_head, 'loss', 'predict'
+    ):
+        return TwoStageTWIHead(rpn_head, roi_head)
+    head = getattr(model, 'head', None)
+    return TWIHead(head) if _can(head, 'loss', 'predict') else None
+
+
+def _can(module: nn.Module | None, *methods: str) -> bool:
+    return all(callable(getattr(module, method, None)) for method in methods)
+
+
+# -- a head without its towers ------------------------------------------------
+
+
+def _view(module: nn.Module, **children: nn.Module | None) -> nn.Module:
+    """The same module with some other children.
+
+    All else is shared with the original: weights that are loaded, moved or
+    cast there are so here.
+    """
+    view = copy.copy(module)
+    # A copy shares even this table; torch has no public way to part it.
+    view._modules = {**module._modules, **children}
+    return view
+
+
+def _towers(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """A dense head's towers by name, classification first.
+
+    The names are mmdet's convention, the second pair YOLOX's.
+    """
+    head = getattr(model, 'bbox_head', None)
+    for names in (
+        ('cls_convs', 'reg_convs'),
+        ('multi_level_cls_convs', 'multi_level_reg_convs'),
+    ):
+        towers = {name: getattr(head, name, None) for name in names}
+        if all(isinstance(t, nn.ModuleList) and t for t in towers.values()):
+            return towers
+    raise ValueError(
+        "`twi_place='predictors'` needs a dense head with one tower of layers "
+        'for classes and one for boxes (cls_convs and reg_convs), but '
+        f'{type(model).__name__} has none: {_heads_of(model)}. Set '
+        "twi_place='head'."
+    )
+
+
+def _heads_of(model: nn.Module) -> str:
+    return ', '.join(
+        f'{name} is a {type(child).__name__}'
+        for name, child in model.named_children()
+        if name.endswith('head')
+    )
+
+
+def tower_sources(model: nn.Module) -> tuple[str, ...]:
+    """Names of the last layers of a dense head's two towers.
+
+    Their outputs come in the order of :class:`PredictorTWIHead`: all levels
+    of the classification tower, then all of the other.
+
+    Raises:
+        ValueError: The head has no such towers.
+    """
+    sources = []
+    for name, tower in _towers(model).items():
+        if name.startswith('multi_level'):
+            layers = [f'{level}' for level in range(len(tower))]
+        elif isinstance(tower[0], nn.ModuleList):
+            layers = [f'{i}.{len(own) - 1}' for i, own in enumerate(tower)]
+        else:
+            layers = [f'{len(tower) - 1}']
+        sources += [f'bbox_head.{name}.{layer}' for layer in layers]
+    return tuple(sources)
+
+
+class _Half(nn.Module):
+    """In a tower's place: its own half of the channels, as they come in."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Deformable convolutions refuse a strided view.
+        return x.chunk(2, dim=1)[self.index].contiguous()
+
+
+def predictors_of(model: nn.Module) -> nn.Module:
+    """A model's dense head less its towers.
+
+    It takes, level by level, the outputs of both towers, one after the other
+    along the channels. The rest (predictors, scales, assigner, losses,
+    decoding) is the head's own.
+
+    Raises:
+        ValueError: The head has no such towers.
+    """
+    halves: dict[str, nn.Module | None] = {}
+    for index, (name, tower) in enumerate(_towers(model).items()):
+        if name.startswith('multi_level'):
+            own = [_Half(index) for _ in tower]
+        elif isinstance(tower[0], nn.ModuleList):
+            own = [nn.ModuleList([_Half(index)]) for _ in tower]
+        else:
+            own = [_Half(index)]
+        halves[name] = nn.ModuleList(own)
+    return _view(model.bbox_head, **halves)
+
+
+# -- heads --------------------------------------------------------------------
 
 
 @MODELS.register_module()
@@ -37,34 +181,49 @@ class TWIHead(BaseModule):
     """The teacher's head, applied to estimates of the teacher's features.
 
     Its weights never change and are not this module's parameters; gradients
-    pass through it to the estimates. Dense heads (anchor-based and
-    anchor-free) run with their own assigner and their own losses,
-    classification heads with theirs.
+    pass through it to the estimates. Losses are the head's own, with its own
+    assigner. This class serves classifiers, its subclasses detectors.
 
     Source: ERA's ``H_t`` [official code] is the last linear layer of a
-    classifier; a whole dense head in its place is [ours].
+    classifier; a detector's heads in its place are [ours].
 
     Args:
-        head: The teacher's head.
+        heads: The teacher's head, or heads.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, *heads: nn.Module) -> None:
         super().__init__()
-        self._head = Unregistered(head)
+        self._heads = tuple(Unregistered(head) for head in heads)
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """The teacher's heads themselves."""
+        return tuple(head.module for head in self._heads)
 
     @property
     def head(self) -> nn.Module:
-        """The teacher's head itself."""
-        return self._head.module
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it is a detector's dense head, else a classifier's."""
-        return hasattr(self.head, 'predict_by_feat')
+        """The last of them, which gives the predictions."""
+        return self.heads[-1]
 
     def forward(self, feats: Sequence[Tensor]) -> Any:
         """The head's raw outputs on an estimate; a classifier's logits."""
         return self.head(tuple(feats))
+
+    def problem(
+        self, feats: Sequence[Tensor], *, training: bool
+    ) -> str | None:
+        """Why the head cannot judge such features, if so.
+
+        Args:
+            feats: Features of one image, as the teacher has them.
+            training: Whether its losses are needed, too.
+        """
+        try:
+            self(feats)
+        except Exception as error:
+            shapes = [tuple(feat.shape) for feat in feats]
+            return f'{type(error).__name__} on {shapes}: {error}'
+        return None
 
     @contextlib.contextmanager
     def _training_outputs(self) -> Iterator[None]:
@@ -72,16 +231,28 @@ class TWIHead(BaseModule):
         # scales its distances by the stride and RepPoints decodes its points
         # only at test. Losses need the training form. The flags of the
         # layers below stay as they are, so norms and dropout remain frozen.
-        self.head.training = True
+        for head in self.heads:
+            head.training = True
         # Some losses count in buffers (GHM's running bins).
-        buffers = [(b, b._version, b.clone()) for b in self.head.buffers()]
+        buffers = [
+            (buffer, buffer._version, buffer.clone())
+            for head in self.heads
+            for buffer in head.buffers()
+        ]
         try:
-            yield
+            # Samplers draw. The run's own draws must not shift, and each
+            # estimate of a step should see the same.
+            with preserve_rng():
+                yield
         finally:
-            self.head.training = False
+            for head in self.heads:
+                head.training = False
             for buffer, version, value in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
+
+    def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
+        return self.head.loss(feats, data_samples)
 
     def loss(
         self, feats: Sequence[Tensor], data_samples: list
@@ -95,7 +266,7 @@ class TWIHead(BaseModule):
             Its terms under its own names, lists over levels summed up.
         """
         with self._training_outputs():
-            losses = self.head.loss(tuple(feats), data_samples)
+            losses = self._losses(tuple(feats), data_samples)
         return {
             key: sum(term.mean() for term in value)
             if isinstance(value, (list, tuple))
@@ -107,17 +278,14 @@ class TWIHead(BaseModule):
     def predict(self, feats: Sequence[Tensor], data_samples: list) -> list:
         """The head's predictions on an estimate, as new data samples."""
         samples = [sample.new() for sample in data_samples]
-        if not self.is_dense:
-            return self.head.predict(tuple(feats), samples)
-        results = self.head.predict(tuple(feats), samples, rescale=True)
-        return _with_instances(samples, results)
+        return self.head.predict(tuple(feats), samples)
 
     def predict_blend(
         self,
         feats: Sequence[Tensor],
         data_samples: list,
         *,
-        student_head: nn.Module,
+        student_head: 'TWIHead',
         student_feats: Sequence[Tensor],
         alpha: float,
     ) -> list:
@@ -129,254 +297,321 @@ class TWIHead(BaseModule):
         outputs on the same priors; else both decode by themselves and their
         boxes are merged by NMS.
 
-        Source: ERA [official code] for logits; dense heads are [ours].
+        Source: ERA [official code] for logits; detectors are [ours].
         """
+        logits = (1 - alpha) * student_head(student_feats)
+        logits = logits + alpha * self(feats)
         samples = [sample.new() for sample in data_samples]
-        if not self.is_dense:
-            logits = (1 - alpha) * student_head(tuple(student_feats))
-            logits = logits + alpha * self(feats)
-            for sample, scores in zip(
-                samples, logits.softmax(dim=1), strict=True
-            ):
-                sample.set_pred_score(scores)
-                sample.set_pred_label(scores.argmax(dim=0, keepdim=True))
-            return samples
-        student_outs = student_head(tuple(student_feats))
-        teacher_outs = self(feats)
-        metas = [sample.metainfo for sample in samples]
-        if can_blend_raw(student_head, student_outs, self.head, teacher_outs):
-            outs = [
-                [
-                    (1 - alpha) * s + alpha * t
-                    for s, t in zip(*pair, strict=True)
-                ]
-                for pair in zip(student_outs, teacher_outs, strict=True)
-            ]
-            results = self.head.predict_by_feat(
-                *outs, batch_img_metas=metas, rescale=True
-            )
-        else:
-            results = [
-                _merge(pair, alpha, self.head.test_cfg)
-                for pair in zip(
-                    student_head.predict_by_feat(
-                        *student_outs, batch_img_metas=metas, rescale=True
-                    ),
-                    self.head.predict_by_feat(
-                        *teacher_outs, batch_img_metas=metas, rescale=True
-                    ),
-                    strict=True,
-                )
-            ]
-        return _with_instances(samples, results)
+        for sample, scores in zip(samples, logits.softmax(dim=1), strict=True):
+            sample.set_pred_score(scores)
+            sample.set_pred_label(scores.argmax(dim=0, keepdim=True))
+        return samples
 
 
-def can_blend_raw(
-    student_head: nn.Module,
-    student_outs: Sequence,
-    teacher_head: nn.Module,
-    teacher_outs: Sequence,
-) -> bool:
-    """Whether two dense heads' raw outputs mean the same."""
-    if type(student_head) is not type(teacher_head):
-        return False
-    if not all(
-        hasattr(teacher_head, part)
-        for part in ('prior_generator', 'bbox_coder')
-    ):
-        return False
-    if len(student_outs) != len(teacher_outs):
-        return False
-    for student_maps, teacher_maps in zip(
-        student_outs, teacher_outs, strict=True
-    ):
-        if [m.shape for m in student_maps] != [m.shape for m in teacher_maps]:
-            return False
-    sizes = [m.shape[-2:] for m in student_outs[0]]
-    device = student_outs[0][0].device
-    priors = [
-        head.prior_generator.grid_priors(sizes, device=device)
-        for head in (student_head, teacher_head)
-    ]
-    if any(
-        not torch.equal(s, t)
-        for s, t in zip(priors[0], priors[1], strict=True)
-    ):
-        return False
-    coders = [
-        {
-            key: value
-            for key, value in vars(head.bbox_coder).items()
-            if not isinstance(value, nn.Module)
-        }
-        for head in (student_head, teacher_head)
-    ]
-    return coders[0] == coders[1]
+class _DetectorTWIHead(TWIHead):
+    """What heads of detectors share."""
+
+    @property
+    def _first(self) -> nn.Module:
+        """The head that has the priors."""
+        return self.heads[0]
+
+    def _instances(
+        self, feats: tuple[Tensor, ...], data_samples: list
+    ) -> list[InstanceData]:
+        raise NotImplementedError
+
+    def problem(
+        self, feats: Sequence[Tensor], *, training: bool
+    ) -> str | None:
+        """As in the base class; the losses are tried on one object."""
+        found = super().problem(feats, training=training)
+        if found or not training:
+            return found
+        try:
+            self.loss(feats, [self._trial_sample(feats)])
+        except Exception as error:
+            if self.head.train_cfg is None:
+                return 'it has no `train_cfg` and so cannot assign truth'
+            return f'its losses raise {type(error).__name__}: {error}'
+        return None
+
+    def _trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
+        """An image with one object, of the size that the maps come from."""
+        priors = getattr(self._first, 'prior_generator', None)
+        stride = priors.strides[0] if priors is not None else 8
+        stride = stride if isinstance(stride, int) else stride[0]
+        height, width = (size * stride for size in feats[0].shape[-2:])
+        sample = blank_sample(height, width)
+        boxes = feats[0].new_tensor([[0, 0, width / 2, height / 2]])
+        labels = torch.zeros(1, dtype=torch.long, device=boxes.device)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        sample.proposals = InstanceData(
+            bboxes=boxes, labels=labels, scores=boxes.new_ones(1)
+        )
+        return sample
+
+    def predict(self, feats: Sequence[Tensor], data_samples: list) -> list:
+        """The head's predictions on an estimate, as new data samples."""
+        return _with_instances(
+            data_samples, self._instances(tuple(feats), data_samples)
+        )
+
+    def predict_blend(
+        self,
+        feats: Sequence[Tensor],
+        data_samples: list,
+        *,
+        student_head: 'TWIHead',
+        student_feats: Sequence[Tensor],
+        alpha: float,
+    ) -> list:
+        """As in the base class."""
+        assert isinstance(student_head, _DetectorTWIHead)
+        pairs = zip(
+            student_head._instances(tuple(student_feats), data_samples),
+            self._instances(tuple(feats), data_samples),
+            strict=True,
+        )
+        test_cfg = self.head.test_cfg
+        return _with_instances(
+            data_samples, [merge(pair, alpha, test_cfg) for pair in pairs]
+        )
 
 
-def _with_instances(samples: list, results: Sequence[InstanceData]) -> list:
+def _with_instances(
+    data_samples: list, results: Sequence[InstanceData]
+) -> list:
+    samples = [sample.new() for sample in data_samples]
     for sample, result in zip(samples, results, strict=True):
         sample.pred_instances = result
     return samples
 
 
-def _merge(
-    pair: Sequence[InstanceData], alpha: float, test_cfg: Any
-) -> InstanceData:
-    from mmcv.ops import batched_nms
+class DenseTWIHead(_DetectorTWIHead):
+    """A dense head, anchor-based or anchor-free, with all of its layers."""
 
-    student, teacher = pair
-    # The heavier side keeps its scores, so that thresholds still mean what
-    # they meant.
-    heavier = max(alpha, 1 - alpha)
-    student.scores = student.scores * (1 - alpha) / heavier
-    teacher.scores = teacher.scores * alpha / heavier
-    both = InstanceData.cat([student, teacher])
-    both = both[both.scores > 0]
-    if not len(both):
-        return both
-    nms = test_cfg.get('nms', dict(type='nms', iou_threshold=0.5))
-    _, keep = batched_nms(both.bboxes, both.scores, both.labels, dict(nms))
-    return both[keep[: test_cfg.get('max_per_img', len(keep))]]
+    def _levels(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(feats)
 
+    def forward(self, feats: Sequence[Tensor]) -> Any:
+        """The head's raw outputs on an estimate."""
+        return self.head(self._levels(feats))
 
-def _for_mode(config: Any, mode: str) -> Any:
-    """An evaluator's config whose files do not overwrite the student's."""
-    if isinstance(config, (list, tuple)):
-        return [_for_mode(item, mode) for item in config]
-    config = copy.deepcopy(config)
-    for item in (config, *config.get('metrics', [])):
-        if item.get('outfile_prefix'):
-            item['outfile_prefix'] = f'{item["outfile_prefix"]}.{mode}'
-        if item.get('out_file_path'):
-            path = Path(item['out_file_path'])
-            item['out_file_path'] = str(
-                path.with_name(f'{path.stem}.{mode}{path.suffix}')
+    def problem(
+        self, feats: Sequence[Tensor], *, training: bool
+    ) -> str | None:
+        """As in the base class."""
+        priors = getattr(self.head, 'prior_generator', None)
+        levels = len(self._levels(feats))
+        if priors is not None and priors.num_levels != levels:
+            return (
+                f'it has priors for {priors.num_levels} levels, but got '
+                f'{levels}'
             )
-    return config
+        return super().problem(feats, training=training)
+
+    def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
+        return self.head.loss(self._levels(feats), data_samples)
+
+    def _instances(
+        self, feats: tuple[Tensor, ...], data_samples: list
+    ) -> list[InstanceData]:
+        return self.head.predict(
+            self._levels(feats), data_samples, rescale=True
+        )
+
+    def predict_blend(
+        self,
+        feats: Sequence[Tensor],
+        data_samples: list,
+        *,
+        student_head: TWIHead,
+        student_feats: Sequence[Tensor],
+        alpha: float,
+    ) -> list:
+        """As in the base class."""
+        if isinstance(student_head, DenseTWIHead):
+            student_outs = student_head(student_feats)
+            teacher_outs = self(feats)
+            if can_blend_raw(
+                student_head.head, student_outs, self.head, teacher_outs
+            ):
+                results = self.head.predict_by_feat(
+                    *blend_raw(student_outs, teacher_outs, alpha),
+                    batch_img_metas=[s.metainfo for s in data_samples],
+                    rescale=True,
+                )
+                return _with_instances(data_samples, results)
+        return super().predict_blend(
+            feats,
+            data_samples,
+            student_head=student_head,
+            student_feats=student_feats,
+            alpha=alpha,
+        )
 
 
-@HOOKS.register_module()
-class TWIHook(Hook):
-    """Guards the teacher's weights and evaluates the inference modes.
+class PredictorTWIHead(DenseTWIHead):
+    """The last layers of a dense head, on estimates of its towers' outputs.
 
-    Before and after training it checks, bit for bit, that the teacher is what
-    its checkpoint holds. In validation and test it evaluates every mode asked
-    for with evaluators of its own in the one pass that the loop makes, the
-    student's features computed once, and adds the results under the mode's
-    name: ``T/coco/bbox_mAP``. The student's own (S) are the loop's ordinary
-    metrics, under the ordinary names.
+    The closest there is, in a detector, to the last linear layer of a
+    classifier.
 
-    Source: ERA's three modes ([note] in its dossier); the rest is ours.
+    Source: ours.
 
     Args:
-        modes: Any of 'T' (final estimate through the teacher's head), 'ST'
-            (blend), 'E0', 'E1', ... (the estimates before). 'S' may be named
-            and changes nothing.
+        head: What :func:`predictors_of` gives.
+
+    Shape:
+        - feats: 2 L of ``(N, C_t, H, W)``, the levels of the classification
+          tower before those of the other
     """
 
-    # Before mmengine's own hooks take the metrics for log and best file.
-    priority = 'HIGHEST'
+    def _levels(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        half = len(feats) // 2
+        return tuple(
+            torch.cat(pair, dim=1)
+            for pair in zip(feats[:half], feats[half:], strict=True)
+        )
 
-    def __init__(self, modes: Sequence[str] = ('T', 'ST')) -> None:
-        self.modes = tuple(mode for mode in modes if mode != 'S')
-        self._evaluators: dict[str, Evaluator] = {}
 
-    @staticmethod
-    def _model(runner: Any) -> Distillation:
-        model = runner.model
-        model = model.module if is_model_wrapper(model) else model
-        if not isinstance(model, Distillation):
-            raise TypeError(
-                'TWIHook needs a model of type era_mm.Distillation, but the '
-                f'runner trains a {type(model).__name__}.'
+class TwoStageTWIHead(_DetectorTWIHead):
+    """A region proposal network and a RoI head.
+
+    Losses: the RPN's on the estimate, and the RoI head's on the estimate with
+    the proposals in ``data_sample.proposals`` (mmdet's own place for given
+    proposals; the student's, from ``StudentProposals``). The teacher's
+    assigners and samplers choose among them. Predictions: the teacher's RPN
+    proposes.
+
+    Source: ours.
+
+    Args:
+        rpn_head: The RPN's head.
+        roi_head: The RoI head; Cascade's too.
+    """
+
+    def __init__(self, rpn_head: nn.Module, roi_head: nn.Module) -> None:
+        super().__init__(rpn_head, roi_head)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the RoI head predicts masks."""
+        return self.head.with_mask
+
+    def without_masks(self) -> 'TwoStageTWIHead':
+        """The same less the mask branch."""
+        return type(self)(self._first, _view(self.head, mask_head=None))
+
+    def forward(self, feats: Sequence[Tensor]) -> Any:
+        """Raw outputs of the RPN on an estimate."""
+        return self._first(tuple(feats))
+
+    def problem(
+        self, feats: Sequence[Tensor], *, training: bool
+    ) -> str | None:
+        """As in the base class."""
+        expected = self._first.prior_generator.num_levels
+        if expected != len(feats):
+            return (
+                f'its RPN has priors for {expected} levels, but got '
+                f'{len(feats)}'
             )
-        return model
+        found = super().problem(feats, training=training)
+        if found:
+            return found
+        sample = self._trial_sample(feats)
+        try:
+            self.head(tuple(feats), [sample.proposals], [sample])
+        except Exception as error:
+            return f'its RoI head raises {type(error).__name__}: {error}'
+        return None
 
-    def before_run(self, runner: Any) -> None:
-        """Refuse unknown modes before anything is computed."""
-        self._model(runner).check_modes(self.modes)
+    def _trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
+        sample = super()._trial_sample(feats)
+        if self.has_masks:
+            from mmdet.structures.mask import BitmapMasks
 
-    def before_train(self, runner: Any) -> None:
-        """Check that the teachers hold their checkpoints' weights."""
-        self._model(runner).load_teachers()
-        self._check_teachers(runner, 'before training')
-
-    def after_train(self, runner: Any) -> None:
-        """Check that training has not changed the teachers."""
-        self._check_teachers(runner, 'after training')
-
-    def _check_teachers(self, runner: Any, when: str) -> None:
-        for teacher in self._model(runner).teachers.values():
-            if teacher.fingerprint() != teacher.loaded_fingerprint:
-                raise RuntimeError(
-                    f'The weights of the {teacher.name} {when} are not those '
-                    f'of {teacher.checkpoint!r}: something has written to '
-                    'them. A hook or a wrapper that trains, averages or '
-                    'fuses the teacher must not.'
-                )
-
-    def _begin(self, runner: Any, config: Any, loop: Any) -> None:
-        model = self._model(runner)
-        model.active_modes = self.modes
-        self._evaluators = {}
-        for mode in self.modes:
-            evaluator = runner.build_evaluator(_for_mode(config, mode))
-            evaluator.dataset_meta = loop.evaluator.dataset_meta
-            self._evaluators[mode] = evaluator
-
-    def _process(self, runner: Any, data_batch: Any) -> None:
-        predictions = self._model(runner).mode_predictions
-        for mode, evaluator in self._evaluators.items():
-            evaluator.process(
-                data_samples=predictions[mode], data_batch=data_batch
+            height, width = sample.img_shape
+            sample.gt_instances.masks = BitmapMasks(
+                np.ones((1, height, width), np.uint8), height, width
             )
-        self._model(runner).mode_predictions = {}
+        return sample
 
-    def _finish(self, runner: Any, loop: Any, metrics: dict | None) -> None:
-        self._model(runner).active_modes = ()
-        for mode, evaluator in self._evaluators.items():
-            found = evaluator.evaluate(len(loop.dataloader.dataset))
-            if metrics is not None:
-                metrics |= {f'{mode}/{k}': v for k, v in found.items()}
-        self._evaluators = {}
+    def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
+        rpn_head, roi_head = self.heads
+        losses = {}
+        for key, value in rpn_head.loss(
+            feats, [_one_class(sample) for sample in data_samples]
+        ).items():
+            losses[key if 'rpn' in key else f'rpn_{key}'] = value
+        # RoI heads rename the boxes of the proposals that they are given.
+        proposals = [sample.proposals.new() for sample in data_samples]
+        return losses | roi_head.loss(feats, proposals, data_samples)
 
-    def before_val_epoch(self, runner: Any) -> None:
-        """Ask the model for the modes."""
-        self._begin(runner, runner.cfg.val_evaluator, runner.val_loop)
+    def _instances(
+        self, feats: tuple[Tensor, ...], data_samples: list
+    ) -> list[InstanceData]:
+        rpn_head, roi_head = self.heads
+        proposals = rpn_head.predict(feats, data_samples, rescale=False)
+        return roi_head.predict(feats, proposals, data_samples, rescale=True)
 
-    def after_val_iter(
-        self,
-        runner: Any,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Any = None,
-    ) -> None:
-        """Hand the modes' predictions to their evaluators."""
-        self._process(runner, data_batch)
 
-    def after_val_epoch(
-        self, runner: Any, metrics: dict | None = None
-    ) -> None:
-        """Add the modes' metrics to the student's."""
-        self._finish(runner, runner.val_loop, metrics)
+def _one_class(sample: BaseDataElement) -> BaseDataElement:
+    """The ground truth as an RPN sees it, as mmdet's detectors make it."""
+    copied = sample.new()
+    copied.gt_instances = sample.gt_instances.new()
+    copied.gt_instances.labels = torch.zeros_like(sample.gt_instances.labels)
+    return copied
 
-    def before_test_epoch(self, runner: Any) -> None:
-        """Ask the model for the modes."""
-        self._begin(runner, runner.cfg.test_evaluator, runner.test_loop)
 
-    def after_test_iter(
-        self,
-        runner: Any,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Any = None,
-    ) -> None:
-        """Hand the modes' predictions to their evaluators."""
-        self._process(runner, data_batch)
+class StudentProposals:
+    """The proposals of the student's RPN in its own training pass.
 
-    def after_test_epoch(
-        self, runner: Any, metrics: dict | None = None
-    ) -> None:
-        """Add the modes' metrics to the student's."""
-        self._finish(runner, runner.test_loop, metrics)
+    Its raw outputs are recorded, nothing runs twice; they are decoded as the
+    student's detector does in training. Given to the teacher's RoI head, they
+    make both judge the same regions. No gradient goes through them.
+
+    Source: ours; DIST likewise gives the teacher's RoI head the student's
+    RoIs.
+
+    Args:
+        student: A two-stage detector.
+
+    Raises:
+        ValueError: It has no RPN with plain convolutions at the end.
+    """
+
+    SOURCES = ('rpn_head.rpn_cls', 'rpn_head.rpn_reg')
+
+    def __init__(self, student: nn.Module) -> None:
+        rpn_head = getattr(student, 'rpn_head', None)
+        if not all(hasattr(rpn_head, name) for name in ('rpn_cls', 'rpn_reg')):
+            raise ValueError(
+                "The teacher's RoI head needs the student's proposals, but "
+                f'{type(student).__name__} has no RPN with `rpn_cls` and '
+                '`rpn_reg`. Take a two-stage student, or a teacher with a '
+                "dense head, or set twi_steps='none' for ERA without TWI."
+            )
+        self._student = Unregistered(student)
+
+    @torch.no_grad()
+    def attach(
+        self, student_feats: Mapping[str, Sequence[Tensor]], data_samples: list
+    ) -> list:
+        """Copies of the data samples, with ``proposals``."""
+        student = self._student.module
+        outs = [
+            [out.detach() for out in student_feats[source]]
+            for source in self.SOURCES
+        ]
+        found = student.rpn_head.predict_by_feat(
+            *outs,
+            batch_img_metas=[sample.metainfo for sample in data_samples],
+            cfg=student.train_cfg.get('rpn_proposal', student.test_cfg.rpn),
+        )
+        samples = [sample.new() for sample in data_samples]
+        for sample, proposals in zip(samples, found, strict=True):
+            sample.proposals = proposals
+        return samples
