@@ -78,7 +78,7 @@ def forward_until(
         model.backbone(inputs)
     elif parts <= {'backbone', 'neck'} and hasattr(model, 'extract_feat'):
         model.extract_feat(inputs)
-    elif parts <= {'backbone', 'neck', 'rpn_head'}:
+    elif 'rpn_head' in parts <= {'backbone', 'neck', 'rpn_head'}:
         model.rpn_head(model.extract_feat(inputs))
     else:
         model(inputs, data_samples, mode='tensor')

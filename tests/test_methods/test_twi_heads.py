@@ -13,7 +13,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from era_mm.methods.era.twi import StudentProposals, find_head
+from era_mm.methods.era.twi import find_head
+from era_mm.methods.era.twi_heads import StudentProposals
 from era_mm.testing import (
     classifier_config,
     detection_batch,
@@ -159,7 +160,7 @@ def shrink_two_stage(config):
     stages = config['train_cfg']['rcnn']
     for stage in stages if isinstance(stages, list) else [stages]:
         stage['sampler']['num'] = 8
-    config['test_cfg']['rpn'] |= dict(nms_pre=50, max_per_img=20)
+    config['test_cfg']['rpn'] |= dict(nms_pre=50, max_per_img=10)
     config['test_cfg']['rcnn'] |= dict(max_per_img=10)
 
 
@@ -484,6 +485,15 @@ def test_masks__of_the_teacher_alone_are_left_out(tmp_path, said):
     for mode in model.active_modes:
         for sample in model.mode_predictions[mode]:
             assert 'masks' not in sample.pred_instances
+
+
+def test_masks__that_only_the_student_predicts_leave_no_modes(said):
+    # An evaluator of masks would stop at the first validation.
+    model = build(host_config('mask_rcnn'), host_config('faster_rcnn', 12))
+    assert 'predicts masks and the teacher does not' in said[0]
+    assert model.distillers['distiller'].inference_modes() == ()
+    losses = model(**batch_of(model), mode='loss')
+    assert losses['loss_era_twi_bbox'] > 0
 
 
 @pytest.mark.parametrize('alpha', [0.0, 1.0])

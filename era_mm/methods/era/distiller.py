@@ -15,15 +15,8 @@ from ...registry import MODELS, explain_unknown_keys
 from .export import export_estimate
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
-from .twi import (
-    StudentProposals,
-    TWIHead,
-    TwoStageTWIHead,
-    find_head,
-    is_query_based,
-    num_classes_of,
-    tower_sources,
-)
+from .twi import find_head, is_query_based, num_classes_of, tower_sources
+from .twi_heads import StudentProposals, TWIHead, TwoStageTWIHead
 
 
 @explain_unknown_keys
@@ -194,7 +187,7 @@ class ERADistiller(BaseDistiller):
         self.mbrnet: MBRNet
         self.twi_head: TWIHead | None = None
         self._proposals: StudentProposals | None = None
-        self._blends = self._tokens = False
+        self._blends = self._lacks_masks = self._tokens = False
 
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None
@@ -339,6 +332,16 @@ class ERADistiller(BaseDistiller):
         if isinstance(head, TwoStageTWIHead):
             head = self._two_stage(head, student)
         self._blends = student_head is not None
+        self._lacks_masks = getattr(student, 'with_mask', False) and not (
+            getattr(teacher, 'with_mask', False)
+        )
+        if self._lacks_masks:
+            print_log(
+                'ERA without the modes T, ST and E0 ...: the student predicts '
+                'masks and the teacher does not.',
+                logger='current',
+                level=logging.WARNING,
+            )
         self.twi_head = head
         if self.logit is not None and type(head) is not TWIHead:
             raise ValueError(
@@ -486,10 +489,10 @@ class ERADistiller(BaseDistiller):
     def inference_modes(self) -> tuple[str, ...]:
         """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'.
 
-        None where the teacher's head cannot be used, and no 'ST' where the
-        student's cannot.
+        None where the teacher's head cannot be used or predicts less than
+        the student's, and no 'ST' where the student's cannot be used.
         """
-        if self.twi_head is None:
+        if self.twi_head is None or self._lacks_masks:
             return ()
         estimates = [f'E{i}' for i in range(self.mbrnet.num_branches)]
         return (*estimates, 'T', *(['ST'] if self._blends else []))
