@@ -466,12 +466,8 @@ class StudentProposals:
     ) -> list:
         """Copies of the data samples, with ``proposals``."""
         student = self._student.module
-        outs = [
-            [out.detach() for out in student_feats[source]]
-            for source in self.SOURCES
-        ]
         found = student.rpn_head.predict_by_feat(
-            *outs,
+            *(list(student_feats[source]) for source in self.SOURCES),
             batch_img_metas=[sample.metainfo for sample in data_samples],
             cfg=student.train_cfg.get('rpn_proposal', student.test_cfg.rpn),
         )
