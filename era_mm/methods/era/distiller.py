@@ -174,8 +174,6 @@ class ERADistiller(BaseDistiller):
             )
         self.twi_targets = twi_targets
         self.feature_sources: tuple[str, ...] = self.student_sources
-        if self.logit is not None:
-            self.student_sources += (self.logit.source,)
         if not 0 <= alpha <= 1:
             raise ValueError(f'`alpha` must be in [0, 1], but got {alpha}.')
         self._mbrnet_cfg = dict(mbrnet or {})
