@@ -352,18 +352,8 @@ def size_of(stem):
     return 224 if 'swin' in stem else 64
 
 
-# TWI does not know these teachers' heads yet.
-WAITING = {
-    'era_faster_rcnn_r101_r50',
-    'era_faster_rcnn_cascade_mask_x101_r50',
-    'era_fcos_r101_r50',
-}
-
-
 @pytest.mark.parametrize('stem', FILES)
-def test_config__trains_a_step(stem, request):
-    if stem in WAITING:
-        request.applymarker(pytest.mark.xfail(raises=ValueError, strict=True))
+def test_config__trains_a_step(stem):
     cfg = load(stem)
     # Data set, pipeline and schedule: their types and keys exist.
     for split in ('train', 'val'):

@@ -54,6 +54,7 @@ class BaseDistiller(BaseModule):
     - ``pretrain_iters``: for so many iterations from the start of the run
       only the inner module trains; the student stays as it is.
     - ``schedules``: a factor per loss term over the global step.
+    - :meth:`choose_sources`: sources that depend on the pair.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
       student's own.
     - :meth:`export`: one of these modes as an ordinary host model.
@@ -113,6 +114,22 @@ class BaseDistiller(BaseModule):
     @staticmethod
     def _names(names: str | list | tuple) -> tuple[str, ...]:
         return (names,) if isinstance(names, str) else tuple(names)
+
+    def choose_sources(
+        self, *, student: nn.Module, teacher: nn.Module | None
+    ) -> None:
+        """Set ``student_sources`` and ``teacher_sources`` by the pair.
+
+        Called once, before the dry run, for methods that find some of their
+        sources in the models themselves.
+
+        Args:
+            student: The student. Do not register it.
+            teacher: The teacher. Do not register it; see ``Unregistered``.
+
+        Raises:
+            ValueError: The pair lacks what is looked for.
+        """
 
     def prepare(
         self,

@@ -19,7 +19,7 @@ from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .data_preprocessor import DistillationDataPreprocessor
 from .recorder import Recorder
 from .teacher import Teacher, forward_until, resolve_model_config
-from .utils import evaluating, preserve_rng
+from .utils import blank_sample, evaluating, preserve_rng
 
 
 def _named(value: Any, name: str, key: str) -> dict[str, Any]:
@@ -194,6 +194,17 @@ class Distillation(BaseModel):
                     f'{sorted(self.teachers) or "none"}. Set '
                     '`model.teacher`.'
                 )
+        pairs: dict[str, dict[str, Any]] = {
+            name: dict(
+                student=self.student,
+                teacher=self.teachers[distiller.teacher].model
+                if distiller.needs_teacher
+                else None,
+            )
+            for name, distiller in distillers.items()
+        }
+        for name, distiller in distillers.items():
+            distiller.choose_sources(**pairs[name])
         self._student_recorder = Recorder(
             self.student,
             dict.fromkeys(
@@ -209,9 +220,10 @@ class Distillation(BaseModel):
             else tuple(input_size)
         )
         inputs = torch.zeros(1, 3, *size)
+        samples = [blank_sample(*size)]
         recorder = self._student_recorder
         with torch.no_grad(), evaluating(self.student), recorder:
-            forward_until(self.student, inputs, recorder.sources)
+            forward_until(self.student, inputs, recorder.sources, samples)
         student_feats = recorder.pop()
         teacher_feats: dict[str, dict] = {}
         for name, teacher in self.teachers.items():
@@ -224,15 +236,10 @@ class Distillation(BaseModel):
                 )
             )
             if teacher.is_recorded:
-                teacher_feats[name] = teacher.extract(inputs)
-        for distiller in distillers.values():
+                teacher_feats[name] = teacher.extract(inputs, samples)
+        for name, distiller in distillers.items():
             distiller.prepare(
-                student=self.student,
-                teacher=(
-                    self.teachers[distiller.teacher].model
-                    if distiller.needs_teacher
-                    else None
-                ),
+                **pairs[name],
                 student_feats={
                     source: student_feats[source]
                     for source in distiller.student_sources

@@ -70,13 +70,16 @@ def forward_until(
     """Run a model only as deep as its deepest source.
 
     Backbone sources run the backbone alone, neck sources ``extract_feat``,
-    anything else the whole ``forward(mode='tensor')``.
+    those of a region proposal network that network too, anything else the
+    whole ``forward(mode='tensor')``.
     """
     parts = {source.partition('.')[0] for source in sources}
     if parts <= {'backbone'} and hasattr(model, 'backbone'):
         model.backbone(inputs)
     elif parts <= {'backbone', 'neck'} and hasattr(model, 'extract_feat'):
         model.extract_feat(inputs)
+    elif 'rpn_head' in parts <= {'backbone', 'neck', 'rpn_head'}:
+        model.rpn_head(model.extract_feat(inputs))
     else:
         model(inputs, data_samples, mode='tensor')
 

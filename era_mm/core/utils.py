@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.structures import BaseDataElement
 from torch import nn
 
 
@@ -62,3 +63,22 @@ def to_cpu(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_cpu(item) for item in value)
     return copy.copy(value)
+
+
+def blank_sample(height: int, width: int) -> BaseDataElement:
+    """Meta data of an image for a dry run, as preprocessors write it.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Likewise.
+    """
+    size = (height, width)
+    return BaseDataElement(
+        metainfo=dict(
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1.0, 1.0),
+        )
+    )

@@ -12,6 +12,8 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from torch import nn
 
+from ..core.utils import blank_sample
+
 IMAGE_SIZE = 64
 CLASSES = ('square', 'bar', 'cross')
 
@@ -178,7 +180,10 @@ def save_teacher(
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0
         with torch.no_grad():
-            model(torch.randn(8, 3, IMAGE_SIZE, IMAGE_SIZE))
+            model(
+                torch.randn(8, 3, IMAGE_SIZE, IMAGE_SIZE),
+                [blank_sample(IMAGE_SIZE, IMAGE_SIZE)] * 8,
+            )
         torch.save(
             {'meta': {}, 'state_dict': model.state_dict()}, str(filename)
         )

@@ -20,7 +20,8 @@ from era_mm.methods.era import (
     residual_targets,
 )
 from era_mm.methods.era.mbrnet import ResidualBranch
-from era_mm.methods.era.twi import _for_mode, _merge, can_blend_raw
+from era_mm.methods.era.twi_blend import can_blend_raw, merge
+from era_mm.methods.era.twi_hook import _for_mode
 from era_mm.testing import (
     detection_batch,
     detector_config,
@@ -800,7 +801,7 @@ def test_blend__merged_boxes_are_suppressed_and_capped():
     cfg = ConfigDict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=2)
     # 10x10 in 10x11: IoU 0.91, so the student's 0.6 goes; 0.3 is third.
     torch.testing.assert_close(
-        _merge((student, teacher), 0.5, cfg).scores, torch.tensor([0.9, 0.5])
+        merge((student, teacher), 0.5, cfg).scores, torch.tensor([0.9, 0.5])
     )
 
 
@@ -814,9 +815,9 @@ def test_blend__merging_weighs_the_scores_by_alpha():
 
     cfg = ConfigDict(nms=dict(type='nms', iou_threshold=0.5))
     # alpha 0.2: the student keeps 0.6, the teacher gets 0.8 * 0.2 / 0.8.
-    merged = _merge((one(0.0, 0.6), one(50.0, 0.8)), 0.2, cfg)
+    merged = merge((one(0.0, 0.6), one(50.0, 0.8)), 0.2, cfg)
     torch.testing.assert_close(merged.scores, torch.tensor([0.6, 0.2]))
-    merged = _merge((one(0.0, 0.6), one(50.0, 0.8)), 0.0, cfg)
+    merged = merge((one(0.0, 0.6), one(50.0, 0.8)), 0.0, cfg)
     torch.testing.assert_close(merged.scores, torch.tensor([0.6]))
 
 

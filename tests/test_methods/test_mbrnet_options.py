@@ -668,6 +668,7 @@ def pair(dims, levels=2, **kwargs):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
+        era.choose_sources(**hosts)
         era.prepare(**hosts, **feats)
     finally:
         torch.set_default_dtype(default)

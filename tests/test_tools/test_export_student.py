@@ -444,14 +444,30 @@ def test_export__tries_out_what_it_has_made(tmp_path, mode):
     assert_same_boxes(run, 'S', run.export('S'), exact=True)
 
 
-def test_export__gives_a_two_stage_student(tmp_path):
-    run = Run(
-        tmp_path,
-        faster_rcnn(),
-        faster_rcnn(width=16),
-        ERA | dict(twi_steps='none'),
-    )
-    assert_same_boxes(run, 'S', run.export('S'), exact=True)
+@pytest.mark.parametrize('mode', ['S', 'E0', 'T'])
+@pytest.mark.parametrize('mask', [False, True], ids=['boxes', 'masks'])
+def test_export__of_a_two_stage_pair(tmp_path, mode, mask):
+    """The teacher's RPN and RoI head; without masks that nobody has."""
+    teacher = faster_rcnn(width=16)
+    if mask:
+        teacher['type'] = 'mmdet.MaskRCNN'
+        teacher['roi_head'] |= dict(
+            mask_roi_extractor=teacher['roi_head']['bbox_roi_extractor'],
+            mask_head=dict(
+                type='FCNMaskHead',
+                num_convs=1,
+                in_channels=CHANNELS,
+                conv_out_channels=8,
+                num_classes=3,
+                loss_mask=dict(type='CrossEntropyLoss', use_mask=True),
+            ),
+        )
+        teacher['train_cfg']['rcnn'] |= dict(mask_size=6)
+        teacher['test_cfg']['rcnn'] |= dict(mask_thr_binary=0.5)
+    run = Run(tmp_path, faster_rcnn(), teacher)
+    exported = run.export(mode, keep_align=mode == 'E0')
+    assert_same_boxes(run, mode, exported, exact=True)
+    assert not exported.model.with_mask
 
 
 # -- the fold by itself -----------------------------------------------------

@@ -1,14 +1,16 @@
 """ERA: Expandable Residual Approximation (arXiv 2508.16050).
 
 In reading order: ``mbrnet`` (the residual neck), ``losses`` (decomposition
-and weights), ``twi`` (the teacher's head reused, and its hook), ``distiller``
-(all of it put together).
+and weights), ``twi`` (which head of the teacher is reused; ``twi_heads`` how,
+``twi_blend`` its outputs mixed with the student's, ``twi_hook`` the modes
+reported), ``distiller`` (all of it put together).
 """
 
 from .distiller import ERADistiller
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
-from .twi import TWIHead, TWIHook
+from .twi_heads import TWIHead
+from .twi_hook import TWIHook
 
 __all__ = [
     'ERADistiller',

@@ -15,7 +15,8 @@ from ...registry import MODELS, explain_unknown_keys
 from .export import export_estimate
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
-from .twi import TWIHead, find_head
+from .twi import find_head, is_query_based, num_classes_of, tower_sources
+from .twi_heads import StudentProposals, TWIHead, TwoStageTWIHead
 
 
 @explain_unknown_keys
@@ -75,13 +76,14 @@ class ERADistiller(BaseDistiller):
                               + twi_weight * H_t(e_i; GT) ]
 
     P and T are the features of student and teacher at ``source``, H_t(e; GT)
-    the losses of the teacher's frozen head on an estimate. Added to the
-    student's own losses.
+    the losses of the teacher's frozen head on an estimate (of its RPN and RoI
+    head in a two-stage detector). Added to the student's own losses.
 
     Source: ERA, arXiv 2508.16050. For classification (``(N, C)`` features) it
     is the arithmetic of the [official code]. The detection form, on feature
-    maps and with a whole dense head, is [ours]: the authors' was never
-    released.
+    maps and with a detector's heads, is [ours]: the authors' was never
+    released. DETR-like detectors get it without TWI: their heads read the
+    queries of a decoder.
 
     Args:
         source: Module whose output is approximated; see ``BaseDistiller``.
@@ -94,6 +96,11 @@ class ERADistiller(BaseDistiller):
             weight and given the sum of all: the same expectation as 'all'
             for the cost of one pass) or 'none' (no TWI). 'all' is [official
             code].
+        twi_place: Where the teacher's head takes over: 'head' (all of it, on
+            estimates of its input); or 'predictors' (its last layers alone,
+            on estimates of what its two towers put out; the sources are then
+            found by themselves, dense heads only). Both [ours]; in a linear
+            classifier they would be the same.
         detach: Keep the branches' losses from the student: they see its
             feature detached. False is what the published script uses.
         logit: Arguments of ``LogitTerm`` to distil class logits as well, for
@@ -110,10 +117,12 @@ class ERADistiller(BaseDistiller):
 
     Raises:
         ValueError: Another number of levels, other map sizes, a head TWI
-            cannot use.
+            cannot use, a student without proposals for the teacher's RoI
+            head.
     """
 
     TWI_STEPS = ('all', 'last', 'sampled', 'none')
+    TWI_PLACES = ('head', 'predictors')
     TWI_TARGETS = ('labels', 'both')
 
     def __init__(
@@ -126,6 +135,7 @@ class ERADistiller(BaseDistiller):
         twi_targets: str = 'labels',
         detach: bool = False,
         alpha: float = 0.5,
+        twi_place: str = 'head',
         teacher: str = 'teacher',
         schedules: dict[str, dict] | None = None,
         init_cfg: dict | None = None,
@@ -141,6 +151,16 @@ class ERADistiller(BaseDistiller):
                 f'`twi_steps` must be one of {self.TWI_STEPS}, but got '
                 f'{twi_steps!r}.'
             )
+        if twi_place not in self.TWI_PLACES:
+            raise ValueError(
+                f'`twi_place` must be one of {self.TWI_PLACES}, but got '
+                f'{twi_place!r}.'
+            )
+        if twi_place == 'predictors' and source != 'neck':
+            raise ValueError(
+                "`twi_place='predictors'` finds its sources by itself, but "
+                f'got source={source!r}. Remove `source`.'
+            )
         self.logit = None if logit is None else LogitTerm(**logit)
         if twi_targets not in self.TWI_TARGETS:
             raise ValueError(
@@ -153,18 +173,42 @@ class ERADistiller(BaseDistiller):
                 'the `logit` term, which is None. Set logit=dict().'
             )
         self.twi_targets = twi_targets
-        self.feature_source = self.student_sources[0]
-        if self.logit is not None:
-            self.student_sources += (self.logit.source,)
+        self.feature_sources: tuple[str, ...] = self.student_sources
         if not 0 <= alpha <= 1:
             raise ValueError(f'`alpha` must be in [0, 1], but got {alpha}.')
         self._mbrnet_cfg = dict(mbrnet or {})
         self.loss_terms = ERALoss(**(loss or {}))
         self.twi_steps = twi_steps
+        self.twi_place = twi_place
         self.detach = detach
         self.alpha = alpha
         self.mbrnet: MBRNet
         self.twi_head: TWIHead | None = None
+        self._proposals: StudentProposals | None = None
+        self._blends = self._lacks_masks = self._tokens = False
+
+    def choose_sources(
+        self, *, student: nn.Module, teacher: nn.Module | None
+    ) -> None:
+        """Find the head, and the sources that its kind needs."""
+        assert teacher is not None
+        if self.twi_place == 'predictors':
+            self.feature_sources = tower_sources(student)
+            self.teacher_sources = tower_sources(teacher)
+        self._find_head(student, teacher)
+        self.student_sources = self.feature_sources
+        if self.logit is not None:
+            self.student_sources += (self.logit.source,)
+        if self._proposals is not None:
+            self.student_sources += self._proposals.SOURCES
+
+    def _maps(
+        self, feats: Features, sources: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        """The features of some sources in a row, channels in dimension 1."""
+        maps = tuple(feat for source in sources for feat in feats[source])
+        # Encoders of DETR-like detectors put out (N, L, C).
+        return tuple(m.mT for m in maps) if self._tokens else maps
 
     def prepare(
         self,
@@ -174,14 +218,20 @@ class ERADistiller(BaseDistiller):
         student_feats: Features,
         teacher_feats: Features,
     ) -> None:
-        """Build MBRNet for the pair's channels and find the head."""
+        """Build MBRNet for the pair's channels and try the head out."""
         assert teacher is not None
-        student_maps = student_feats[self.feature_source]
-        teacher_maps = teacher_feats[self.teacher_sources[0]]
+        self._tokens = is_query_based(teacher) and all(
+            feat.dim() == 3
+            for source in self.teacher_sources
+            for feat in teacher_feats[source]
+        )
+        student_maps = self._maps(student_feats, self.feature_sources)
+        teacher_maps = self._maps(teacher_feats, self.teacher_sources)
+        where = ', '.join(self.feature_sources)
         if len(student_maps) != len(teacher_maps):
             raise ValueError(
                 'Student and teacher must have the same number of levels at '
-                f'{self.feature_source!r}, but the student has '
+                f'{where!r}, but the student has '
                 f'{len(student_maps)} {[tuple(m.shape) for m in student_maps]}'
                 f' and the teacher {len(teacher_maps)} '
                 f'{[tuple(m.shape) for m in teacher_maps]}. Give both necks '
@@ -209,13 +259,12 @@ class ERADistiller(BaseDistiller):
             if given != value:
                 raise ValueError(
                     f'`mbrnet.{key}` is {given} in the config, but the pair '
-                    f'has {value} at {self.feature_source!r}. Remove the '
+                    f'has {value} at {where!r}. Remove the '
                     'key: it is found by itself.'
                 )
         self.mbrnet = MBRNet(**found, **self._mbrnet_cfg)
         # Refuses what does not fit now, not in the first step.
         self.loss_terms.branch_weights(self.mbrnet.num_branches)
-        self._find_head(student, teacher)
         self._try_out(student_maps, teacher_maps)
 
     @torch.no_grad()
@@ -231,72 +280,94 @@ class ERADistiller(BaseDistiller):
             except (RuntimeError, ValueError) as error:
                 raise ValueError(
                     'MBRNet cannot run on the features at '
-                    f'{self.feature_source!r} '
+                    f'{", ".join(self.feature_sources)!r} '
                     f'{[tuple(m.shape) for m in student_maps]}: {error}. '
                     'Choose a norm_cfg for such features.'
                 ) from error
         if self.twi_head is None:
             return
-        problem = self._head_problem(teacher_maps)
+        problem = self.twi_head.problem(
+            teacher_maps, training=self.twi_steps != 'none'
+        )
         if problem and self.twi_steps == 'none':
             self.twi_head = None
         elif problem:
             raise ValueError(
                 f"The teacher's head ({type(self.twi_head.head).__name__}) "
-                f'cannot judge the source {self.teacher_sources[0]!r}: '
+                'cannot judge the source '
+                f'{", ".join(self.teacher_sources)!r}: '
                 f'{problem}. TWI needs the source that feeds the head, '
                 "usually 'neck', and the config the teacher was trained with; "
                 "else set twi_steps='none'."
             )
 
-    def _head_problem(self, teacher_maps: tuple[Tensor, ...]) -> str | None:
-        """Why the teacher's head cannot take these features, if so."""
-        assert self.twi_head is not None
-        head = self.twi_head.head
-        if self.twi_head.is_dense and head.train_cfg is None:
-            return 'it has no `train_cfg` and so cannot assign ground truth'
-        priors = getattr(head, 'prior_generator', None)
-        if priors is not None and priors.num_levels != len(teacher_maps):
-            return (
-                f'it has priors for {priors.num_levels} levels, but got '
-                f'{len(teacher_maps)}'
-            )
-        try:
-            self.twi_head(teacher_maps)
-        except (RuntimeError, AssertionError, TypeError, IndexError) as error:
-            shapes = [tuple(m.shape) for m in teacher_maps]
-            return f'{type(error).__name__} on {shapes}: {error}'
-        return None
-
     def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
-        head, student_head = find_head(teacher), find_head(student)
+        head = find_head(teacher, self.twi_place)
+        student_head = find_head(student, self.twi_place)
         if self.twi_steps == 'none' and head is None:
+            return
+        if is_query_based(teacher):
+            self._turn_off(
+                f"the teacher's head ({type(teacher).__name__}) reads the "
+                'queries of a decoder, not the features that are approximated'
+            )
             return
         if head is None:
             raise ValueError(
                 f'TWI cannot use the head of {type(teacher).__name__}: it '
-                'needs `bbox_head` (dense) or `head` (classifier) with `loss` '
-                "and `predict`. Set twi_steps='none' for ERA without TWI."
+                'needs `bbox_head` (dense), `rpn_head` and `roi_head` '
+                '(two-stage) or `head` (classifier) with `loss` and '
+                "`predict`. Set twi_steps='none' for ERA without TWI."
             )
-        classes = [
-            getattr(h, 'num_classes', None) for h in (student_head, head)
-        ]
+        classes = [num_classes_of(model) for model in (student, teacher)]
         if classes[0] != classes[1]:
+            self._turn_off(
+                f'the teacher has {classes[1]} classes and the student '
+                f'{classes[0]}, so the ground truth does not fit the '
+                "teacher's head"
+            )
+            return
+        if isinstance(head, TwoStageTWIHead):
+            head = self._two_stage(head, student)
+        self._blends = student_head is not None
+        self._lacks_masks = getattr(student, 'with_mask', False) and not (
+            getattr(teacher, 'with_mask', False)
+        )
+        if self._lacks_masks:
             print_log(
-                f'ERA without TWI: the teacher has {classes[1]} classes and '
-                f'the student {classes[0]}, so the ground truth does not fit '
-                "the teacher's head.",
+                'ERA without the modes T, ST and E0 ...: the student predicts '
+                'masks and the teacher does not.',
                 logger='current',
                 level=logging.WARNING,
             )
-            self.twi_steps = 'none'
-            return
-        self.twi_head = TWIHead(head)
-        if self.logit is not None and self.twi_head.is_dense:
+        self.twi_head = head
+        if self.logit is not None and type(head) is not TWIHead:
             raise ValueError(
                 '`logit` distils the logits of classifiers, but '
                 f'{type(teacher).__name__} is a detector. Remove `logit`.'
             )
+
+    def _turn_off(self, reason: str) -> None:
+        print_log(
+            f'ERA without TWI: {reason}.',
+            logger='current',
+            level=logging.WARNING,
+        )
+        self.twi_steps = 'none'
+
+    def _two_stage(
+        self, head: TwoStageTWIHead, student: nn.Module
+    ) -> TwoStageTWIHead:
+        if self.twi_steps != 'none':
+            self._proposals = StudentProposals(student)
+        if head.has_masks and not getattr(student, 'with_mask', False):
+            print_log(
+                "TWI without the teacher's mask branch: the student predicts "
+                'no masks, so the data need not have any.',
+                logger='current',
+            )
+            head = head.without_masks()
+        return head
 
     def loss(
         self,
@@ -306,8 +377,8 @@ class ERADistiller(BaseDistiller):
         data_samples: list,
     ) -> dict[str, Tensor]:
         """``loss_era_align``, ``loss_era_residual``, ``loss_era_twi_*``."""
-        maps = student_feats[self.feature_source]
-        targets_of = teacher_feats[self.teacher_sources[0]]
+        maps = self._maps(student_feats, self.feature_sources)
+        targets_of = self._maps(teacher_feats, self.teacher_sources)
         for level, (s, t) in enumerate(zip(maps, targets_of, strict=True)):
             if s.shape[2:] != t.shape[2:]:
                 raise ValueError(
@@ -359,6 +430,10 @@ class ERADistiller(BaseDistiller):
             steps = [list(step) for step in zip(*estimates, strict=True)]
             # e_0 trains the student whether or not the branches do.
             steps[0] = aligned
+            if self._proposals is not None:
+                data_samples = self._proposals.attach(
+                    student_feats, data_samples
+                )
             losses |= self._twi_losses(steps, data_samples, teacher_logits)
         return losses
 
@@ -388,7 +463,7 @@ class ERADistiller(BaseDistiller):
             if weight == 0:
                 continue
             terms = {
-                key.removeprefix('loss').strip('_') or 'cls': value
+                'cls' if key == 'loss' else key.replace('loss_', ''): value
                 for key, value in self.twi_head.loss(
                     step, data_samples
                 ).items()
@@ -410,11 +485,15 @@ class ERADistiller(BaseDistiller):
     # -- inference ---------------------------------------------------------
 
     def inference_modes(self) -> tuple[str, ...]:
-        """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'; none without TWI."""
-        if self.twi_head is None:
+        """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'.
+
+        None where the teacher's head cannot be used or predicts less than
+        the student's, and no 'ST' where the student's cannot be used.
+        """
+        if self.twi_head is None or self._lacks_masks:
             return ()
         estimates = [f'E{i}' for i in range(self.mbrnet.num_branches)]
-        return (*estimates, 'T', 'ST')
+        return (*estimates, 'T', *(['ST'] if self._blends else []))
 
     def export(self, mode: str, **pair: Any) -> HostModel:
         """Mode 'E0' or 'T' as a host model; see ``export_estimate``."""
@@ -430,7 +509,7 @@ class ERADistiller(BaseDistiller):
     ) -> dict[str, list]:
         """Predictions through the teacher's head."""
         assert self.twi_head is not None
-        maps = student_feats[self.feature_source]
+        maps = self._maps(student_feats, self.feature_sources)
         num_branches = {
             mode: self.mbrnet.num_branches
             if mode in ('T', 'ST')
@@ -443,7 +522,7 @@ class ERADistiller(BaseDistiller):
         for mode in modes:
             step = steps[num_branches[mode]]
             if mode == 'ST':
-                student_head = find_head(student)
+                student_head = find_head(student, self.twi_place)
                 assert student_head is not None
                 predictions[mode] = self.twi_head.predict_blend(
                     step,

@@ -1,0 +1,94 @@
+"""Two detectors' outputs in one: the arithmetic of mode ST."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+
+def can_blend_raw(
+    student_head: nn.Module,
+    student_outs: Sequence,
+    teacher_head: nn.Module,
+    teacher_outs: Sequence,
+) -> bool:
+    """Whether two dense heads' raw outputs mean the same."""
+    if type(student_head) is not type(teacher_head):
+        return False
+    if not hasattr(teacher_head, 'prior_generator'):
+        return False
+    if len(student_outs) != len(teacher_outs):
+        return False
+    for student_maps, teacher_maps in zip(
+        student_outs, teacher_outs, strict=True
+    ):
+        if [m.shape for m in student_maps] != [m.shape for m in teacher_maps]:
+            return False
+    sizes = [m.shape[-2:] for m in student_outs[0]]
+    device = student_outs[0][0].device
+    priors = [
+        head.prior_generator.grid_priors(sizes, device=device)
+        for head in (student_head, teacher_head)
+    ]
+    if any(
+        not torch.equal(s, t)
+        for s, t in zip(priors[0], priors[1], strict=True)
+    ):
+        return False
+    return _coder(student_head) == _coder(teacher_head)
+
+
+def _coder(head: nn.Module) -> dict[str, Any] | None:
+    """A box coder's settings; None where the priors alone decode (YOLOX)."""
+    coder = getattr(head, 'bbox_coder', None)
+    if coder is None:
+        return None
+    return {
+        key: value
+        for key, value in vars(coder).items()
+        if not isinstance(value, nn.Module)
+    } | {'type': type(coder)}
+
+
+def blend_raw(
+    student_outs: Sequence, teacher_outs: Sequence, alpha: float
+) -> list[list[Tensor]]:
+    """``(1 - alpha) * student + alpha * teacher``, map by map."""
+    return [
+        [(1 - alpha) * s + alpha * t for s, t in zip(*pair, strict=True)]
+        for pair in zip(student_outs, teacher_outs, strict=True)
+    ]
+
+
+def merge(
+    pair: Sequence[InstanceData], alpha: float, test_cfg: Any
+) -> InstanceData:
+    """Merge the objects that student and teacher head found in an image.
+
+    The scores of the side with the smaller share are scaled down by the ratio
+    of the shares; then NMS over both, as ``test_cfg`` sets it.
+    """
+    from mmcv.ops import batched_nms
+
+    student, teacher = pair
+    # The heavier side keeps its scores, so that thresholds still mean what
+    # they meant.
+    heavier = max(alpha, 1 - alpha)
+    student.scores = student.scores * (1 - alpha) / heavier
+    teacher.scores = teacher.scores * alpha / heavier
+    # What only one of them predicts (masks) is left out.
+    for one, other in ((student, teacher), (teacher, student)):
+        for key in set(one.keys()) - set(other.keys()):
+            delattr(one, key)
+    both = InstanceData.cat([student, teacher])
+    both = both[both.scores > 0]
+    if not len(both):
+        return both
+    nms = test_cfg.get('nms', dict(type='nms', iou_threshold=0.5))
+    found, keep = batched_nms(both.bboxes, both.scores, both.labels, dict(nms))
+    both = both[keep]
+    # Soft NMS lowers scores instead of dropping boxes.
+    both.scores = found[:, -1]
+    return both[: test_cfg.get('max_per_img', len(both))]

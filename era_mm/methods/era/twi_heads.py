@@ -1,0 +1,477 @@
+"""The teacher's head on estimates, one class per way of using a head.
+
+``TWIHead`` serves classifiers, ``DenseTWIHead`` and ``PredictorTWIHead``
+dense heads, ``TwoStageTWIHead`` a region proposal network with its RoI head.
+
+Legend: N batch, C_t channels of the teacher, L levels, * any spatial
+dimensions.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.model import BaseModule
+from mmengine.structures import BaseDataElement, InstanceData
+from torch import Tensor, nn
+
+from ...core import Unregistered
+from ...core.utils import blank_sample, preserve_rng
+from ...registry import MODELS
+from .twi_blend import blend_raw, can_blend_raw, merge
+
+
+def with_children(
+    module: nn.Module, **children: nn.Module | None
+) -> nn.Module:
+    """The same module with some other children.
+
+    All else is shared with the original: weights that are loaded, moved or
+    cast there are so here.
+    """
+    view = copy.copy(module)
+    # A copy shares even this table; torch has no public way to part it.
+    view._modules = {**module._modules, **children}
+    return view
+
+
+@MODELS.register_module()
+class TWIHead(BaseModule):
+    """The teacher's head, applied to estimates of the teacher's features.
+
+    Its weights never change and are not this module's parameters; gradients
+    pass through it to the estimates. Losses are the head's own, with its own
+    assigner. This class serves classifiers, its subclasses detectors.
+
+    Source: ERA's ``H_t`` [official code] is the last linear layer of a
+    classifier; a detector's heads in its place are [ours].
+
+    Args:
+        heads: The teacher's head, or heads.
+    """
+
+    def __init__(self, *heads: nn.Module) -> None:
+        super().__init__()
+        self._heads = tuple(Unregistered(head) for head in heads)
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """The teacher's heads themselves."""
+        return tuple(head.module for head in self._heads)
+
+    @property
+    def head(self) -> nn.Module:
+        """The last of them, which gives the predictions."""
+        return self.heads[-1]
+
+    def forward(self, feats: Sequence[Tensor]) -> Any:
+        """The head's raw outputs on an estimate; a classifier's logits."""
+        return self.head(tuple(feats))
+
+    def problem(
+        self, feats: Sequence[Tensor], *, training: bool
+    ) -> str | None:
+        """Why the head cannot judge such features, if so.
+
+        Args:
+            feats: Features of one image, as the teacher has them.
+            training: Whether its losses are needed, too.
+        """
+        try:
+            self(feats)
+        except Exception as error:
+            shapes = [tuple(feat.shape) for feat in feats]
+            return f'{type(error).__name__} on {shapes}: {error}'
+        return None
+
+    @contextlib.contextmanager
+    def _training_outputs(self) -> Iterator[None]:
+        # Heads look at their own flag to decide what they put out: FCOS
+        # scales its distances by the stride and RepPoints decodes its points
+        # only at test. Losses need the training form. The flags of the
+        # layers below stay as they are, so norms and dropout remain frozen.
+        for head in self.heads:
+            head.training = True
+        # Some losses count in buffers (GHM's running bins).
+        buffers = [
+            (buffer, buffer._version, buffer.clone())
+            for head in self.heads
+            for buffer in head.buffers()
+        ]
+        try:
+            # Samplers draw. The run's own draws must not shift, and each
+            # estimate of a step should see the same.
+            with preserve_rng():
+                yield
+        finally:
+            for head in self.heads:
+                head.training = False
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+    def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
+        return self.head.loss(feats, data_samples)
+
+    def loss(
+        self, feats: Sequence[Tensor], data_samples: list
+    ) -> dict[str, Any]:
+        """The head's own losses on an estimate.
+
+        Shape:
+            - feats: L of ``(N, C_t, *)``
+
+        Returns:
+            Its terms under its own names, lists over levels summed up.
+        """
+        with self._training_outputs():
+            losses = self._losses(tuple(feats), data_samples)
+        return {
+            key: sum(term.mean() for term in value)
+            if isinstance(value, (list, tuple))
+            else value.mean()
+            for key, value in losses.items()
+            if 'loss' in key
+        }
+
+    def predict(self, feats: Sequence[Tensor], data_samples: list) -> list:
+        """The head's predictions on an estimate, as new data samples."""
+        samples = [sample.new() for sample in data_samples]
+        return self.head.predict(tuple(feats), samples)
+
+    def predict_blend(
+        self,
+        feats: Sequence[Tensor],
+        data_samples: list,
+        *,
+        student_head: 'TWIHead',
+        student_feats: Sequence[Tensor],
+        alpha: float,
+    ) -> list:
+        """Predictions of student and teacher head together (ST).
+
+            z = (1 - alpha) * z_student + alpha * z_teacher
+
+        on raw outputs (logits, box deltas) where both heads have the same
+        outputs on the same priors; else both decode by themselves and their
+        boxes are merged by NMS.
+
+        Source: ERA [official code] for logits; detectors are [ours].
+        """
+        logits = (1 - alpha) * student_head(student_feats)
+        logits = logits + alpha * self(feats)
+        samples = [sample.new() for sample in data_samples]
+        for sample, scores in zip(samples, logits.softmax(dim=1), strict=True):
+            sample.set_pred_score(scores)
+            sample.set_pred_label(scores.argmax(dim=0, keepdim=True))
+        return samples
+
+
+class _DetectorTWIHead(TWIHead):
+    """What heads of detectors share."""
+
+    @property
+    def _first(self) -> nn.Module:
+        """The head that has the priors."""
+        return self.heads[0]
+
+    def _instances(
+        self, feats: tuple[Tensor, ...], data_samples: list
+    ) -> list[InstanceData]:
+        raise NotImplementedError
+
+    def problem(
+        self, feats: Sequence[Tensor], *, training: bool
+    ) -> str | None:
+        """As in the base class; the losses are tried on one object."""
+        found = super().problem(feats, training=training)
+        if found or not training:
+            return found
+        try:
+            self.loss(feats, [self._trial_sample(feats)])
+        except Exception as error:
+            if self.head.train_cfg is None:
+                return 'it has no `train_cfg` and so cannot assign truth'
+            return f'its losses raise {type(error).__name__}: {error}'
+        return None
+
+    def _trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
+        """An image with one object, of the size that the maps come from."""
+        priors = getattr(self._first, 'prior_generator', None)
+        stride = priors.strides[0] if priors is not None else 8
+        stride = stride if isinstance(stride, int) else stride[0]
+        height, width = (size * stride for size in feats[0].shape[-2:])
+        sample = blank_sample(height, width)
+        boxes = feats[0].new_tensor([[0, 0, width / 2, height / 2]])
+        labels = torch.zeros(1, dtype=torch.long, device=boxes.device)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        sample.proposals = InstanceData(
+            bboxes=boxes, labels=labels, scores=boxes.new_ones(1)
+        )
+        return sample
+
+    def predict(self, feats: Sequence[Tensor], data_samples: list) -> list:
+        """The head's predictions on an estimate, as new data samples."""
+        return _with_instances(
+            data_samples, self._instances(tuple(feats), data_samples)
+        )
+
+    def predict_blend(
+        self,
+        feats: Sequence[Tensor],
+        data_samples: list,
+        *,
+        student_head: 'TWIHead',
+        student_feats: Sequence[Tensor],
+        alpha: float,
+    ) -> list:
+        """As in the base class."""
+        assert isinstance(student_head, _DetectorTWIHead)
+        pairs = zip(
+            student_head._instances(tuple(student_feats), data_samples),
+            self._instances(tuple(feats), data_samples),
+            strict=True,
+        )
+        test_cfg = self.head.test_cfg
+        return _with_instances(
+            data_samples, [merge(pair, alpha, test_cfg) for pair in pairs]
+        )
+
+
+def _with_instances(
+    data_samples: list, results: Sequence[InstanceData]
+) -> list:
+    samples = [sample.new() for sample in data_samples]
+    for sample, result in zip(samples, results, strict=True):
+        sample.pred_instances = result
+    return samples
+
+
+class DenseTWIHead(_DetectorTWIHead):
+    """A dense head, anchor-based or anchor-free, with all of its layers."""
+
+    def _levels(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(feats)
+
+    def forward(self, feats: Sequence[Tensor]) -> Any:
+        """The head's raw outputs on an estimate."""
+        return self.head(self._levels(feats))
+
+    def problem(
+        self, feats: Sequence[Tensor], *, training: bool
+    ) -> str | None:
+        """As in the base class."""
+        priors = getattr(self.head, 'prior_generator', None)
+        levels = len(self._levels(feats))
+        if priors is not None and priors.num_levels != levels:
+            return (
+                f'it has priors for {priors.num_levels} levels, but got '
+                f'{levels}'
+            )
+        return super().problem(feats, training=training)
+
+    def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
+        return self.head.loss(self._levels(feats), data_samples)
+
+    def _instances(
+        self, feats: tuple[Tensor, ...], data_samples: list
+    ) -> list[InstanceData]:
+        return self.head.predict(
+            self._levels(feats), data_samples, rescale=True
+        )
+
+    def predict_blend(
+        self,
+        feats: Sequence[Tensor],
+        data_samples: list,
+        *,
+        student_head: TWIHead,
+        student_feats: Sequence[Tensor],
+        alpha: float,
+    ) -> list:
+        """As in the base class."""
+        if isinstance(student_head, DenseTWIHead):
+            student_outs = student_head(student_feats)
+            teacher_outs = self(feats)
+            if can_blend_raw(
+                student_head.head, student_outs, self.head, teacher_outs
+            ):
+                results = self.head.predict_by_feat(
+                    *blend_raw(student_outs, teacher_outs, alpha),
+                    batch_img_metas=[s.metainfo for s in data_samples],
+                    rescale=True,
+                )
+                return _with_instances(data_samples, results)
+        return super().predict_blend(
+            feats,
+            data_samples,
+            student_head=student_head,
+            student_feats=student_feats,
+            alpha=alpha,
+        )
+
+
+class PredictorTWIHead(DenseTWIHead):
+    """The last layers of a dense head, on estimates of its towers' outputs.
+
+    The closest there is, in a detector, to the last linear layer of a
+    classifier.
+
+    Source: ours.
+
+    Args:
+        head: What ``twi.predictors_of`` gives.
+
+    Shape:
+        - feats: 2 L of ``(N, C_t, H, W)``, the levels of the classification
+          tower before those of the other
+    """
+
+    def _levels(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        half = len(feats) // 2
+        return tuple(
+            torch.cat(pair, dim=1)
+            for pair in zip(feats[:half], feats[half:], strict=True)
+        )
+
+
+class TwoStageTWIHead(_DetectorTWIHead):
+    """A region proposal network and a RoI head.
+
+    Losses: the RPN's on the estimate, and the RoI head's on the estimate with
+    the proposals in ``data_sample.proposals`` (mmdet's own place for given
+    proposals; the student's, from ``StudentProposals``). The teacher's
+    assigners and samplers choose among them. Predictions: the teacher's RPN
+    proposes.
+
+    Source: ours.
+
+    Args:
+        rpn_head: The RPN's head.
+        roi_head: The RoI head; Cascade's too.
+    """
+
+    def __init__(self, rpn_head: nn.Module, roi_head: nn.Module) -> None:
+        super().__init__(rpn_head, roi_head)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the RoI head predicts masks."""
+        return self.head.with_mask
+
+    def without_masks(self) -> 'TwoStageTWIHead':
+        """The same less the mask branch."""
+        return type(self)(
+            self._first, with_children(self.head, mask_head=None)
+        )
+
+    def forward(self, feats: Sequence[Tensor]) -> Any:
+        """Raw outputs of the RPN on an estimate."""
+        return self._first(tuple(feats))
+
+    def problem(
+        self, feats: Sequence[Tensor], *, training: bool
+    ) -> str | None:
+        """As in the base class."""
+        expected = self._first.prior_generator.num_levels
+        if expected != len(feats):
+            return (
+                f'its RPN has priors for {expected} levels, but got '
+                f'{len(feats)}'
+            )
+        found = super().problem(feats, training=training)
+        if found:
+            return found
+        sample = self._trial_sample(feats)
+        try:
+            self.head(tuple(feats), [sample.proposals], [sample])
+        except Exception as error:
+            return f'its RoI head raises {type(error).__name__}: {error}'
+        return None
+
+    def _trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
+        sample = super()._trial_sample(feats)
+        if self.has_masks:
+            from mmdet.structures.mask import BitmapMasks
+
+            height, width = sample.img_shape
+            sample.gt_instances.masks = BitmapMasks(
+                np.ones((1, height, width), np.uint8), height, width
+            )
+        return sample
+
+    def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
+        rpn_head, roi_head = self.heads
+        losses = {}
+        for key, value in rpn_head.loss(
+            feats, [_one_class(sample) for sample in data_samples]
+        ).items():
+            losses[key if 'rpn' in key else f'rpn_{key}'] = value
+        # RoI heads rename the boxes of the proposals that they are given.
+        proposals = [sample.proposals.new() for sample in data_samples]
+        return losses | roi_head.loss(feats, proposals, data_samples)
+
+    def _instances(
+        self, feats: tuple[Tensor, ...], data_samples: list
+    ) -> list[InstanceData]:
+        rpn_head, roi_head = self.heads
+        proposals = rpn_head.predict(feats, data_samples, rescale=False)
+        return roi_head.predict(feats, proposals, data_samples, rescale=True)
+
+
+def _one_class(sample: BaseDataElement) -> BaseDataElement:
+    """The ground truth as an RPN sees it, as mmdet's detectors make it."""
+    copied = sample.new()
+    copied.gt_instances = sample.gt_instances.new()
+    copied.gt_instances.labels = torch.zeros_like(sample.gt_instances.labels)
+    return copied
+
+
+class StudentProposals:
+    """The proposals of the student's RPN in its own training pass.
+
+    Its raw outputs are recorded, nothing runs twice; they are decoded as the
+    student's detector does in training. Given to the teacher's RoI head, they
+    make both judge the same regions. No gradient goes through them.
+
+    Source: ours; DIST likewise gives the teacher's RoI head the student's
+    RoIs.
+
+    Args:
+        student: A two-stage detector.
+
+    Raises:
+        ValueError: It has no RPN with plain convolutions at the end.
+    """
+
+    SOURCES = ('rpn_head.rpn_cls', 'rpn_head.rpn_reg')
+
+    def __init__(self, student: nn.Module) -> None:
+        rpn_head = getattr(student, 'rpn_head', None)
+        if not all(hasattr(rpn_head, name) for name in ('rpn_cls', 'rpn_reg')):
+            raise ValueError(
+                "The teacher's RoI head needs the student's proposals, but "
+                f'{type(student).__name__} has no RPN with `rpn_cls` and '
+                '`rpn_reg`. Take a two-stage student, or a teacher with a '
+                "dense head, or set twi_steps='none' for ERA without TWI."
+            )
+        self._student = Unregistered(student)
+
+    @torch.no_grad()
+    def attach(
+        self, student_feats: Mapping[str, Sequence[Tensor]], data_samples: list
+    ) -> list:
+        """Copies of the data samples, with ``proposals``."""
+        student = self._student.module
+        found = student.rpn_head.predict_by_feat(
+            *(list(student_feats[source]) for source in self.SOURCES),
+            batch_img_metas=[sample.metainfo for sample in data_samples],
+            cfg=student.train_cfg.get('rpn_proposal', student.test_cfg.rpn),
+        )
+        samples = [sample.new() for sample in data_samples]
+        for sample, proposals in zip(samples, found, strict=True):
+            sample.proposals = proposals
+        return samples

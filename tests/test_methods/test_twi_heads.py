@@ -1,0 +1,758 @@
+"""TWI on every head family: mmdet's own configs, shrunk, as pairs."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import ConfigDict
+from mmengine.hub import get_config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from era_mm.methods.era.twi import find_head
+from era_mm.methods.era.twi_heads import StudentProposals
+from era_mm.testing import (
+    classifier_config,
+    detection_batch,
+    distillation_config,
+    save_teacher,
+)
+
+DENSE = {
+    'retinanet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'fcos': 'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-'
+    'giou_1x_coco.py',
+    'atss': 'atss/atss_r50_fpn_1x_coco.py',
+    'gfl': 'gfl/gfl_r50_fpn_1x_coco.py',
+    'reppoints': 'reppoints/reppoints-moment_r50_fpn_1x_coco.py',
+    'rtmdet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+    'yolox': 'yolox/yolox_tiny_8xb8-300e_coco.py',
+}
+TWO_STAGE = {
+    'faster_rcnn': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'mask_rcnn': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'cascade_rcnn': 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+    'cascade_mask': 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+}
+DETR_LIKE = {
+    'detr': 'detr/detr_r50_8xb2-150e_coco.py',
+    'conditional_detr': 'conditional_detr/conditional-detr_r50_8xb2-50e_coco'
+    '.py',
+    'deformable_detr': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+    'dino': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
+}
+CONFIGS = {**DENSE, **TWO_STAGE, **DETR_LIKE}
+FAMILIES = [*DENSE, *TWO_STAGE]
+each_family = pytest.mark.parametrize('family', FAMILIES)
+#: Every family with all of its head, the dense ones with predictors as well.
+each_place = pytest.mark.parametrize(
+    ('family', 'place'),
+    [(family, 'head') for family in FAMILIES]
+    + [(family, 'predictors') for family in DENSE],
+)
+
+
+# -- tiny pairs of the hosts' own configs -------------------------------------
+
+
+def replace(config, changes):
+    """Set the keys that a nested dict has, wherever they are."""
+    if isinstance(config, list):
+        for item in config:
+            replace(item, changes)
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            if key in changes:
+                config[key] = changes[key]
+            else:
+                replace(value, changes)
+
+
+@functools.cache
+def installed(family):
+    return get_config(f'mmdet::{CONFIGS[family]}').model.to_dict()
+
+
+def host_config(family, width=8, num_classes=3):
+    """An installed config with all widths cut down."""
+    config = copy.deepcopy(installed(family))
+    config['data_preprocessor']['batch_augments'] = None
+    config['backbone']['init_cfg'] = None
+    # Conditional DETR's code encodes positions in 256 numbers.
+    channels = 256 if family == 'conditional_detr' else 2 * width
+    replace(
+        {k: v for k, v in config.items() if k.endswith('head')},
+        dict(
+            num_classes=num_classes,
+            in_channels=channels,
+            feat_channels=channels,
+            point_feat_channels=channels,
+            conv_out_channels=channels,
+            out_channels=channels,
+            fc_out_channels=32,
+            stacked_convs=2,
+            num_convs=1,
+        ),
+    )
+    if family in ('fcos', 'atss', 'gfl', 'reppoints'):
+        config['bbox_head']['norm_cfg'] = dict(type='GN', num_groups=4)
+    if config['backbone']['type'] == 'ResNet':
+        config['backbone'] |= dict(
+            depth=18,
+            base_channels=width,
+            stem_channels=width,
+            frozen_stages=-1,
+            norm_cfg=dict(type='BN'),
+            norm_eval=False,
+            style='pytorch',
+        )
+        outs = config['backbone']['out_indices']
+        config['neck'] |= dict(
+            in_channels=[width * 2**i for i in outs], out_channels=channels
+        )
+    else:
+        # width 8: channels 8, 16, 32, 64 after the stem's 4.
+        config['backbone'] |= dict(
+            widen_factor=width / 64 / 2, deepen_factor=0.1
+        )
+        config['neck'] |= dict(
+            in_channels=[2 * width, 4 * width, 8 * width],
+            out_channels=channels,
+        )
+    replace(config['test_cfg'], dict(score_thr=0.001))
+    if 'encoder' in config:
+        shrink_transformer(config, channels)
+    if 'rpn_head' in config:
+        shrink_two_stage(config)
+    return config
+
+
+def shrink_transformer(config, channels):
+    replace(
+        config,
+        dict(
+            embed_dims=channels,
+            num_heads=2,
+            feedforward_channels=16,
+            num_layers=1,
+            num_feats=channels // 2,
+            num_queries=5,
+            num_groups=4,
+            num_dn_queries=2,
+        ),
+    )
+    config['bbox_head']['embed_dims'] = channels
+    config['encoder']['layer_cfg']['self_attn_cfg']['num_heads'] = 2
+    config['decoder']['layer_cfg']['cross_attn_cfg']['num_heads'] = 2
+
+
+def shrink_two_stage(config):
+    # Few enough that the samplers have to choose.
+    replace(
+        config['train_cfg'],
+        dict(nms_pre=50, max_per_img=20),
+    )
+    config['train_cfg']['rpn']['sampler']['num'] = 12
+    stages = config['train_cfg']['rcnn']
+    for stage in stages if isinstance(stages, list) else [stages]:
+        stage['sampler']['num'] = 8
+    config['test_cfg']['rpn'] |= dict(nms_pre=50, max_per_img=10)
+    config['test_cfg']['rcnn'] |= dict(max_per_img=10)
+
+
+def pair_of(family, tmp_path, student=None, width=12, **kwargs):
+    """A Distillation of a family's pair, the teacher's weights loaded."""
+    teacher = host_config(family, width=width)
+    distiller = dict(
+        type='era_mm.ERADistiller', mbrnet=dict(num_branches=2), **kwargs
+    )
+    model = MODELS.build(
+        distillation_config(
+            distiller,
+            student=student or host_config(family),
+            teacher=teacher,
+            checkpoint=save_teacher(teacher, tmp_path / 'teacher.pth'),
+        )
+    )
+    model.load_teachers()
+    return model
+
+
+def twin_of(family, tmp_path, **kwargs):
+    """A pair whose estimates of the teacher's features are exact.
+
+    The student has the teacher's weights, align is the identity and the
+    branches give zero.
+    """
+    model = pair_of(family, tmp_path, host_config(family, 12), **kwargs)
+    teacher = model.teachers['teacher'].model
+    model.student.load_state_dict(teacher.state_dict())
+    net = model.distillers['distiller'].mbrnet
+    for align in net.aligns:
+        torch.nn.init.dirac_(align.weight)
+        torch.nn.init.zeros_(align.bias)
+    for module in net.levels.modules():
+        if isinstance(module, _BatchNorm):
+            torch.nn.init.zeros_(module.weight)
+    return model
+
+
+def batch_of(model, training=True, seed=0):
+    """A preprocessed batch, with masks where the student predicts some."""
+    batch = detection_batch(seed=seed)
+    for sample in batch['data_samples'] if model.with_mask else ():
+        truth = sample.gt_instances
+        drawn = np.zeros((len(truth), 64, 64), np.uint8)
+        for mask, box in zip(drawn, truth.bboxes.int().tolist(), strict=True):
+            mask[box[1] : box[3], box[0] : box[2]] = 1
+        truth.masks = BitmapMasks(drawn, 64, 64)
+    return model.data_preprocessor(batch, training)
+
+
+def freeze_norms(model):
+    """Training mode with norms as in a teacher."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return model
+
+
+def era_losses(model, data):
+    """The distiller's losses alone, drawn from seed 7."""
+    era = model.distillers['distiller']
+    with model._student_recorder as recorder:
+        model.student(**data, mode='loss')
+    student_feats = recorder.pop()
+    teacher_feats = model.teachers['teacher'].extract(**data)
+    torch.manual_seed(7)
+    return era.loss(
+        student_feats=student_feats,
+        teacher_feats=teacher_feats,
+        data_samples=data['data_samples'],
+    )
+
+
+def total(losses):
+    return sum(v.sum() if torch.is_tensor(v) else sum(v) for v in losses)
+
+
+def teacher_losses(model, data):
+    """The teacher's own losses on the batch, as mmdet trains it."""
+    plain = freeze_norms(copy.deepcopy(model.teachers['teacher'].model))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        losses = plain(**data, mode='loss')
+    return {
+        key: float(total([value]))
+        for key, value in losses.items()
+        if 'loss' in key
+    }
+
+
+# -- every family -------------------------------------------------------------
+
+
+def reached(module):
+    return any(
+        p.grad is not None and p.grad.any() for p in module.parameters()
+    )
+
+
+@each_place
+def test_pair__trains_and_predicts_in_every_mode(family, place, tmp_path):
+    model = pair_of(family, tmp_path, twi_place=place)
+    teacher = model.teachers['teacher']
+
+    # TWI's gradient reaches the estimates and the student, and the teacher
+    # never; the student's own head as far as its towers are approximated.
+    losses = era_losses(model, batch_of(model))
+    total(v for k, v in losses.items() if 'twi' in k).backward()
+    levels = model.distillers['distiller'].mbrnet.levels
+    for branch in range(2):
+        assert any(reached(branches[branch]) for branches in levels)
+    assert reached(model.distillers['distiller'].mbrnet.aligns)
+    assert reached(model.student.backbone)
+    own = {
+        name
+        for name, p in model.student.named_parameters()
+        if 'head' in name and p.grad is not None and p.grad.any()
+    }
+    assert bool(own) == (place == 'predictors')
+    assert all('_convs.' in name for name in own), own
+    model.zero_grad()
+
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-4))
+    # The third forward is where an extra without gradient is noticed.
+    for step in range(3):
+        losses = model(**batch_of(model, seed=step), mode='loss')
+        loss, log = model.parse_losses(losses)
+        assert all(torch.as_tensor(v).isfinite() for v in log.values()), log
+        wrapper.update_params(loss)
+    assert teacher.fingerprint() == teacher.loaded_fingerprint
+    assert all(p.grad is None for p in teacher.model.parameters())
+    assert not any(m.training for m in teacher.model.modules())
+
+    model.eval()
+    model.active_modes = ('E0', 'E1', 'T', 'ST')
+    with torch.no_grad():
+        model(**batch_of(model, training=False), mode='predict')
+    for mode in model.active_modes:
+        samples = model.mode_predictions[mode]
+        assert len(samples) == 2
+        for sample in samples:
+            assert sample.pred_instances.scores.isfinite().all()
+
+
+@each_place
+def test_twin__has_the_teachers_own_losses_and_predictions(
+    family, place, tmp_path
+):
+    # Flags, strides, assigners, samplers, proposals: were one of them not the
+    # teacher's, a term would differ.
+    model = twin_of(family, tmp_path, twi_place=place)
+    freeze_norms(model.student)
+    data = batch_of(model)
+    found = era_losses(model, data)
+    expected = teacher_losses(model, data)
+    assert len(expected) > 1
+    # w_0 + w_1 + w_2 = 1 + 1/2 + 1/4
+    for key, value in expected.items():
+        name = key.replace('loss_', '')
+        assert found.pop(f'loss_era_twi_{name}').item() == pytest.approx(
+            1.75 * value, rel=1e-4, abs=1e-6
+        ), key
+    assert not any('twi' in key for key in found)
+    # And the features were exact indeed.
+    assert found['loss_era_align'] < 1e-8
+
+    model.eval()
+    model.active_modes = ('E0', 'E1', 'T', 'ST')
+    data = batch_of(model, training=False)
+    # Boxes and masks go back to the original image's pixels.
+    for sample in data['data_samples']:
+        sample.set_metainfo(dict(scale_factor=(2.0, 2.0), ori_shape=(32, 32)))
+    with torch.no_grad():
+        teacher = model.teachers['teacher'].model(
+            data['inputs'],
+            [sample.new() for sample in data['data_samples']],
+            mode='predict',
+        )
+        model(**data, mode='predict')
+    for mode in model.active_modes:
+        for a, b in zip(teacher, model.mode_predictions[mode], strict=True):
+            one, other = a.pred_instances, b.pred_instances
+            assert len(one)
+            assert set(one.keys()) == set(other.keys())
+            for key, value in one.items():
+                torch.testing.assert_close(
+                    value, other[key], rtol=1e-4, atol=1e-3
+                )
+
+
+@pytest.mark.parametrize('steps', ['last', 'sampled', 'none'])
+@pytest.mark.parametrize('family', ['yolox', 'cascade_rcnn'])
+def test_steps__other_than_all_train_every_kind_of_head(
+    family, steps, tmp_path
+):
+    model = pair_of(family, tmp_path, twi_steps=steps)
+    losses = model(**batch_of(model), mode='loss')
+    assert any('twi' in key for key in losses) == (steps != 'none')
+    assert torch.isfinite(model.parse_losses(losses)[0])
+    assert 'T' in model.distillers['distiller'].inference_modes()
+
+
+# -- two-stage ----------------------------------------------------------------
+
+
+def recorded(model, data):
+    """The student's recorded features and what its RPN proposed."""
+    proposed = []
+    student = model.student
+    original = student.rpn_head.loss_and_predict
+
+    def spy(*args, **kwargs):
+        result = original(*args, **kwargs)
+        proposed.extend(found.new() for found in result[1])
+        return result
+
+    student.rpn_head.loss_and_predict = spy
+    with model._student_recorder as recorder:
+        student(**data, mode='loss')
+    del student.rpn_head.loss_and_predict
+    return recorder.pop(), proposed
+
+
+def test_proposals__are_those_of_the_students_own_pass(tmp_path):
+    model = pair_of('faster_rcnn', tmp_path)
+    data = batch_of(model)
+    feats, proposed = recorded(model, data)
+    samples = StudentProposals(model.student).attach(
+        feats, data['data_samples']
+    )
+    for sample, original, expected in zip(
+        samples, data['data_samples'], proposed, strict=True
+    ):
+        # As many as training takes, 20, not the 10 of a test.
+        assert len(sample.proposals) == len(expected) == 20
+        assert torch.equal(sample.proposals.bboxes, expected.bboxes)
+        assert not any(v.requires_grad for v in sample.proposals.values())
+        assert 'proposals' not in original
+
+
+def test_roi_head__judges_the_estimate_on_the_students_proposals(tmp_path):
+    model = pair_of('cascade_rcnn', tmp_path, twi_steps='last')
+    model.eval()
+    era = model.distillers['distiller']
+    teacher = copy.deepcopy(model.teachers['teacher'].model)
+    freeze_norms(model.student)
+    data = batch_of(model)
+    feats, proposed = recorded(model, data)
+    torch.manual_seed(7)
+    found = era.loss(
+        student_feats=feats,
+        teacher_feats=model.teachers['teacher'].extract(**data),
+        data_samples=data['data_samples'],
+    )
+    with torch.no_grad():
+        estimate = era.mbrnet(feats['neck'])
+        torch.manual_seed(7)
+        samples = copy.deepcopy(data['data_samples'])
+        for sample in samples:
+            sample.gt_instances.labels[:] = 0
+        expected = teacher.rpn_head.loss(estimate, samples)
+        roi = teacher.roi_head.loss(estimate, proposed, data['data_samples'])
+    for key, value in {**expected, **roi}.items():
+        if 'loss' in key:
+            name = key.replace('loss_', '')
+            torch.testing.assert_close(
+                found[f'loss_era_twi_{name}'].detach(),
+                1.75 * total([value]),
+            )
+
+
+def test_random_state__is_the_runs_own_after_twi(tmp_path):
+    # The teacher's samplers draw: with weights 0 the student must train as if
+    # they did not.
+    zero = dict(align_weight=0.0, residual_weight=0.0, twi_weight=0.0)
+    model = pair_of('faster_rcnn', tmp_path, loss=zero)
+    plain = copy.deepcopy(model.student)
+
+    def train(model, data_of):
+        torch.manual_seed(3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for step in range(2):
+            losses = model(**data_of(step), mode='loss')
+            optimizer.zero_grad()
+            sum(
+                total([v]) for k, v in losses.items() if 'loss' in k
+            ).backward()
+            optimizer.step()
+
+    train(model.train(), lambda step: batch_of(model, seed=step))
+    train(plain.train(), lambda step: batch_of(model, seed=step))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, model.student.state_dict()[key]), key
+
+
+def test_masks__of_the_teacher_alone_are_left_out(tmp_path, said):
+    # Cascade Mask R-CNN teaches Faster R-CNN, whose data has no masks.
+    teacher = host_config('cascade_mask', 12)
+    file = save_teacher(teacher, tmp_path / 'teacher.pth')
+    model = MODELS.build(
+        distillation_config(
+            dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=1)),
+            student=host_config('faster_rcnn'),
+            teacher=teacher,
+            checkpoint=file,
+        )
+    )
+    assert "without the teacher's mask branch" in said[0]
+    data = batch_of(model)
+    assert 'masks' not in data['data_samples'][0].gt_instances
+    losses = model(**data, mode='loss')
+    assert 'loss_era_twi_s2.bbox' in losses
+    assert not any('mask' in key for key in losses)
+    model.parse_losses(losses)[0].backward()
+    # The teacher itself keeps its own.
+    assert model.teachers['teacher'].model.with_mask
+
+    model.eval()
+    model.active_modes = ('T', 'ST')
+    with torch.no_grad():
+        model(**batch_of(model, training=False), mode='predict')
+    for mode in model.active_modes:
+        for sample in model.mode_predictions[mode]:
+            assert 'masks' not in sample.pred_instances
+
+
+def test_masks__that_only_the_student_predicts_leave_no_modes(said):
+    # An evaluator of masks would stop at the first validation.
+    model = build(host_config('mask_rcnn'), host_config('faster_rcnn', 12))
+    assert 'predicts masks and the teacher does not' in said[0]
+    assert model.distillers['distiller'].inference_modes() == ()
+    losses = model(**batch_of(model), mode='loss')
+    assert losses['loss_era_twi_bbox'] > 0
+
+
+@pytest.mark.parametrize('alpha', [0.0, 1.0])
+def test_blend__of_two_stages_has_student_and_t_at_its_ends(alpha, tmp_path):
+    model = pair_of('mask_rcnn', tmp_path, alpha=alpha).eval()
+    model.active_modes = ('T', 'ST')
+    with torch.no_grad():
+        own = model(**batch_of(model, training=False), mode='predict')
+    end = own if alpha == 0 else model.mode_predictions['T']
+    for a, b in zip(end, model.mode_predictions['ST'], strict=True):
+        assert len(a.pred_instances)
+        for key in ('scores', 'bboxes', 'masks'):
+            torch.testing.assert_close(
+                a.pred_instances[key].float(),
+                b.pred_instances[key].float(),
+                rtol=1e-4,
+                atol=1e-3,
+            )
+
+
+def test_inference__of_t_alone_runs_no_roi_head_of_the_student(tmp_path):
+    model = pair_of('faster_rcnn', tmp_path).eval()
+    model.inference_mode = 'T'
+    calls = []
+    model.student.roi_head.bbox_head.register_forward_hook(
+        lambda *args: calls.append(args)
+    )
+    with torch.no_grad():
+        found = model(**batch_of(model, training=False), mode='predict')
+    assert not calls
+    assert all('pred_instances' in sample for sample in found)
+
+
+# -- what does not fit --------------------------------------------------------
+
+
+@pytest.fixture
+def said(monkeypatch):
+    messages = []
+    monkeypatch.setattr(
+        'era_mm.methods.era.distiller.print_log',
+        lambda message, **kwargs: messages.append(message),
+    )
+    return messages
+
+
+def build(student, teacher, **kwargs):
+    return MODELS.build(
+        distillation_config(
+            dict(
+                type='era_mm.ERADistiller',
+                mbrnet=dict(num_branches=1),
+                **kwargs,
+            ),
+            student=student,
+            teacher=teacher,
+        )
+    )
+
+
+@pytest.mark.parametrize('source', ['neck', 'encoder'])
+@pytest.mark.parametrize('family', DETR_LIKE)
+def test_detr__gets_era_without_twi_and_says_so(family, source, said):
+    student, teacher = host_config(family), host_config(family, 12)
+    model = build(student, teacher, source=source)
+    model.init_weights()
+    assert 'without TWI' in said[0]
+    assert 'queries of a decoder' in said[0]
+    era = model.distillers['distiller']
+    assert era.inference_modes() == ()
+    # Channels, not tokens: another image size must do.
+    align = era.mbrnet.aligns[0]
+    assert align.in_channels == student['neck']['out_channels']
+    assert align.out_channels == teacher['neck']['out_channels']
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-4))
+    for size in (64, 96, 64):
+        data = model.data_preprocessor(detection_batch(size=size), True)
+        losses = model(**data, mode='loss')
+        assert not any('twi' in key for key in losses)
+        assert losses['loss_era_align'] > 0
+        loss, _ = model.parse_losses(losses)
+        assert loss.isfinite()
+        wrapper.update_params(loss)
+
+
+def test_classes__that_differ_in_a_roi_head_turn_twi_off(said):
+    model = build(
+        host_config('mask_rcnn'), host_config('cascade_mask', num_classes=7)
+    )
+    assert 'teacher has 7 classes and the student 3' in said[0]
+    assert model.distillers['distiller'].inference_modes() == ()
+    losses = model(**batch_of(model), mode='loss')
+    assert not any('twi' in key for key in losses)
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'kwargs', 'message'),
+    [
+        (
+            'retinanet',
+            'faster_rcnn',
+            dict(),
+            "needs the student's proposals, but RetinaNet has no RPN",
+        ),
+        (
+            'faster_rcnn',
+            'faster_rcnn',
+            dict(twi_place='predictors'),
+            'one tower of layers.*FasterRCNN has none: rpn_head is a RPNHead',
+        ),
+        (
+            'retinanet',
+            'retinanet',
+            dict(twi_place='predictors', source='backbone'),
+            'Remove `source`',
+        ),
+        ('retinanet', 'retinanet', dict(twi_place='tower'), 'twi_place'),
+        (
+            'faster_rcnn',
+            'faster_rcnn',
+            dict(source='backbone'),
+            'its RPN has priors for 5 levels, but got 4',
+        ),
+        (
+            'faster_rcnn',
+            'faster_rcnn',
+            dict(logit=dict(source='rpn_head.rpn_cls')),
+            'FasterRCNN is a detector',
+        ),
+    ],
+)
+def test_pair__that_does_not_fit_is_refused_when_built(
+    student, teacher, kwargs, message
+):
+    with pytest.raises(ValueError, match=message):
+        build(host_config(student), host_config(teacher, 12), **kwargs)
+
+
+@pytest.mark.parametrize('part', ['rpn', 'rcnn'])
+def test_pair__two_stage_teacher_that_cannot_assign_is_refused(part):
+    teacher = host_config('faster_rcnn', 12)
+    teacher['train_cfg'][part] = None
+    with pytest.raises(ValueError, match=r'its losses raise|no `train_cfg`'):
+        build(host_config('faster_rcnn'), teacher)
+    model = build(host_config('faster_rcnn'), teacher, twi_steps='none')
+    assert 'T' in model.distillers['distiller'].inference_modes()
+
+
+def test_pair__head_whose_losses_need_more_than_boxes_is_refused():
+    # HTC's RoI head wants a map of the stuff; the first step would stop.
+    teacher = host_config('cascade_mask', 12)
+    teacher['roi_head'] |= dict(
+        type='HybridTaskCascadeRoIHead',
+        interleaved=True,
+        mask_info_flow=False,
+        semantic_roi_extractor=copy.deepcopy(
+            teacher['roi_head']['bbox_roi_extractor']
+        ),
+        semantic_head=dict(
+            type='FusedSemanticHead',
+            num_ins=5,
+            fusion_level=1,
+            in_channels=24,
+            conv_out_channels=24,
+            num_classes=3,
+        ),
+    )
+    teacher['type'] = 'HybridTaskCascade'
+    with pytest.raises(ValueError, match='its losses raise'):
+        build(host_config('mask_rcnn'), teacher)
+
+
+def test_predictors__of_a_classifier_are_refused():
+    with pytest.raises(ValueError, match='head is a LinearClsHead'):
+        build(classifier_config(), classifier_config(), twi_place='predictors')
+
+
+def test_find_head__kind_by_kind():
+    def kind(config):
+        return type(find_head(MODELS.build(ConfigDict(config)))).__name__
+
+    assert kind(classifier_config()) == 'TWIHead'
+    assert kind(host_config('fcos')) == 'DenseTWIHead'
+    assert kind(host_config('cascade_rcnn')) == 'TwoStageTWIHead'
+    assert kind(host_config('detr')) == 'NoneType'
+
+
+def test_blend__with_a_head_of_queries_is_not_offered(said):
+    model = build(
+        host_config('deformable_detr'),
+        host_config('deformable_detr', 12),
+        twi_steps='none',
+    )
+    assert model.distillers['distiller'].inference_modes() == ()
+    assert said == []
+
+
+# -- predictors ---------------------------------------------------------------
+
+
+def test_predictors__sources_are_the_last_layers_of_the_towers():
+    def sources(family):
+        model = build(
+            host_config(family), host_config(family), twi_place='predictors'
+        )
+        return model.distillers['distiller'].feature_sources
+
+    assert sources('retinanet') == (
+        'bbox_head.cls_convs.1',
+        'bbox_head.reg_convs.1',
+    )
+    assert sources('rtmdet') == (
+        *(f'bbox_head.cls_convs.{level}.1' for level in range(3)),
+        *(f'bbox_head.reg_convs.{level}.1' for level in range(3)),
+    )
+    assert sources('yolox') == (
+        *(f'bbox_head.multi_level_cls_convs.{i}' for i in range(3)),
+        *(f'bbox_head.multi_level_reg_convs.{i}' for i in range(3)),
+    )
+
+
+def test_predictors__share_the_teachers_weights_and_leave_its_head(tmp_path):
+    model = pair_of('fcos', tmp_path, twi_place='predictors')
+    head = model.teachers['teacher'].model.bbox_head
+    twi = model.distillers['distiller'].twi_head.head
+    assert twi.conv_cls is head.conv_cls
+    assert twi.scales is head.scales
+    assert len(head.cls_convs) == len(head.reg_convs) == 2
+    # Moves and casts of the teacher are the predictors', too.
+    model.double()
+    assert twi.conv_reg.weight.dtype == torch.float64
+
+
+def test_raw_blend__is_of_yolox_and_reppoints_too(tmp_path):
+    # z = (1 - a) z_s + a z_t; half-way two equal boxes stay one, and with
+    # both sides equal, ST is exact (test_twin); here that nothing is merged.
+    for family in ('yolox', 'reppoints'):
+        model = pair_of(family, tmp_path).eval()
+        model.active_modes = ('ST',)
+        data = batch_of(model, training=False)
+        with torch.no_grad():
+            model(**data, mode='predict')
+            maps = model.student.extract_feat(data['inputs'])
+            estimate = model.distillers['distiller'].mbrnet(maps)
+            head = model.teachers['teacher'].model.bbox_head
+            outs = [
+                [0.5 * s + 0.5 * t for s, t in zip(*pair, strict=True)]
+                for pair in zip(
+                    model.student.bbox_head(maps), head(estimate), strict=True
+                )
+            ]
+            expected = head.predict_by_feat(
+                *outs,
+                batch_img_metas=[s.metainfo for s in data['data_samples']],
+                rescale=True,
+            )
+        for a, b in zip(model.mode_predictions['ST'], expected, strict=True):
+            torch.testing.assert_close(a.pred_instances.scores, b.scores)
+            torch.testing.assert_close(a.pred_instances.bboxes, b.bboxes)
