@@ -1,0 +1,92 @@
+"""IE-KD in whole runs: phases, interruption and resumption."""
+
+import copy
+
+import pytest
+import torch
+
+from era_mm.testing import distillation_config
+
+# 16 iterations, four per epoch; the seventh is the student's first.
+PRETRAIN = 6
+
+
+@pytest.fixture
+def train(make_runner, teacher_file, tmp_path):
+    """Trains four epochs and tells what each iteration did."""
+
+    def run(name, resume=None):
+        model = distillation_config(
+            dict(type='era_mm.IEKDDistiller', pretrain_iters=PRETRAIN),
+            checkpoint=teacher_file,
+        )
+        runner = make_runner(
+            model,
+            work_dir=tmp_path / name,
+            experiment_name=name,
+            train_cfg=dict(by_epoch=True, max_epochs=4, val_interval=9),
+            resume=resume is not None,
+            load_from=resume,
+        )
+        # What augmentation draws is not part of a checkpoint.
+        for step in runner.cfg.train_dataloader.dataset.pipeline:
+            if step.type == 'RandomFlip':
+                step.prob = 0.0
+        steps = {}
+        train_step = type(runner.model).train_step
+
+        def spy(model, data, optim_wrapper):
+            before = copy.deepcopy(model.student.state_dict())
+            inner = model.distillers['distiller'].inner
+            coder = copy.deepcopy(inner.state_dict())
+            logged = train_step(model, data, optim_wrapper)
+            changed = (
+                differ(before, model.student.state_dict()),
+                differ(coder, inner.state_dict()),
+            )
+            steps[model.step] = (
+                changed,
+                {key: value.item() for key, value in logged.items()},
+            )
+            return logged
+
+        runner.model.train_step = spy.__get__(runner.model)
+        runner.train()
+        return runner.model, steps
+
+    return run
+
+
+def differ(before, after):
+    return any(not torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_run__phases_and_resumption_in_each(train, tmp_path):
+    whole, expected = train('whole')
+    assert list(expected) == list(range(16))
+    for step, (changed, logged) in expected.items():
+        student_changed, coder_changed = changed
+        assert student_changed == (step >= PRETRAIN)
+        assert coder_changed == (step < PRETRAIN)
+        assert ('distiller.pretrain' in logged) == (step < PRETRAIN)
+        assert ('loss_iekd_explore' in logged) == (step >= PRETRAIN)
+
+    # Epoch 1 ends at iteration 4, inside the phase; epoch 3 at 12, after it.
+    for epoch in (1, 3):
+        model, steps = train(
+            f'resumed_{epoch}',
+            resume=str(tmp_path / 'whole' / f'epoch_{epoch}.pth'),
+        )
+        assert list(steps) == list(range(4 * epoch, 16))
+        for step, (changed, logged) in steps.items():
+            assert changed == expected[step][0], step
+            assert logged == expected[step][1], step
+        for mine, theirs in (
+            (model.student, whole.student),
+            (model.distillers, whole.distillers),
+            (
+                model.distillers['distiller'].inner,
+                whole.distillers['distiller'].inner,
+            ),
+        ):
+            assert not differ(mine.state_dict(), theirs.state_dict())
