@@ -18,6 +18,7 @@ from era_mm.testing import (
     classifier_config,
     detection_batch,
     detector_config,
+    run_config,
 )
 
 OPTIM = dict(
@@ -203,11 +204,7 @@ def test_classifiers__learn_from_each_other():
             values[i][f'{name}.iekd_cos_inherit'].item() for i in (0, -1)
         )
         assert last > first
-    assert (
-        values[-1]['small.loss'].isfinite()
-        if 'small.loss' in (values[-1])
-        else values[-1]['loss'].isfinite()
-    )
+    assert values[-1]['loss'].isfinite()
 
 
 # -- optimisers ------------------------------------------------------------
@@ -216,7 +213,7 @@ def test_classifiers__learn_from_each_other():
 def test_optimisers__hold_a_student_and_its_extras_each():
     model = build()
     wrappers = build_optim_wrapper(model, OPTIM)
-    assert list(wrappers) == ['first', 'second']
+    assert list(wrappers.keys()) == ['first', 'second']
     for name, half in model.students.items():
         held = {
             id(p)
@@ -241,8 +238,11 @@ def test_optimisers__have_settings_of_their_own():
     )
     wrappers = build_optim_wrapper(model, config)
     assert wrappers['first'].optimizer.param_groups[0]['lr'] == 0.3
-    rates = {g['lr'] for g in wrappers['second'].optimizer.param_groups}
-    assert rates == {pytest.approx(0.02), 0.2}
+    rates = {
+        round(group['lr'], 9)
+        for group in wrappers['second'].optimizer.param_groups
+    }
+    assert rates == {0.02, 0.2}
     del config['second']
     with pytest.raises(ValueError, match="no `optimizer` for student 'second"):
         build_optim_wrapper(model, config)
@@ -331,27 +331,31 @@ def test_ema__averages_both_students_and_freezes_nothing():
 
 
 @pytest.fixture
-def run(make_runner, tmp_path):
-    def train(name, resume=None, **kwargs):
+def run(make_runner, coco, tmp_path):
+    loader = run_config({}, coco, tmp_path).train_dataloader
+    # What augmentation draws is not part of a checkpoint.
+    loader.dataset.pipeline = [
+        step for step in loader.dataset.pipeline if step.type != 'RandomFlip'
+    ]
+
+    def train(name, resume=None):
         runner = make_runner(
             mutual_config(),
             work_dir=tmp_path / name,
             experiment_name=name,
             optim_wrapper=OPTIM,
             param_scheduler=[
-                dict(type='MultiStepLR', milestones=[2], gamma=0.1)
+                dict(type='MultiStepLR', milestones=[1], gamma=0.1)
             ],
             custom_hooks=[
                 dict(type='era_mm.ModesHook', modes=['second']),
                 dict(type='era_mm.StudentFilesHook'),
             ],
-            train_cfg=dict(by_epoch=True, max_epochs=3, val_interval=3),
+            train_dataloader=loader,
+            train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=2),
             resume=resume is not None,
             load_from=resume,
         )
-        for step in runner.cfg.train_dataloader.dataset.pipeline:
-            if step.type == 'RandomFlip':
-                step.prob = 0.0
         steps, metrics = {}, {}
         train_step = type(runner.model).train_step
 
@@ -389,7 +393,7 @@ def test_run__resumes_evaluates_both_and_writes_plain_files(run, tmp_path):
     model, steps, _ = run(
         'resumed', resume=str(tmp_path / 'whole' / 'epoch_1.pth')
     )
-    assert list(steps) == list(range(4, 12))
+    assert list(steps) == list(range(4, 8))
     for step, logged in steps.items():
         assert logged == expected[step], step
     for name, state in snapshot(model.model).items():
@@ -400,7 +404,7 @@ def test_run__resumes_evaluates_both_and_writes_plain_files(run, tmp_path):
         assert same(inner, other.state_dict())
 
     for name, config in mutual_config()['students'].items():
-        file = tmp_path / 'whole' / f'epoch_3_{name}.pth'
+        file = tmp_path / 'whole' / f'epoch_2_{name}.pth'
         content = torch.load(file, weights_only=False)
         plain = MODELS.build(config)
         plain.load_state_dict(content['state_dict'], strict=True)
