@@ -102,7 +102,8 @@ class MutualDistillation(BaseModel):
     second's under its name.
 
     With all distillation weights 0 the first student's run is that of its
-    plain twin with the same seed; the second starts from other weights.
+    plain twin with the same seed, unless the second draws random numbers in
+    its turns (dropout, box samplers); the second starts from other weights.
 
     Source: turns with a fresh forward pass are DML's (arXiv 1706.00384), as
     IE-KD's [official code] has it; the rest is ours.

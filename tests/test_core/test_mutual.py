@@ -426,7 +426,7 @@ def test_ddp__two_ranks_end_with_the_same_weights(coco, tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
     command += ['--nproc_per_node=2', str(worker), coco, str(tmp_path)]
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300
+        command, capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]

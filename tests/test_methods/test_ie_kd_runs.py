@@ -1,6 +1,9 @@
 """IE-KD in whole runs: phases, interruption and resumption."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +96,22 @@ def test_run__phases_and_resumption_in_each(train, tmp_path):
             ),
         ):
             assert not differ(mine.state_dict(), theirs.state_dict())
+
+
+def test_ddp__two_ranks_end_with_the_same_factors(
+    coco, teacher_file, tmp_path
+):
+    worker = Path(__file__).with_name('ie_kd_ddp_worker.py')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    command += ['--nproc_per_node=2', str(worker), coco, teacher_file]
+    result = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
+    # Weights of the extras; of the auto-encoder the statistics too, on which
+    # the frozen factors depend.
+    assert any('encoders' in key for key in ranks[0])
+    assert any('inner' in key and 'running' in key for key in ranks[0])
+    for key, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][key]), key
