@@ -579,6 +579,12 @@ def test_inner__is_frozen_after_its_phase_or_goes_on_learning(
     else:
         assert any('conv' in key for key in changed)
         assert any('running_mean' in key for key in changed)
+        # In train mode in its own step, also after a loss has used it.
+        means = distiller.inner.encoder.coders[0].blocks[0].norms[0]
+        before = means.running_mean.clone()
+        model.parse_losses(losses)[0].backward()
+        losses_of(model)
+        assert not torch.equal(means.running_mean, before)
     assert losses['loss_iekd_inherit'].requires_grad
 
 
