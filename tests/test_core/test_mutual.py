@@ -119,6 +119,39 @@ def test_turns__the_second_learns_from_the_updated_first():
         torch.testing.assert_close(mine, theirs)
 
 
+def test_turns__each_gets_the_batch_as_it_came():
+    """Preprocessors (mixup among them) write into the samples."""
+    model = build()
+    batch = detection_batch(4)
+    model.train_step(batch, build_optim_wrapper(model, OPTIM))
+    for sample in batch['data_samples']:
+        assert 'batch_input_shape' not in sample.metainfo
+
+
+def test_val_step__predicts_by_each_student_apart():
+    model = build()
+    model.eval()
+    model.active_modes = ('second',)
+    batch = detection_batch(2)
+    with torch.no_grad():
+        second = model.students['second'].val_step(copy.deepcopy(batch))
+        alone = model.students['first'].val_step(copy.deepcopy(batch))
+        first = model.val_step(batch)
+    for mine, theirs in (
+        (first, alone),
+        (model.mode_predictions['second'], second),
+    ):
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(
+                a.pred_instances.bboxes, b.pred_instances.bboxes
+            )
+    assert not torch.equal(
+        first[0].pred_instances.scores, second[0].pred_instances.scores
+    )
+    with pytest.raises(ValueError, match=r"Known: \['second'\]"):
+        model.check_modes(['first'])
+
+
 def test_turns__gradients_do_not_reach_the_peer():
     model = build()
     first, second = model.students.values()
