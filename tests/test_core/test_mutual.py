@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 
 from era_mm.core import extras_of, students_of
+from era_mm.engine.export import export_student
+from era_mm.errors import UserError
 from era_mm.hooks.student_files import write_students
 from era_mm.testing import (
     classifier_config,
@@ -449,6 +452,67 @@ def test_run__resumes_evaluates_both_and_writes_plain_files(run, tmp_path):
     assert not list((tmp_path / 'whole').glob('*.part'))
     with pytest.raises(ValueError, match='holds no `students'):
         write_students(file)
+
+
+@pytest.fixture
+def trained(coco, tmp_path):
+    """Config and file of a run, as training leaves them."""
+    model = build()
+    file = tmp_path / 'epoch_1.pth'
+    torch.save({'meta': dict(epoch=1), 'state_dict': model.state_dict()}, file)
+    cfg = Config(
+        run_config(
+            mutual_config(),
+            coco,
+            tmp_path / 'run',
+            optim_wrapper=dict(
+                type='OptimWrapper',
+                constructor='era_mm.MutualOptimWrapperConstructor',
+                first=dict(optimizer=dict(type='SGD', lr=0.3)),
+                second=dict(optimizer=dict(type='SGD', lr=0.2)),
+            ),
+            custom_hooks=[dict(type='era_mm.StudentFilesHook')],
+        )
+    )
+    return model, cfg, str(file)
+
+
+def test_export__takes_each_student_by_itself(trained, tmp_path):
+    model, cfg, file = trained
+    for name, lr in (('first', 0.3), ('second', 0.2)):
+        exported = export_student(
+            cfg, file, str(tmp_path / f'plain_{name}'), student=name
+        )
+        assert exported.needs_era_mm == ()
+        assert 'era_mm' not in exported.config.read_text()
+        plain = Config.fromfile(exported.config)
+        assert plain.optim_wrapper == dict(
+            type='OptimWrapper', optimizer=dict(type='SGD', lr=lr)
+        )
+        detector = MODELS.build(plain.model)
+        state = torch.load(exported.checkpoint, weights_only=False)
+        detector.load_state_dict(state['state_dict'], strict=True)
+        assert same(
+            detector.state_dict(), model.students[name].student.state_dict()
+        )
+
+
+def test_export__refuses_what_two_students_do_not_have(trained, tmp_path):
+    model, cfg, file = trained
+    prefix = str(tmp_path / 'plain')
+    for student in (None, 'third'):
+        with pytest.raises(UserError, match=r"\['first', 'second'\], but"):
+            export_student(cfg, file, prefix, student=student)
+    with pytest.raises(UserError, match='Only S can be exported'):
+        export_student(cfg, file, prefix, student='first', mode='T')
+    # A plain student's file would load into either half of a like pair.
+    plain = tmp_path / 'student.pth'
+    torch.save(students_of(model.state_dict())['first'], plain)
+    with pytest.raises(UserError, match='has one plain model'):
+        export_student(cfg, str(plain), prefix, student='first')
+    cfg.model = dict(type='era_mm.Distillation', student=detector_config())
+    with pytest.raises(UserError, match='Leave it out'):
+        export_student(cfg, file, prefix, student='first')
 
 
 # -- DDP -------------------------------------------------------------------
