@@ -23,7 +23,7 @@ def prepare_launch(cfg: Config) -> None:
     """
     if cfg.launcher == 'none':
         return
-    kind = str(cfg.model.get('type')).rpartition('.')[2]
+    kind = str(cfg.get('model', {}).get('type')).rpartition('.')[2]
     wrapper = dict(
         type='era_mm.MutualDataParallel'
         if kind == 'MutualDistillation'

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -123,12 +124,37 @@ def test_turns__the_second_learns_from_the_updated_first():
 
 
 def test_turns__each_gets_the_batch_as_it_came():
-    """Preprocessors (mixup among them) write into the samples."""
-    model = build()
-    batch = detection_batch(4)
-    model.train_step(batch, build_optim_wrapper(model, OPTIM))
-    for sample in batch['data_samples']:
-        assert 'batch_input_shape' not in sample.metainfo
+    """mmdet's batch augmentation scales ground truth in place."""
+    MessageHub.get_current_instance().update_info('iter', 0)
+    resizing = detector_config()
+    resizing['data_preprocessor'] |= dict(
+        batch_augments=[
+            dict(
+                type='BatchSyncRandomResize',
+                random_size_range=(96, 96),
+                interval=1,
+                size_divisor=32,
+            )
+        ]
+    )
+    model = build(students=dict(first=resizing, second=detector_config()))
+    wrappers = build_optim_wrapper(model, OPTIM)
+    # It draws its next size at the end of a step.
+    model.train_step(detection_batch(4), wrappers)
+    seen = {}
+    for name, half in model.students.items():
+        half.register_forward_pre_hook(
+            lambda module, args, batch, name=name: seen.update({name: batch}),
+            with_kwargs=True,
+        )
+    batch, reference = detection_batch(4), detection_batch(4)
+    model.train_step(batch, wrappers)
+    boxes = reference['data_samples'][0].gt_instances.bboxes
+    for name, scale in (('first', 96 / 64), ('second', 1)):
+        found = seen[name]['data_samples'][0].gt_instances.bboxes
+        torch.testing.assert_close(found, scale * boxes)
+        assert seen[name]['inputs'].shape[-1] == scale * 64
+    assert torch.equal(batch['data_samples'][0].gt_instances.bboxes, boxes)
 
 
 def test_val_step__predicts_by_each_student_apart():
