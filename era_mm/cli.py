@@ -134,6 +134,11 @@ def _export_parser() -> argparse.ArgumentParser:
         help='whose mode, where the config has several distillers',
     )
     parser.add_argument(
+        '--student',
+        metavar='NAME',
+        help='which of two students that taught each other',
+    )
+    parser.add_argument(
         '--keep-align',
         action='store_true',
         help='with E0: leave the align layer as a stock layer behind the '
@@ -329,6 +334,7 @@ def _export(args: argparse.Namespace) -> None:
         mode=args.mode,
         distiller=args.distiller,
         keep_align=args.keep_align,
+        student=args.student,
     )
     number = sum(p.numel() for p in exported.model.parameters())
     print(f'{exported.config}\n{exported.checkpoint}')

@@ -80,3 +80,4 @@ def _child(name: str) -> Registry:
 MODELS = _child('MODELS')
 HOOKS = _child('HOOKS')
 MODEL_WRAPPERS = _child('MODEL_WRAPPERS')
+OPTIM_WRAPPER_CONSTRUCTORS = _child('OPTIM_WRAPPER_CONSTRUCTORS')

@@ -1,6 +1,7 @@
 """Every config parses, knows its keys, and the flagship really builds."""
 
 import ast
+import copy
 import inspect
 import re
 from pathlib import Path
@@ -71,11 +72,37 @@ def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
     named = re.search(r'Plain twin: (\w+)\.py', file.read_text())
     assert named, 'the first comment must name the plain twin'
     twin = Config.fromfile(file.with_name(f'{named[1]}.py'))
-    assert twin.model == cfg.model.student
+    if 'students' in cfg.model:
+        # Two students, each with such an optimiser: the first's twin.
+        assert twin.model == next(iter(cfg.model.students.values()))
+        del cfg.optim_wrapper['constructor']
+    else:
+        assert twin.model == cfg.model.student
+        twin = begun_later(twin, cfg)
     own = ('model', 'custom_hooks', 'custom_imports')
     for key in set(cfg) | set(twin):
         if key not in own:
             assert cfg.get(key) == twin.get(key), key
+
+
+def begun_later(twin, cfg):
+    """The twin as it would begin after the pre-training phase of a config.
+
+    A phase takes whole epochs, and the student's own schedule follows it.
+    """
+    iters = cfg.model.distiller.get('pretrain_iters', 0)
+    if not iters:
+        return twin
+    twin = copy.deepcopy(twin)
+    epochs = cfg.train_cfg.max_epochs - twin.train_cfg.max_epochs
+    twin.train_cfg.max_epochs += epochs
+    steps = twin.param_scheduler
+    for step in steps if isinstance(steps, list) else [steps]:
+        shift = epochs if step.get('by_epoch', True) else iters
+        step.begin = step.get('begin', 0) + shift
+        if 'end' in step:
+            step.end += shift
+    return twin
 
 
 def test_digits__teacher_file_is_what_its_training_writes():

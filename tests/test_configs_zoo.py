@@ -352,7 +352,7 @@ def size_of(stem):
     return 224 if 'swin' in stem else 64
 
 
-@pytest.mark.parametrize('stem', FILES)
+@pytest.mark.parametrize('stem', [*ERA, *PLAIN])
 def test_config__trains_a_step(stem):
     cfg = load(stem)
     # Data set, pipeline and schedule: their types and keys exist.

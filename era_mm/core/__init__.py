@@ -1,8 +1,14 @@
 """The machine; it knows no paper."""
 
 from .base_distiller import BaseDistiller, Features, HostModel
-from .checkpoint import extras_of, load_strictly, read_checkpoint
+from .checkpoint import (
+    extras_of,
+    load_strictly,
+    read_checkpoint,
+    students_of,
+)
 from .distillation import Distillation
+from .mutual import MutualDistillation, MutualOptimWrapperConstructor
 from .recorder import Recorder
 from .schedule import LossSchedule
 from .teacher import Teacher
@@ -14,10 +20,13 @@ __all__ = [
     'Features',
     'HostModel',
     'LossSchedule',
+    'MutualDistillation',
+    'MutualOptimWrapperConstructor',
     'Recorder',
     'Teacher',
     'Unregistered',
     'extras_of',
     'load_strictly',
     'read_checkpoint',
+    'students_of',
 ]

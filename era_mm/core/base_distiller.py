@@ -53,6 +53,7 @@ class BaseDistiller(BaseModule):
       buckets; its gradients are averaged over the ranks.
     - ``pretrain_iters``: for so many iterations from the start of the run
       only the inner module trains; the student stays as it is.
+    - ``freeze_inner``: the inner module learns in that phase alone.
     - ``schedules``: a factor per loss term over the global step.
     - :meth:`choose_sources`: sources that depend on the pair.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
@@ -77,6 +78,8 @@ class BaseDistiller(BaseModule):
 
     needs_teacher = True
     pretrain_iters = 0
+    #: Whether the inner module stays as it is after the pre-training phase.
+    freeze_inner = False
     #: The run's global iteration; the core sets it before :meth:`loss`.
     step = 0
 

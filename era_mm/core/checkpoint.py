@@ -48,6 +48,22 @@ def extras_of(state_dict: Mapping[str, Tensor]) -> dict | None:
     return metadata.get('', {}).get(METADATA_KEY)
 
 
+def students_of(state_dict: Mapping[str, Tensor]) -> dict[str, OrderedDict]:
+    """The students of a ``MutualDistillation``'s state dict, each plain.
+
+    Returns:
+        Each student's own state dict by its name; empty for a state dict of
+        another model.
+    """
+    students: dict[str, OrderedDict] = {}
+    for key, value in state_dict.items():
+        start, _, rest = key.partition('.')
+        name, _, own = rest.partition('.')
+        if start == 'students' and own:
+            students.setdefault(name, OrderedDict())[own] = value
+    return students
+
+
 def read_checkpoint(
     filename: str | Sequence[str], sha256: str | None = None
 ) -> OrderedDict:

@@ -125,10 +125,7 @@ class Distillation(BaseModel):
         # run.
         student_model = self._build_student(student, data_preprocessor)
         with preserve_rng():
-            teachers = {
-                name: Teacher(**cfg, name=name)
-                for name, cfg in _named(teacher, 'teacher', 'config').items()
-            }
+            teachers = self._build_teachers(teacher)
             preprocessor = DistillationDataPreprocessor(
                 student_model.data_preprocessor, teachers
             )
@@ -170,6 +167,13 @@ class Distillation(BaseModel):
             config.setdefault('data_preprocessor', data_preprocessor)
         with DefaultScope.overwrite_default_scope(scope):
             return MMENGINE_MODELS.build(config)
+
+    @staticmethod
+    def _build_teachers(teacher: dict | None) -> dict[str, Teacher]:
+        return {
+            name: Teacher(**cfg, name=name)
+            for name, cfg in _named(teacher, 'teacher', 'config').items()
+        }
 
     def _prepare(self, input_size: int | tuple[int, int]) -> None:
         """Wire the recorders and let each distiller meet its pair."""
@@ -386,7 +390,11 @@ class Distillation(BaseModel):
         step = self.step
         for name, distiller in self.distillers.items():
             feats = self._feats_of(distiller, student_feats, teacher_feats)
-            if distiller.inner is not None and self.training:
+            if (
+                distiller.inner is not None
+                and not distiller.freeze_inner
+                and self.training
+            ):
                 distiller.inner_step(**feats, data_samples=data_samples)
             distiller.step = step
             terms = distiller.scheduled(

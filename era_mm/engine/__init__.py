@@ -1,6 +1,10 @@
 """What stands between the command line and mmengine's Runner."""
 
 from era_mm.engine.amp import CPUAmpOptimWrapper
-from era_mm.engine.ddp import DistillationDataParallel
+from era_mm.engine.ddp import DistillationDataParallel, MutualDataParallel
 
-__all__ = ['CPUAmpOptimWrapper', 'DistillationDataParallel']
+__all__ = [
+    'CPUAmpOptimWrapper',
+    'DistillationDataParallel',
+    'MutualDataParallel',
+]

@@ -1,4 +1,4 @@
-"""The distributed wrapper under which a distillation trains."""
+"""The distributed wrappers under which distillations train."""
 
 from typing import Any
 
@@ -41,3 +41,42 @@ class DistillationDataParallel(MMDistributedDataParallel):
         if getattr(self.module, 'pretraining', False):
             return self.module.pretrain_step(data)
         return super().train_step(data, optim_wrapper)
+
+
+@MODEL_WRAPPERS.register_module()
+class MutualDataParallel(nn.Module):
+    """The wrapper of a ``MutualDistillation``: one DDP per student.
+
+    One DDP around both would wait in a student's turn for the gradients of
+    the other.
+
+    Args:
+        module: The model.
+        kwargs: As in :class:`DistillationDataParallel`, for each half.
+    """
+
+    def __init__(self, module: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        self.module = module
+        # A plain dict: the module's own tree, and with it the keys of its
+        # state dict, stays as it is.
+        self._turns = {
+            name: DistillationDataParallel(half, **kwargs)
+            for name, half in module.students.items()
+        }
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict:
+        """The module's own, each turn through its DDP."""
+        return self.module.train_step(data, optim_wrapper, self._turns)
+
+    def val_step(self, data: Any) -> list:
+        """The module's own."""
+        return self.module.val_step(data)
+
+    def test_step(self, data: Any) -> list:
+        """The module's own."""
+        return self.module.test_step(data)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own."""
+        return self.module(*args, **kwargs)

@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,10 @@ from era_mm.core import (
     BaseDistiller,
     Distillation,
     HostModel,
+    MutualDistillation,
     extras_of,
     load_strictly,
+    students_of,
 )
 from era_mm.core.checkpoint import read_with_meta
 from era_mm.core.teacher import resolve_model_config
@@ -51,6 +54,7 @@ def export_student(
     mode: str = 'S',
     distiller: str | None = None,
     keep_align: bool = False,
+    student: str | None = None,
 ) -> Exported:
     """Write ``prefix.py`` and ``prefix.pth``, an ordinary host model.
 
@@ -67,16 +71,22 @@ def export_student(
             teacher's head.
         distiller: Whose mode, where several distillers offer it.
         keep_align: For E0, see ``era_mm.methods.era.export``.
+        student: Which of the two of a ``MutualDistillation``.
 
     Raises:
         UserError: No distillation, no such mode, a plain student's file for
-            E0 or T, files that are there already.
+            E0 or T, files that are there already, no such student.
     """
     targets = [Path(f'{prefix}.py'), Path(f'{prefix}.pth')]
+    if _is_a(cfg, MutualDistillation) or student is not None:
+        _check_student(cfg, mode, student)
+        cfg = _of_one_student(cfg, student)
     _check_request(cfg, targets, mode, distiller, keep_align)
     student_config, scope = _student_config(cfg)
     scope = cfg.get('default_scope') or scope
     state_dict, meta = read_with_meta(checkpoint)
+    if student is not None:
+        state_dict = _weights_of(state_dict, student, checkpoint)
     with DefaultScope.overwrite_default_scope(scope):
         if mode == 'S':
             exported = HostModel(student_config, _build(student_config))
@@ -148,15 +158,68 @@ def _check_request(
                 f'--out: {target} exists already. Choose another name, or '
                 'remove it.'
             )
-    kind = cfg.get('model', {}).get('type')
-    if kind is not Distillation and (
-        str(kind).rpartition('.')[2] != Distillation.__name__
-    ):
+    if not _is_a(cfg, Distillation):
         raise UserError(
             'config: expected one whose model is era_mm.Distillation, but '
-            f'{cfg.filename} has {kind}. A plain model needs no export; give '
-            'the config that the distillation was trained with.'
+            f'{cfg.filename} has {cfg.get("model", {}).get("type")}. A plain '
+            'model needs no export; give the config that the distillation '
+            'was trained with.'
         )
+
+
+def _is_a(cfg: Config, kind: type) -> bool:
+    found = cfg.get('model', {}).get('type')
+    return found is kind or str(found).rpartition('.')[2] == kind.__name__
+
+
+def _check_student(cfg: Config, mode: str, student: str | None) -> None:
+    if not _is_a(cfg, MutualDistillation):
+        raise UserError(
+            '--student: it chooses one of the two of an '
+            f'era_mm.MutualDistillation, but {cfg.filename} has '
+            f'{cfg.get("model", {}).get("type")}. Leave it out.'
+        )
+    if student not in cfg.model.students:
+        raise UserError(
+            f'--student: expected one of {list(cfg.model.students)}, but got '
+            f'{student!r}. Two students were trained; name one of them.'
+        )
+    if mode != 'S':
+        raise UserError(
+            f"--mode: {mode} takes a teacher's head, but these students had "
+            'no teacher but each other. Only S can be exported.'
+        )
+
+
+def _of_one_student(cfg: Config, student: Any) -> Config:
+    """A config as if the one student had been distilled alone."""
+    cfg = copy.deepcopy(cfg)
+    model = cfg.model
+    cfg.model = dict(
+        type='era_mm.Distillation', student=model.students[student]
+    )
+    if model.get('data_preprocessor') is not None:
+        cfg.model.data_preprocessor = model.data_preprocessor
+    wrapper = cfg.get('optim_wrapper') or {}
+    wrapper.pop('constructor', None)
+    own = wrapper.get(student) or {}
+    for name in model.students:
+        wrapper.pop(name, None)
+    wrapper.update(own)
+    return cfg
+
+
+def _weights_of(
+    state_dict: Mapping, student: str, checkpoint: str
+) -> OrderedDict:
+    students = students_of(state_dict)
+    if student not in students:
+        raise UserError(
+            f'checkpoint: expected weights of the student {student!r}, but '
+            f'{checkpoint!r} has {list(students) or "one plain model"}. Give '
+            'config and checkpoint of the same run.'
+        )
+    return students[student]
 
 
 def _student_config(cfg: Config) -> tuple[ConfigDict, str | None]:

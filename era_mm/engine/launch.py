@@ -23,8 +23,11 @@ def prepare_launch(cfg: Config) -> None:
     """
     if cfg.launcher == 'none':
         return
+    kind = str(cfg.get('model', {}).get('type')).rpartition('.')[2]
     wrapper = dict(
-        type='era_mm.DistillationDataParallel',
+        type='era_mm.MutualDataParallel'
+        if kind == 'MutualDistillation'
+        else 'era_mm.DistillationDataParallel',
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )

@@ -1,0 +1,373 @@
+"""Two students that teach each other, each with its own optimiser."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.optim import (
+    DefaultOptimWrapperConstructor,
+    OptimWrapperDict,
+    build_optim_wrapper,
+)
+from torch import Tensor, nn
+
+from ..registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from .distillation import Distillation
+from .teacher import Teacher, resolve_model_config
+from .utils import evaluating, preserve_rng
+
+
+class Peer(Teacher):
+    """The other student as a teacher: as it is now, in eval mode.
+
+    In eval mode and without gradient, so that teaching leaves the peer bit
+    for bit as it is, its norms' statistics included. The half whose student
+    it is trains, moves and saves it.
+
+    Source: ours. DML's released loops run both networks in train mode.
+
+    Args:
+        model: The other student.
+        config: Its config.
+        name: Its name, for messages.
+    """
+
+    def __init__(self, model: nn.Module, config: Mapping, name: str) -> None:
+        self.name = name
+        self.model = model
+        self.config, _ = resolve_model_config(config)
+        self.checkpoint = 'random'
+        self.dtype = None
+        self.loaded_fingerprint = None
+        self._recorder = None
+
+    def load(self) -> None:
+        """It is trained, not loaded."""
+
+    def extract(
+        self, inputs: Tensor, data_samples: list | None = None
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """Features of a batch, without gradient, in eval mode."""
+        with evaluating(self.model):
+            return super().extract(inputs, data_samples)
+
+    def apply_(self, fn: Any) -> None:
+        """Its own half follows."""
+
+
+class _Half(Distillation):
+    """One student and what it learns from its peer."""
+
+    def __init__(
+        self, student: Any, teacher: Any, distiller: dict, **kwargs: Any
+    ) -> None:
+        # Built already: each half's teacher is the other half's student.
+        super().__init__(student, distiller, teacher, **kwargs)
+        for name, method in self.distillers.items():
+            if method.pretrain_iters:
+                raise ValueError(
+                    f'Distiller {name!r} ({type(method).__name__}) '
+                    f'pre-trains for {method.pretrain_iters} iterations, but '
+                    'in MutualDistillation the teacher is a student that '
+                    'changes in every step. Set pretrain_iters=0.'
+                )
+
+    @staticmethod
+    def _build_student(student: Any, data_preprocessor: Any) -> nn.Module:
+        return student
+
+    @staticmethod
+    def _build_teachers(teacher: Any) -> dict[str, Teacher]:
+        return {'teacher': teacher}
+
+
+@MODELS.register_module()
+class MutualDistillation(BaseModel):
+    """Trains two students that learn from each other, in turns.
+
+        turn of the first:   one step on  L_1 + distillers(f_1, sg f_2)
+        turn of the second:  one step on  L_2 + distillers(f_2, sg f_1')
+
+    L are a student's own losses; f_1' comes from the first as its own turn
+    has left it. Each student has its own optimiser, its own distillers, whose
+    teacher is the other student, and its own view of the batch through its
+    own data preprocessor.
+
+    A checkpoint's ``state_dict`` has both students, under
+    ``students.<name>.``, in the keys of their hosts; ``students_of`` and
+    ``era_mm.StudentFilesHook`` give each as a plain host file. Metrics and
+    predictions are those of the first student; ``era_mm.ModesHook`` adds the
+    second's under its name.
+
+    With all distillation weights 0 the first student's run is that of its
+    plain twin with the same seed, unless the second draws random numbers in
+    its turns (dropout, box samplers); the second starts from other weights.
+
+    Source: turns with a fresh forward pass are DML's (arXiv 1706.00384), as
+    IE-KD's [official code] has it; the rest is ours.
+
+    Args:
+        students: Two host model configs by name, such as
+            ``dict(first=..., second=...)``.
+        distiller: What :class:`Distillation` takes, for both; or one for each
+            student's name.
+        data_preprocessor: The students', where the host keeps it beside the
+            model (mmpretrain).
+        input_size: See :class:`Distillation`.
+
+    Raises:
+        ValueError: Another number of students, a name that cannot prefix
+            logged quantities, a distiller with a pre-training phase, pairs
+            that do not fit.
+    """
+
+    def __init__(
+        self,
+        students: Mapping[str, Any],
+        distiller: Mapping[str, Any],
+        data_preprocessor: dict | None = None,
+        input_size: int | tuple[int, int] = 64,
+    ) -> None:
+        names = _check_names(students)
+        distillers = _by_student(distiller, names)
+        models = {names[0]: self._build(students[names[0]], data_preprocessor)}
+        with preserve_rng():
+            # From the random state after the first: two students of one
+            # architecture must not start alike.
+            models[names[1]] = self._build(
+                students[names[1]], data_preprocessor
+            )
+            halves = {
+                name: _Half(
+                    models[name],
+                    Peer(models[other], students[other], other),
+                    copy.deepcopy(distillers[name]),
+                    input_size=input_size,
+                )
+                for name, other in zip(names, reversed(names), strict=True)
+            }
+            super().__init__()
+        self.students = nn.ModuleDict(halves)
+        self.data_preprocessor = halves[names[0]].data_preprocessor
+        self.active_modes: tuple[str, ...] = ()
+        self.mode_predictions: dict[str, list] = {}
+
+    @staticmethod
+    def _build(
+        config: dict | str, data_preprocessor: dict | None
+    ) -> nn.Module:
+        return Distillation._build_student(config, data_preprocessor)
+
+    @property
+    def first(self) -> Distillation:
+        """The half whose student is evaluated."""
+        return next(iter(self.students.values()))
+
+    def init_weights(self) -> None:
+        """Initialise the first student as a plain run does, then the rest."""
+        first, second = self.students.values()
+        first.init_weights()
+        with preserve_rng():
+            second.init_weights()
+
+    # -- steps -------------------------------------------------------------
+
+    def train_step(
+        self,
+        data: Any,
+        optim_wrapper: Any,
+        turns: Mapping[str, nn.Module] | None = None,
+    ) -> dict[str, Tensor]:
+        """Each student's turn: forward, backward, one optimiser step.
+
+        Args:
+            data: What the dataloader gives.
+            optim_wrapper: One optimiser wrapper per student.
+            turns: What to call for each student in its turn, where halves are
+                wrapped (DDP); None: the halves themselves.
+
+        Returns:
+            Every student's losses under ``<name>.``, and their sum.
+
+        Raises:
+            TypeError: A single optimiser.
+        """
+        if not isinstance(optim_wrapper, OptimWrapperDict):
+            raise TypeError(
+                'MutualDistillation needs an optimiser for each of '
+                f'{list(self.students)}, but got one '
+                f'{type(optim_wrapper).__name__}. Set '
+                'optim_wrapper.constructor='
+                f"'era_mm.{MutualOptimWrapperConstructor.__name__}'."
+            )
+        losses: dict[str, Tensor] = {}
+        logged: dict[str, Tensor] = {}
+        for name, half in self.students.items():
+            call = half if turns is None else turns[name]
+            batch = half.data_preprocessor(_own(data), True)
+            wrapper = optim_wrapper[name]
+            with wrapper.optim_context(call):
+                total, values = self.parse_losses(call(**batch, mode='loss'))
+            wrapper.update_params(total)
+            losses[name] = values.pop('loss')
+            logged |= {f'{name}.{key}': value for key, value in values.items()}
+        return {'loss': torch.stack(list(losses.values())).sum(), **logged}
+
+    def val_step(self, data: Any) -> list:
+        """The first student's predictions; others in ``mode_predictions``."""
+        # Hosts write predictions into the samples that they are given.
+        batches = {name: _own(data) for name in self.active_modes}
+        self.mode_predictions = {
+            name: self.students[name].val_step(batch)
+            for name, batch in batches.items()
+        }
+        return self.first.val_step(data)
+
+    def test_step(self, data: Any) -> list:
+        """As :meth:`val_step`."""
+        return self.val_step(data)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        data_samples: list | None = None,
+        mode: str = 'tensor',
+    ) -> Any:
+        """The first student's 'tensor' or 'predict'.
+
+        Raises:
+            RuntimeError: In mode 'loss'. There is no one loss: the second
+                student's depends on the first's update.
+        """
+        if mode == 'loss':
+            raise RuntimeError(
+                'MutualDistillation updates its students in turns, so '
+                'mmengine has to call its `train_step`. Train with '
+                "`model_wrapper_cfg=dict(type='era_mm.MutualDataParallel')`, "
+                'as tools/train.py sets it.'
+            )
+        return self.first(inputs, data_samples, mode=mode)
+
+    def check_modes(self, modes: list[str] | tuple[str, ...]) -> None:
+        """Refuse modes that are no student but the first."""
+        for mode in modes:
+            if mode not in list(self.students)[1:]:
+                raise ValueError(
+                    f'{mode!r} cannot be evaluated beside the first student. '
+                    f'Known: {list(self.students)[1:]}.'
+                )
+
+    # -- module bookkeeping ------------------------------------------------
+
+    def named_parameters(
+        self, prefix: str = '', recurse: bool = True, **kwargs: Any
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The halves' own lists, under the names of ``state_dict``.
+
+        Not mmengine's walk: what averages a copy (EMA) freezes all that the
+        copy lists, and a half lists stand-ins for what it shares.
+        """
+        start = f'{prefix}.' if prefix else ''
+        for name, half in self.students.items():
+            yield from half.named_parameters(
+                f'{start}students.{name}', recurse, **kwargs
+            )
+
+
+def _own(data: Any) -> Any:
+    """A batch whose samples may be written to; images are shared."""
+    return {**data, 'data_samples': copy.deepcopy(data.get('data_samples'))}
+
+
+def _check_names(students: Any) -> list[str]:
+    if not isinstance(students, Mapping) or len(students) != 2:
+        raise ValueError(
+            '`students` must be a dict of two model configs by name, but got '
+            f'{list(students) if isinstance(students, Mapping) else students}'
+            '.'
+        )
+    for name in students:
+        if 'loss' in name or '.' in name:
+            raise ValueError(
+                f'A student must not be named {name!r}: names prefix the '
+                'logged quantities, so they may hold neither "loss" nor a '
+                'dot. Choose another name.'
+            )
+    return list(students)
+
+
+def _by_student(
+    distiller: Mapping[str, Any], names: list[str]
+) -> dict[str, Any]:
+    if set(distiller) == set(names):
+        return dict(distiller)
+    if 'type' in distiller:
+        return dict.fromkeys(names, distiller)
+    raise ValueError(
+        '`distiller` must be one config with `type`, for both students, or a '
+        f'dict with one for each of {names}, but has {list(distiller)}.'
+    )
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class MutualOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """One optimiser wrapper per student of a ``MutualDistillation``.
+
+    The settings of ``optim_wrapper`` hold for each student alike, or each
+    has its own under its name::
+
+        optim_wrapper = dict(
+            constructor='era_mm.MutualOptimWrapperConstructor',
+            optimizer=dict(type='SGD', lr=0.1))
+        optim_wrapper = dict(
+            constructor='era_mm.MutualOptimWrapperConstructor',
+            first=dict(optimizer=dict(type='SGD', lr=0.1)),
+            second=dict(optimizer=dict(type='SGD', lr=0.02)))
+
+    Source: ours.
+
+    Args:
+        optim_wrapper_cfg: Settings of the wrapper and its ``optimizer``, or
+            such settings by student.
+        paramwise_cfg: As in mmengine, for each student alike.
+
+    Raises:
+        TypeError: The model is no ``MutualDistillation``.
+        ValueError: Settings for some students only.
+    """
+
+    def __init__(
+        self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None
+    ) -> None:
+        self.settings = dict(optim_wrapper_cfg)
+        if paramwise_cfg is not None:
+            self.settings['paramwise_cfg'] = paramwise_cfg
+
+    def __call__(self, model: nn.Module) -> OptimWrapperDict:
+        """The wrappers by student."""
+        model = getattr(model, 'module', model)
+        if not isinstance(model, MutualDistillation):
+            raise TypeError(
+                f'{type(self).__name__} is for era_mm.MutualDistillation, but '
+                f'the model is {type(model).__name__}. Remove '
+                '`optim_wrapper.constructor`.'
+            )
+        shared = {
+            key: value
+            for key, value in self.settings.items()
+            if key not in model.students
+        }
+        own = {name: self.settings.get(name, {}) for name in model.students}
+        wrappers = {}
+        for name, half in model.students.items():
+            settings = {**shared, **own[name]}
+            if 'optimizer' not in settings:
+                raise ValueError(
+                    f'`optim_wrapper` has no `optimizer` for student '
+                    f'{name!r}. Give one for all, or one under each of '
+                    f'{list(model.students)}.'
+                )
+            wrappers[name] = build_optim_wrapper(half, settings)
+        return OptimWrapperDict(**wrappers)

@@ -1,0 +1,133 @@
+"""Evaluates predictions beside the model's own."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+
+from ..registry import HOOKS
+
+
+def for_mode(config: Any, mode: str) -> Any:
+    """An evaluator's config whose files do not overwrite the model's."""
+    if isinstance(config, (list, tuple)):
+        return [for_mode(item, mode) for item in config]
+    config = copy.deepcopy(config)
+    for item in (config, *config.get('metrics', [])):
+        if item.get('outfile_prefix'):
+            item['outfile_prefix'] = f'{item["outfile_prefix"]}.{mode}'
+        if item.get('out_file_path'):
+            path = Path(item['out_file_path'])
+            item['out_file_path'] = str(
+                path.with_name(f'{path.stem}.{mode}{path.suffix}')
+            )
+    return config
+
+
+@HOOKS.register_module()
+class ModesHook(Hook):
+    """Evaluates a model's further modes in the one pass that the loop makes.
+
+    In validation and test every mode asked for gets evaluators of its own;
+    their results are added under the mode's name: ``second/coco/bbox_mAP``
+    beside ``coco/bbox_mAP``. The model has ``check_modes``, ``active_modes``
+    and ``mode_predictions``, as ``Distillation`` and ``MutualDistillation``
+    have.
+
+    Source: ours.
+
+    Args:
+        modes: A distiller's modes, or the other students of a
+            ``MutualDistillation``.
+    """
+
+    # Before mmengine's own hooks take the metrics for log and best file.
+    priority = 'HIGHEST'
+
+    def __init__(self, modes: Sequence[str]) -> None:
+        self.modes = tuple(modes)
+        self._evaluators: dict[str, Evaluator] = {}
+
+    @staticmethod
+    def _model(runner: Any) -> Any:
+        model = runner.model
+        model = model.module if is_model_wrapper(model) else model
+        if not hasattr(model, 'check_modes'):
+            raise TypeError(
+                'ModesHook needs a model of type era_mm.Distillation or '
+                'era_mm.MutualDistillation, but the runner has a '
+                f'{type(model).__name__}. Remove the hook.'
+            )
+        return model
+
+    def before_run(self, runner: Any) -> None:
+        """Refuse unknown modes before anything is computed."""
+        self._model(runner).check_modes(self.modes)
+
+    def _begin(self, runner: Any, config: Any, loop: Any) -> None:
+        self._model(runner).active_modes = self.modes
+        self._evaluators = {}
+        for mode in self.modes:
+            evaluator = runner.build_evaluator(for_mode(config, mode))
+            evaluator.dataset_meta = loop.evaluator.dataset_meta
+            self._evaluators[mode] = evaluator
+
+    def _process(self, runner: Any, data_batch: Any) -> None:
+        predictions = self._model(runner).mode_predictions
+        for mode, evaluator in self._evaluators.items():
+            evaluator.process(
+                data_samples=predictions[mode], data_batch=data_batch
+            )
+        self._model(runner).mode_predictions = {}
+
+    def _finish(self, runner: Any, loop: Any, metrics: dict | None) -> None:
+        self._model(runner).active_modes = ()
+        for mode, evaluator in self._evaluators.items():
+            found = evaluator.evaluate(len(loop.dataloader.dataset))
+            if metrics is not None:
+                metrics |= {f'{mode}/{k}': v for k, v in found.items()}
+        self._evaluators = {}
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Ask the model for the modes."""
+        self._begin(runner, runner.cfg.val_evaluator, runner.val_loop)
+
+    def after_val_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+    ) -> None:
+        """Hand the modes' predictions to their evaluators."""
+        self._process(runner, data_batch)
+
+    def after_val_epoch(
+        self, runner: Any, metrics: dict | None = None
+    ) -> None:
+        """Add the modes' metrics to the model's."""
+        self._finish(runner, runner.val_loop, metrics)
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Ask the model for the modes."""
+        self._begin(runner, runner.cfg.test_evaluator, runner.test_loop)
+
+    def after_test_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+    ) -> None:
+        """Hand the modes' predictions to their evaluators."""
+        self._process(runner, data_batch)
+
+    def after_test_epoch(
+        self, runner: Any, metrics: dict | None = None
+    ) -> None:
+        """Add the modes' metrics to the model's."""
+        self._finish(runner, runner.test_loop, metrics)

@@ -1,0 +1,117 @@
+"""IE-KD in whole runs: phases, interruption and resumption."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from era_mm.testing import distillation_config, run_config
+
+# 12 iterations, four per epoch; the seventh is the student's first.
+PRETRAIN = 6
+
+
+@pytest.fixture
+def train(make_runner, coco, teacher_file, tmp_path):
+    """Trains three epochs and tells what each iteration did."""
+
+    loader = run_config({}, coco, tmp_path).train_dataloader
+    # What augmentation draws is not part of a checkpoint.
+    loader.dataset.pipeline = [
+        step for step in loader.dataset.pipeline if step.type != 'RandomFlip'
+    ]
+
+    def run(name, resume=None):
+        model = distillation_config(
+            dict(type='era_mm.IEKDDistiller', pretrain_iters=PRETRAIN),
+            checkpoint=teacher_file,
+        )
+        runner = make_runner(
+            model,
+            work_dir=tmp_path / name,
+            experiment_name=name,
+            train_dataloader=loader,
+            train_cfg=dict(by_epoch=True, max_epochs=3, val_interval=9),
+            resume=resume is not None,
+            load_from=resume,
+        )
+        steps = {}
+        train_step = type(runner.model).train_step
+
+        def spy(model, data, optim_wrapper):
+            before = copy.deepcopy(model.student.state_dict())
+            inner = model.distillers['distiller'].inner
+            coder = copy.deepcopy(inner.state_dict())
+            logged = train_step(model, data, optim_wrapper)
+            changed = (
+                differ(before, model.student.state_dict()),
+                differ(coder, inner.state_dict()),
+            )
+            steps[model.step] = (
+                changed,
+                {key: value.item() for key, value in logged.items()},
+            )
+            return logged
+
+        runner.model.train_step = spy.__get__(runner.model)
+        runner.train()
+        return runner.model, steps
+
+    return run
+
+
+def differ(before, after):
+    return any(not torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_run__phases_and_resumption_in_each(train, tmp_path):
+    whole, expected = train('whole')
+    assert list(expected) == list(range(12))
+    for step, (changed, logged) in expected.items():
+        student_changed, coder_changed = changed
+        assert student_changed == (step >= PRETRAIN)
+        assert coder_changed == (step < PRETRAIN)
+        assert ('distiller.pretrain' in logged) == (step < PRETRAIN)
+        assert ('loss_iekd_explore' in logged) == (step >= PRETRAIN)
+
+    # Epoch 1 ends at iteration 4, inside the phase; epoch 2 at 8, after it.
+    for epoch in (1, 2):
+        model, steps = train(
+            f'resumed_{epoch}',
+            resume=str(tmp_path / 'whole' / f'epoch_{epoch}.pth'),
+        )
+        assert list(steps) == list(range(4 * epoch, 12))
+        for step, (changed, logged) in steps.items():
+            assert changed == expected[step][0], step
+            assert logged == expected[step][1], step
+        for mine, theirs in (
+            (model.student, whole.student),
+            (model.distillers, whole.distillers),
+            (
+                model.distillers['distiller'].inner,
+                whole.distillers['distiller'].inner,
+            ),
+        ):
+            assert not differ(mine.state_dict(), theirs.state_dict())
+
+
+def test_ddp__two_ranks_end_with_the_same_factors(
+    coco, teacher_file, tmp_path
+):
+    worker = Path(__file__).with_name('ie_kd_ddp_worker.py')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    command += ['--nproc_per_node=2', str(worker), coco, teacher_file]
+    result = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
+    # Weights of the extras; of the auto-encoder the statistics too, on which
+    # the frozen factors depend.
+    assert any('encoders' in key for key in ranks[0])
+    assert any('inner' in key and 'running' in key for key in ranks[0])
+    for key, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][key]), key
