@@ -2,7 +2,8 @@
 
 from .base_distiller import BaseDistiller, Features, HostModel
 from .checkpoint import extras_of, load_strictly, read_checkpoint
-from .distillation import Distillation
+from .distillation import Distillation, student_config_of
+from .phase import Phase
 from .recorder import Recorder
 from .schedule import LossSchedule
 from .teacher import Teacher
@@ -14,10 +15,12 @@ __all__ = [
     'Features',
     'HostModel',
     'LossSchedule',
+    'Phase',
     'Recorder',
     'Teacher',
     'Unregistered',
     'extras_of',
     'load_strictly',
     'read_checkpoint',
+    'student_config_of',
 ]

@@ -18,6 +18,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
+from .phase import Phase
 from .schedule import LossSchedule
 from .utils import Unregistered
 
@@ -54,6 +55,10 @@ class BaseDistiller(BaseModule):
     - ``pretrain_iters``: for so many iterations from the start of the run
       only the inner module trains; the student stays as it is.
     - ``schedules``: a factor per loss term over the global step.
+    - :meth:`student_config`: a student that is more than the given model,
+      for methods that keep a module at inference.
+    - ``has_phases``, :meth:`phase`: stretches of the run in which parts of
+      the student rest.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
       student's own.
     - :meth:`export`: one of these modes as an ordinary host model.
@@ -76,6 +81,8 @@ class BaseDistiller(BaseModule):
 
     needs_teacher = True
     pretrain_iters = 0
+    #: Whether :meth:`phase` ever freezes anything.
+    has_phases = False
     #: The run's global iteration; the core sets it before :meth:`loss`.
     step = 0
 
@@ -113,6 +120,18 @@ class BaseDistiller(BaseModule):
     @staticmethod
     def _names(names: str | list | tuple) -> tuple[str, ...]:
         return (names,) if isinstance(names, str) else tuple(names)
+
+    def student_config(self, config: ConfigDict) -> ConfigDict:
+        """The host model that is trained, saved and used afterwards.
+
+        Called once, before the student is built. What it returns is a host
+        config like any other, so files, modes of use, parameter counts and
+        export are those of the model it describes.
+
+        Args:
+            config: The given student. Not to be changed.
+        """
+        return config
 
     def prepare(
         self,
@@ -156,6 +175,15 @@ class BaseDistiller(BaseModule):
             Back-propagated terms under ``loss_<method>_<term>``; logged
             quantities under names without "loss".
         """
+
+    # -- phases ------------------------------------------------------------
+
+    def phase(self) -> Phase | None:
+        """The phase at ``self.step``; None where everything learns.
+
+        A function of the step alone, so a resumed run goes on where it was.
+        """
+        return None
 
     # -- inner module ------------------------------------------------------
 
