@@ -539,12 +539,14 @@ def test_phases__another_method_trains_the_student_and_rests_elsewhere():
     assert found == {'student': True, 'assistant': False, 'head': False}
 
 
-def test_phase__that_trains_nothing_is_refused():
-    model = build(phases=PHASES)
+@pytest.mark.parametrize(('step', 'phase'), [(0, 'student'), (2, 'assistant')])
+def test_phase__that_trains_nothing_is_refused(step, phase):
+    config = dict(RKD, phases=PHASES, student_weight=0, assistant_weight=0)
+    teacher = detector_config(width=16)
+    model = MODELS.build(distillation_config(config, teacher=teacher))
     model.train()
-    model.student.backbone.assistant.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="'assistant' trains nothing"):
-        losses_of(model, step=2)
+    with pytest.raises(RuntimeError, match=f"'{phase}' trains nothing"):
+        losses_of(model, step=step)
 
 
 # -- ERA --------------------------------------------------------------------

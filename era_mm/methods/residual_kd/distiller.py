@@ -32,6 +32,11 @@ def phase_at(phases: Mapping[str, int | None], step: int) -> str:
     raise AssertionError(f'no phase at {step} in {phases}')
 
 
+def _weighted(loss: Tensor, weight: float) -> Tensor:
+    # Without graph at 0, so that a phase with nothing to learn shows.
+    return weight * loss if weight else torch.zeros_like(loss)
+
+
 @MODELS.register_module()
 class ResidualKDDistiller(BaseDistiller):
     """Residual KD: the student mimics, an assistant learns what is missing.
@@ -259,8 +264,12 @@ class ResidualKDDistiller(BaseDistiller):
         student = torch.stack(errors['student']).sum()
         pair = torch.stack(errors['pair']).sum()
         return {
-            'loss_residual_kd_student': self.student_weight * student,
-            'loss_residual_kd_assistant': self.assistant_weight * pair,
+            'loss_residual_kd_student': _weighted(
+                student, self.student_weight
+            ),
+            'loss_residual_kd_assistant': _weighted(
+                pair, self.assistant_weight
+            ),
             'residual_kd_mse_student': student.detach(),
             'residual_kd_mse_pair': pair.detach(),
         }
