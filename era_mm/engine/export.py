@@ -18,9 +18,9 @@ from era_mm.core import (
     HostModel,
     extras_of,
     load_strictly,
+    student_config_of,
 )
 from era_mm.core.checkpoint import read_with_meta
-from era_mm.core.teacher import resolve_model_config
 from era_mm.errors import UserError
 
 MODES = ('S', 'E0', 'T')
@@ -74,7 +74,8 @@ def export_student(
     """
     targets = [Path(f'{prefix}.py'), Path(f'{prefix}.pth')]
     _check_request(cfg, targets, mode, distiller, keep_align)
-    student_config, scope = _student_config(cfg)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        student_config, scope = _student_config(cfg)
     scope = cfg.get('default_scope') or scope
     state_dict, meta = read_with_meta(checkpoint)
     with DefaultScope.overwrite_default_scope(scope):
@@ -160,13 +161,9 @@ def _check_request(
 
 
 def _student_config(cfg: Config) -> tuple[ConfigDict, str | None]:
-    config, scope = resolve_model_config(cfg.model.student)
-    for preprocessor in (
-        cfg.model.get('data_preprocessor'),
-        cfg.get('data_preprocessor'),
-    ):
-        if preprocessor is not None:
-            config.setdefault('data_preprocessor', preprocessor)
+    config, scope = student_config_of(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        config.setdefault('data_preprocessor', cfg.data_preprocessor)
     return config, scope
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 from torch import nn
 
 from era_mm.core import BaseDistiller, extras_of, student_config_of
+from era_mm.engine.export import export_student
 from era_mm.methods.residual_kd import (
     FeatureAssistant,
     ResidualPair,
@@ -21,7 +23,8 @@ from era_mm.methods.residual_kd import (
     student_loss,
 )
 from era_mm.methods.residual_kd.distiller import phase_at
-from era_mm.methods.residual_kd.pair import ResidualAdapter
+from era_mm.methods.residual_kd.pair import FeatureExtractor, ResidualAdapter
+from era_mm.methods.residual_kd.split import measure, measure_pair
 from era_mm.registry import MODELS as ERA_MODELS
 from era_mm.testing import (
     classifier_config,
@@ -32,6 +35,7 @@ from era_mm.testing import (
     save_teacher,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 RKD = dict(type='era_mm.ResidualKDDistiller')
 FEATURE = dict(form='feature')
 IMAGE = dict(
@@ -400,9 +404,6 @@ def test_phase__moves_its_own_part_alone(assistant, step, moves):
 
 def train(config, coco, teacher_file, work_dir, **kwargs):
     """Eight iterations with a file after each; phase and losses by step."""
-    from mmengine.config import Config
-    from mmengine.runner import Runner
-
     cfg = run_config(
         config,
         coco,
@@ -502,6 +503,22 @@ def test_run__file_is_the_pairs_and_loads_into_the_host(whole_run):
             assert all(
                 torch.equal(x, y) for x, y in zip(first, second, strict=True)
             )
+
+
+def test_export__writes_the_pair_as_a_host_model(whole_run, tmp_path):
+    model, folder, (trained, _) = whole_run
+    cfg = Config(dict(model=model, default_scope='mmdet'))
+    out = export_student(
+        cfg, str(folder / 'iter_8.pth'), str(tmp_path / 'pair')
+    )
+    assert out.needs_era_mm == ('model.backbone', 'model.backbone.assistant')
+    exported = Config.fromfile(out.config)
+    assert exported.custom_imports.imports == ['era_mm']
+    host = MODELS.build(exported.model)
+    state = torch.load(out.checkpoint, weights_only=False)['state_dict']
+    host.load_state_dict(state, strict=True)
+    for key, value in trained.state_dict().items():
+        assert torch.equal(state[key], value), key
 
 
 @ERA_MODELS.register_module(name='_MeanDistiller', force=True)
@@ -708,6 +725,33 @@ def test_ddp__two_ranks_in_phases_end_with_the_same_weights(
     assert any('assistant' in key for key in ranks[0])
     for key, value in ranks[0].items():
         assert torch.equal(value, ranks[1][key]), key
+
+
+# -- configs ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'residual_kd_resnet34_resnet18_imagenet',
+        'residual_kd_progressive_resnet34_resnet18_imagenet',
+    ],
+)
+def test_config__pair_costs_less_than_the_given_model(name):
+    cfg = Config.fromfile(ROOT / f'configs/{name}.py')
+    distiller = cfg.model.distiller
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        pair = pair_config(
+            cfg.model.student,
+            **{k: distiller[k] for k in ('source', 'student', 'assistant')},
+        )
+        given = FeatureExtractor(cfg.model.student.backbone)
+        whole = measure(given, (64, 64))[''].flops
+        costs = measure_pair(pair, (64, 64))
+    # As the config's comment has it.
+    shares = {k: round(c.flops / whole, 3) for k, c in costs.items()}
+    assert shares == dict(student=0.883, assistant=0.077, pair=0.967)
+    assert ('phases' in distiller) == ('progressive' in name)
 
 
 # -- errors -----------------------------------------------------------------
