@@ -17,7 +17,7 @@ model = dict(
     student=_base_.model,
     teacher=dict(
         config='mmpretrain::resnet/resnet34_8xb32_in1k.py',
-        checkpoint='https://download.openmmlab.com/mmclassification/v0/resnet/'
+        checkpoint='https://mmassets.onedl.ai/mmclassification/v0/resnet/'
         'resnet34_8xb32_in1k_20210831-f257d4e6.pth',
     ),
     distiller=dict(
