@@ -107,7 +107,8 @@ def test_method__saves_a_plain_student_and_restores_its_extras(
     model, other = build(cls, teacher_file), build(cls, teacher_file)
     torch.save(model.state_dict(), tmp_path / 'file.pth')
     state = torch.load(tmp_path / 'file.pth', weights_only=True)
-    plain = MODELS.build(distillation_config({})['student'] | {})
+    # The given student, or what the method makes of it.
+    plain = MODELS.build(copy.deepcopy(model.student_config))
     plain.load_state_dict(state, strict=True)
     assert extras_of(state)['distiller']['type'] == cls.__name__
 
@@ -136,7 +137,7 @@ def test_method__runs_in_mixed_precision(name, cls, teacher_file):
     total, _ = model.parse_losses(losses)
     assert total.isfinite()
     total.backward()
-    assert model.student.backbone.conv1.weight.grad.isfinite().all()
+    assert next(model.student.parameters()).grad.isfinite().all()
 
 
 def test_toy_student__is_the_plain_one():

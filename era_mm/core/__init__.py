@@ -7,8 +7,9 @@ from .checkpoint import (
     read_checkpoint,
     students_of,
 )
-from .distillation import Distillation
+from .distillation import Distillation, student_config_of
 from .mutual import MutualDistillation, MutualOptimWrapperConstructor
+from .phase import Phase
 from .recorder import Recorder
 from .schedule import LossSchedule
 from .teacher import Teacher
@@ -22,11 +23,13 @@ __all__ = [
     'LossSchedule',
     'MutualDistillation',
     'MutualOptimWrapperConstructor',
+    'Phase',
     'Recorder',
     'Teacher',
     'Unregistered',
     'extras_of',
     'load_strictly',
     'read_checkpoint',
+    'student_config_of',
     'students_of',
 ]

@@ -18,6 +18,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
+from .phase import Phase
 from .schedule import LossSchedule
 from .utils import Unregistered
 
@@ -56,6 +57,10 @@ class BaseDistiller(BaseModule):
     - ``freeze_inner``: the inner module learns in that phase alone.
     - ``schedules``: a factor per loss term over the global step.
     - :meth:`choose_sources`: sources that depend on the pair.
+    - :meth:`student_config`: a student that is more than the given model,
+      for methods that keep a module at inference.
+    - ``has_phases``, :meth:`phase`: stretches of the run in which parts of
+      the student rest.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
       student's own.
     - :meth:`export`: one of these modes as an ordinary host model.
@@ -80,6 +85,8 @@ class BaseDistiller(BaseModule):
     pretrain_iters = 0
     #: Whether the inner module stays as it is after the pre-training phase.
     freeze_inner = False
+    #: Whether :meth:`phase` ever freezes anything.
+    has_phases = False
     #: The run's global iteration; the core sets it before :meth:`loss`.
     step = 0
 
@@ -134,6 +141,18 @@ class BaseDistiller(BaseModule):
             ValueError: The pair lacks what is looked for.
         """
 
+    def student_config(self, config: ConfigDict) -> ConfigDict:
+        """The host model that is trained, saved and used afterwards.
+
+        Called once, before the student is built. What it returns is a host
+        config like any other, so files, modes of use, parameter counts and
+        export are those of the model it describes.
+
+        Args:
+            config: The given student. Not to be changed.
+        """
+        return config
+
     def prepare(
         self,
         *,
@@ -176,6 +195,15 @@ class BaseDistiller(BaseModule):
             Back-propagated terms under ``loss_<method>_<term>``; logged
             quantities under names without "loss".
         """
+
+    # -- phases ------------------------------------------------------------
+
+    def phase(self) -> Phase | None:
+        """The phase at ``self.step``; None where everything learns.
+
+        A function of the step alone, so a resumed run goes on where it was.
+        """
+        return None
 
     # -- inner module ------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.dist import broadcast
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
@@ -17,6 +18,7 @@ from ..registry import MODELS
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .data_preprocessor import DistillationDataPreprocessor
+from .phase import Phase, resting
 from .recorder import Recorder
 from .teacher import Teacher, forward_until, resolve_model_config
 from .utils import blank_sample, evaluating, preserve_rng
@@ -46,6 +48,68 @@ def _named(value: Any, name: str, key: str) -> dict[str, Any]:
                 f'got {entry!r}.'
             )
     return entries
+
+
+def _build_distillers(config: dict | None) -> dict[str, BaseDistiller]:
+    distillers = {
+        name: MMENGINE_MODELS.build(cfg)
+        for name, cfg in _named(config, 'distiller', 'type').items()
+    }
+    for name, distiller in distillers.items():
+        if not isinstance(distiller, BaseDistiller):
+            raise TypeError(
+                f'Distiller {name!r} must be a BaseDistiller, but is '
+                f'{type(distiller).__name__}.'
+            )
+    return distillers
+
+
+def _student_config(
+    student: Mapping | str,
+    data_preprocessor: Mapping | None,
+    distillers: Mapping[str, BaseDistiller],
+) -> tuple[ConfigDict, str | None]:
+    config, scope = resolve_model_config(student)
+    kind = str(config.get('type', '')).rpartition('.')[2]
+    if kind == Distillation.__name__:
+        raise ValueError(
+            '`student` is a Distillation itself. Give the plain model '
+            "config: usually `student=_base_.model` of the user's own "
+            'config.'
+        )
+    if data_preprocessor is not None:
+        config.setdefault('data_preprocessor', data_preprocessor)
+    with DefaultScope.overwrite_default_scope(scope):
+        for distiller in distillers.values():
+            config = distiller.student_config(config)
+    return config, scope
+
+
+def student_config_of(model: Mapping) -> tuple[ConfigDict, str | None]:
+    """The host model whose weights a distillation's files hold.
+
+    The config's ``student``, or what a method makes of it that keeps a
+    module at inference. Neither teacher nor weights are needed.
+
+    Args:
+        model: The config of a ``Distillation``.
+
+    Returns:
+        Its config, and the scope in which its types are looked up (None: the
+        current one).
+    """
+    with preserve_rng():
+        return _student_config(
+            model['student'],
+            model.get('data_preprocessor'),
+            _build_distillers(model.get('distiller')),
+        )
+
+
+def _learns(loss: Any) -> bool:
+    """Whether a loss, a tensor or a list of them, has a gradient."""
+    parts = loss if isinstance(loss, (list, tuple)) else [loss]
+    return any(part.requires_grad for part in parts)
 
 
 def _tidy_keys(model: 'Distillation', incompatible: Any) -> None:
@@ -108,6 +172,7 @@ class Distillation(BaseModel):
     """
 
     _is_copy = False
+    _phase_name = ''
     #: False once a file without extras was loaded and nothing trained since.
     _has_extras = True
 
@@ -121,9 +186,13 @@ class Distillation(BaseModel):
         inference_mode: str | None = None,
         inherit: Sequence[str] | dict[str, str] | None = None,
     ) -> None:
+        with preserve_rng():
+            distillers = _build_distillers(distiller)
         # The student comes first: it must find the random state of a plain
         # run.
-        student_model = self._build_student(student, data_preprocessor)
+        student_model, config = self._build_student(
+            student, data_preprocessor, distillers
+        )
         with preserve_rng():
             teachers = self._build_teachers(teacher)
             preprocessor = DistillationDataPreprocessor(
@@ -132,14 +201,9 @@ class Distillation(BaseModel):
             super().__init__(data_preprocessor=preprocessor)
             self.student = student_model
             self.teachers = teachers
-            self.distillers = nn.ModuleDict(
-                {
-                    name: MMENGINE_MODELS.build(cfg)
-                    for name, cfg in _named(
-                        distiller, 'distiller', 'type'
-                    ).items()
-                }
-            )
+            self.distillers = nn.ModuleDict(distillers)
+            #: Host config of :attr:`student`.
+            self.student_config = config
             self._inherited = self._plan_inheritance(inherit)
             self._prepare(input_size)
         self.inference_mode: str | None = None
@@ -153,20 +217,18 @@ class Distillation(BaseModel):
 
     @staticmethod
     def _build_student(
-        student: dict | str, data_preprocessor: dict | None
-    ) -> nn.Module:
-        config, scope = resolve_model_config(student)
-        kind = str(config.get('type', '')).rpartition('.')[2]
-        if kind == Distillation.__name__:
-            raise ValueError(
-                '`student` is a Distillation itself. Give the plain model '
-                "config: usually `student=_base_.model` of the user's own "
-                'config.'
+        student: Any,
+        data_preprocessor: Mapping | None,
+        distillers: Mapping[str, BaseDistiller],
+    ) -> tuple[nn.Module, ConfigDict]:
+        """The student, and the config of the host model that it is."""
+        with preserve_rng():
+            config, scope = _student_config(
+                student, data_preprocessor, distillers
             )
-        if data_preprocessor is not None:
-            config.setdefault('data_preprocessor', data_preprocessor)
+        # Detectors write into the config that they are built from.
         with DefaultScope.overwrite_default_scope(scope):
-            return MMENGINE_MODELS.build(config)
+            return MMENGINE_MODELS.build(copy.deepcopy(config)), config
 
     @staticmethod
     def _build_teachers(teacher: dict | None) -> dict[str, Teacher]:
@@ -183,12 +245,7 @@ class Distillation(BaseModel):
                 '`distiller` is empty; give at least one. (Only with '
                 '`inherit` there may be none.)'
             )
-        for name, distiller in distillers.items():
-            if not isinstance(distiller, BaseDistiller):
-                raise TypeError(
-                    f'Distiller {name!r} must be a BaseDistiller, but is '
-                    f'{type(distiller).__name__}.'
-                )
+        for distiller in distillers.values():
             if distiller.needs_teacher and (
                 distiller.teacher not in self.teachers
             ):
@@ -381,22 +438,39 @@ class Distillation(BaseModel):
             )
         self._check_gradients()
         teacher_feats = self._teach(inputs, data_samples, teacher_inputs)
-        with self._student_recorder as recorder:
-            losses = dict(self.student(inputs, data_samples, mode='loss'))
-        student_feats = recorder.pop()
-        if self.training and torch.is_grad_enabled():
-            self._check_graph(student_feats)
-            self._has_extras = True
         step = self.step
+        for distiller in self.distillers.values():
+            distiller.step = step
+        phase = self._phase()
+        frozen = resting(self.student, phase.frozen)
+        with frozen, self._student_recorder as recorder:
+            if phase.task:
+                losses = dict(self.student(inputs, data_samples, mode='loss'))
+            else:
+                losses = {}
+                forward_until(
+                    self.student, inputs, recorder.sources, data_samples
+                )
+        student_feats = recorder.pop()
+        is_learning = self.training and torch.is_grad_enabled()
+        if is_learning:
+            if not phase.frozen:
+                self._check_graph(student_feats)
+            self._has_extras = True
+        idle = []
         for name, distiller in self.distillers.items():
             feats = self._feats_of(distiller, student_feats, teacher_feats)
+            if is_learning and not any(
+                _learns(maps) for maps in feats['student_feats'].values()
+            ):
+                idle.append(name)
+                continue
             if (
                 distiller.inner is not None
                 and not distiller.freeze_inner
                 and self.training
             ):
                 distiller.inner_step(**feats, data_samples=data_samples)
-            distiller.step = step
             terms = distiller.scheduled(
                 distiller.loss(**feats, data_samples=data_samples), step
             )
@@ -410,7 +484,43 @@ class Distillation(BaseModel):
                         'loss_<method>_<term>.'
                     )
                 losses[key] = value
+        if is_learning:
+            self._check_phase(phase, idle, losses)
         return losses
+
+    # -- phases ------------------------------------------------------------
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether parts of the student rest in some steps."""
+        return any(d.has_phases for d in self.distillers.values())
+
+    def _phase(self) -> Phase:
+        """What the distillers ask for now, taken together."""
+        phases = (distiller.phase() for distiller in self.distillers.values())
+        return Phase.together(phase for phase in phases if phase is not None)
+
+    def _check_phase(
+        self, phase: Phase, idle: list[str], losses: dict[str, Any]
+    ) -> None:
+        """Say which phase begins; refuse one in which nothing learns."""
+        if phase.frozen and not any(
+            _learns(value) for key, value in losses.items() if 'loss' in key
+        ):
+            raise RuntimeError(
+                f'Phase {phase.name!r} trains nothing: it freezes '
+                f'{", ".join(phase.frozen)}, and no loss has a gradient '
+                'elsewhere. Give the term that trains the rest a weight, or '
+                'leave the phase out.'
+            )
+        if phase.name != self._phase_name:
+            self._phase_name = phase.name
+            print_log(
+                f'Phase {phase.name!r} from iteration {self.step} on. '
+                f'Frozen: {", ".join(phase.frozen) or "nothing"}. '
+                f'Distillers at rest: {", ".join(idle) or "none"}.',
+                logger='current',
+            )
 
     @staticmethod
     def _check_graph(student_feats: dict[str, tuple[Tensor, ...]]) -> None:
@@ -608,6 +718,9 @@ class Distillation(BaseModel):
         if not (self.training and torch.is_grad_enabled()):
             return
         if self._watched_steps > 1:
+            return
+        # The distillers still have the step before, whose gradients these are.
+        if self._phase().frozen:
             return
         self._watched_steps += 1
         if self._watched_steps == 1:

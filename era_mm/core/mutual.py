@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
 from mmengine.optim import (
     DefaultOptimWrapperConstructor,
@@ -14,7 +15,7 @@ from mmengine.optim import (
 from torch import Tensor, nn
 
 from ..registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
-from .distillation import Distillation
+from .distillation import Distillation, _build_distillers
 from .teacher import Teacher, resolve_model_config
 from .utils import evaluating, preserve_rng
 
@@ -75,7 +76,9 @@ class _Half(Distillation):
                 )
 
     @staticmethod
-    def _build_student(student: Any, data_preprocessor: Any) -> nn.Module:
+    def _build_student(
+        student: Any, data_preprocessor: Any, distillers: Any
+    ) -> tuple[nn.Module, ConfigDict]:
         return student
 
     @staticmethod
@@ -132,17 +135,23 @@ class MutualDistillation(BaseModel):
     ) -> None:
         names = _check_names(students)
         distillers = _by_student(distiller, names)
-        models = {names[0]: self._build(students[names[0]], data_preprocessor)}
+
+        def build(name: str) -> tuple[nn.Module, ConfigDict]:
+            with preserve_rng():
+                methods = _build_distillers(copy.deepcopy(distillers[name]))
+            return Distillation._build_student(
+                students[name], data_preprocessor, methods
+            )
+
+        models = {names[0]: build(names[0])}
         with preserve_rng():
             # From the random state after the first: two students of one
             # architecture must not start alike.
-            models[names[1]] = self._build(
-                students[names[1]], data_preprocessor
-            )
+            models[names[1]] = build(names[1])
             halves = {
                 name: _Half(
                     models[name],
-                    Peer(models[other], students[other], other),
+                    Peer(*models[other], other),
                     copy.deepcopy(distillers[name]),
                     input_size=input_size,
                 )
@@ -153,12 +162,6 @@ class MutualDistillation(BaseModel):
         self.data_preprocessor = halves[names[0]].data_preprocessor
         self.active_modes: tuple[str, ...] = ()
         self.mode_predictions: dict[str, list] = {}
-
-    @staticmethod
-    def _build(
-        config: dict | str, data_preprocessor: dict | None
-    ) -> nn.Module:
-        return Distillation._build_student(config, data_preprocessor)
 
     @property
     def first(self) -> Distillation:

@@ -22,6 +22,7 @@ class DistillationDataParallel(MMDistributedDataParallel):
         module: The model; its parameters are on one device.
         device_ids: The rank's GPU. Dropped for a model on the CPU.
         kwargs: As in mmengine's ``MMDistributedDataParallel``.
+            ``find_unused_parameters`` is on for a model with phases.
     """
 
     def __init__(
@@ -32,6 +33,10 @@ class DistillationDataParallel(MMDistributedDataParallel):
     ) -> None:
         if next(module.parameters()).device.type == 'cpu':
             device_ids = None
+        if getattr(module, 'has_phases', False):
+            # What a phase freezes gets no gradient, which the reducer would
+            # wait for.
+            kwargs['find_unused_parameters'] = True
         super().__init__(module, device_ids=device_ids, **kwargs)
 
     def train_step(

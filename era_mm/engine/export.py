@@ -20,10 +20,10 @@ from era_mm.core import (
     MutualDistillation,
     extras_of,
     load_strictly,
+    student_config_of,
     students_of,
 )
 from era_mm.core.checkpoint import read_with_meta
-from era_mm.core.teacher import resolve_model_config
 from era_mm.errors import UserError
 
 MODES = ('S', 'E0', 'T')
@@ -82,7 +82,8 @@ def export_student(
         _check_student(cfg, mode, student)
         cfg = _of_one_student(cfg, student)
     _check_request(cfg, targets, mode, distiller, keep_align)
-    student_config, scope = _student_config(cfg)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        student_config, scope = _student_config(cfg)
     scope = cfg.get('default_scope') or scope
     state_dict, meta = read_with_meta(checkpoint)
     if student is not None:
@@ -223,13 +224,9 @@ def _weights_of(
 
 
 def _student_config(cfg: Config) -> tuple[ConfigDict, str | None]:
-    config, scope = resolve_model_config(cfg.model.student)
-    for preprocessor in (
-        cfg.model.get('data_preprocessor'),
-        cfg.get('data_preprocessor'),
-    ):
-        if preprocessor is not None:
-            config.setdefault('data_preprocessor', preprocessor)
+    config, scope = student_config_of(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        config.setdefault('data_preprocessor', cfg.data_preprocessor)
     return config, scope
 
 

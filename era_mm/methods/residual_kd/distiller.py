@@ -1,0 +1,275 @@
+"""ResidualKDDistiller: the pair's losses and the phases of its training."""
+
+from collections.abc import Mapping
+
+import torch
+from mmengine.config import ConfigDict
+from torch import Tensor, nn
+
+from ...core import BaseDistiller, Features, Phase
+from ...registry import MODELS
+from .losses import assistant_loss, student_loss
+from .pair_config import pair_config
+
+#: Modules of the pair, as the student model names them.
+STUDENT = ('backbone.student', 'backbone.adapter')
+ASSISTANT = 'backbone.assistant'
+PHASES = ('student', 'assistant', 'head', 'joint')
+
+
+def phase_at(phases: Mapping[str, int | None], step: int) -> str:
+    """Name of the phase at a global step.
+
+    Args:
+        phases: Length of each in iterations, in order; None: to the end.
+        step: The iteration.
+    """
+    end = 0
+    for name, length in phases.items():
+        end += length or 0
+        if length is None or step < end:
+            return name
+    raise AssertionError(f'no phase at {step} in {phases}')
+
+
+def _weighted(loss: Tensor, weight: float) -> Tensor:
+    # Without graph at 0, so that a phase with nothing to learn shows.
+    return weight * loss if weight else torch.zeros_like(loss)
+
+
+@MODELS.register_module()
+class ResidualKDDistiller(BaseDistiller):
+    """Residual KD: the student mimics, an assistant learns what is missing.
+
+        L_S = mean((F_T - F_S)^2),   D = sg(F_T - F_S)
+        L_A = mean((D - F_A)^2),     F_int = F_S + F_A
+        L = L_task(F_int) + student_weight * L_S + assistant_weight * L_A
+
+    summed over levels. The assistant stays: the trained model is the pair, a
+    ``ResidualPair`` in the given model, and every file holds both.
+
+    Phases, each so many iterations, in the order given:
+
+        student     trains the student with L_S and what other distillers say
+        assistant   trains the assistant with L_A
+        head        trains what follows the pair with L_task(F_int)
+        joint       trains all with L
+
+    What does not train is frozen, its norms included. Without ``phases`` the
+    whole run is 'joint', the paper's end-to-end training; ``dict(student=a,
+    assistant=b, head=None)`` is the progressive one.
+
+    Where the teacher has other channels than the given model, F_S and F_A go
+    to the teacher's by one shared 1x1 convolution without bias, which L_S
+    trains and which is not needed afterwards.
+
+    Source: Residual KD, arXiv 2002.09168, read in abstract and introduction
+    only, without official code. [paper]: hidden features, the assistant and
+    its target, both cut from one model within its cost, the two schemes. The
+    rest is [inference], detection and the feature form are [ours].
+
+    Args:
+        source: The cut, 'neck' or 'backbone', in the given model and in the
+            teacher; see ``BaseDistiller``. The paper's is the last feature
+            maps: 'backbone' for a classifier. [inference]
+        student: Changes that make the student out of the given model; see
+            ``pair_config`` and ``tools/split_model.py``. None: it is the
+            given model.
+        assistant: ``dict(form='feature', ...)`` or ``dict(form='image',
+            ...)``; see ``pair_config``. None: the feature form.
+        student_weight: Weight of L_S. 1 is [inference]. 0 where other
+            distillers train the student (source 'backbone.adapter').
+        assistant_weight: Weight of L_A. 1 is [inference].
+        phases: Length of each phase in iterations, the last one None. Give
+            multiples of the optimiser wrapper's ``accumulative_counts``.
+        norm_cfg: Norm of the student's adapter. None: BN.
+        teacher: Name of the teacher.
+        schedules: See ``BaseDistiller``.
+        init_cfg: As in mmengine.
+
+    Shape:
+        - features: L of ``(N, C, H, W)`` or ``(N, C)``
+
+    Raises:
+        ValueError: Unknown phases or lengths that are no lengths, a pair
+            that does not fit the teacher, no term to train the shared
+            convolution; and see ``pair_config``.
+    """
+
+    def __init__(
+        self,
+        source: str | list | dict = 'neck',
+        student: dict | None = None,
+        assistant: dict | None = None,
+        student_weight: float = 1.0,
+        assistant_weight: float = 1.0,
+        phases: Mapping[str, int | None] | None = None,
+        norm_cfg: dict | None = None,
+        teacher: str = 'teacher',
+        schedules: dict[str, dict] | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(source, teacher, schedules, init_cfg)
+        if len(self.student_sources) != 1 or len(self.teacher_sources) != 1:
+            raise ValueError(
+                'ResidualKDDistiller cuts at one source, but got '
+                f'{self.student_sources} and {self.teacher_sources}.'
+            )
+        self.cut = self.student_sources[0]
+        self.student_sources = (STUDENT[-1], ASSISTANT)
+        self._pair = dict(
+            student=student, assistant=assistant, norm_cfg=norm_cfg
+        )
+        self.student_weight = student_weight
+        self.assistant_weight = assistant_weight
+        self.phases = dict(phases or {'joint': None})
+        self._check_phases()
+        self.has_phases = set(self.phases) != {'joint'}
+        self._frozen: dict[str, tuple[str, ...]] = {}
+        self.connectors: nn.ModuleList | None = None
+
+    def _check_phases(self) -> None:
+        *lengths, last = self.phases.values()
+        if (
+            not set(self.phases) <= set(PHASES)
+            or last is not None
+            or any(not isinstance(n, int) or n < 1 for n in lengths)
+        ):
+            raise ValueError(
+                f'`phases` must give phases of {PHASES} their lengths in '
+                'iterations, and the last one None (to the end of the run), '
+                f'but got {self.phases}. For instance dict(student=1000, '
+                'assistant=1000, head=None).'
+            )
+
+    def student_config(self, config: ConfigDict) -> ConfigDict:
+        """The given model with the pair in it."""
+        return pair_config(config, source=self.cut, **self._pair)
+
+    def prepare(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> None:
+        """Check the pair against the teacher; build the connectors."""
+        maps = student_feats[STUDENT[-1]]
+        teacher_maps = teacher_feats[self.teacher_sources[0]]
+        self._check_maps(maps, teacher_maps)
+        channels = [
+            (s.shape[1], t.shape[1])
+            for s, t in zip(maps, teacher_maps, strict=True)
+        ]
+        if any(own != theirs for own, theirs in channels):
+            if not self.student_weight:
+                raise ValueError(
+                    'With student_weight=0 nothing trains the convolution '
+                    'from the channels of the pair to those of the teacher '
+                    f'{channels}. Give it a weight, or a teacher with the '
+                    'same channels at the source.'
+                )
+            layer = nn.Linear if maps[0].dim() == 2 else nn.Conv2d
+            size = () if maps[0].dim() == 2 else (1,)
+            self.connectors = nn.ModuleList(
+                layer(own, theirs, *size, bias=False)
+                for own, theirs in channels
+            )
+        behind = tuple(
+            name
+            for name, _ in student.named_children()
+            if name not in ('backbone', 'data_preprocessor')
+        )
+        self._frozen = {
+            'student': (ASSISTANT, *behind),
+            'assistant': (*STUDENT, *behind),
+            'head': ('backbone',),
+            'joint': (),
+        }
+
+    def _check_maps(
+        self, maps: tuple[Tensor, ...], teacher_maps: tuple[Tensor, ...]
+    ) -> None:
+        own, theirs = (
+            [tuple(m.shape) for m in feats] for feats in (maps, teacher_maps)
+        )
+        if [(len(s), s[2:]) for s in own] != [(len(s), s[2:]) for s in theirs]:
+            raise ValueError(
+                f'The student has features {own} at {self.cut!r} and the '
+                f'teacher {theirs} at {self.teacher_sources[0]!r}: all but '
+                'the channels must agree. Choose sources of the same levels '
+                'and strides, and compare pad_size_divisor of both '
+                'data_preprocessors.'
+            )
+
+    def phase(self) -> Phase:
+        """The phase at ``self.step``."""
+        name = phase_at(self.phases, self.step)
+        return Phase(
+            name=name,
+            frozen=self._frozen[name],
+            task=name in ('head', 'joint'),
+        )
+
+    def loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> dict[str, Tensor]:
+        """``loss_residual_kd_student`` and ``loss_residual_kd_assistant``.
+
+        Both are there in every phase; one whose modules are frozen is a
+        constant. For the log ``residual_kd_mse_student`` and
+        ``residual_kd_mse_pair``: how far from the teacher the student is,
+        and the pair.
+        """
+        maps = student_feats[STUDENT[-1]]
+        targets = teacher_feats[self.teacher_sources[0]]
+        self._check_maps(maps, targets)
+        errors: dict[str, list[Tensor]] = {'student': [], 'pair': []}
+        for level, (student_feat, assistant_feat, teacher_feat) in enumerate(
+            zip(maps, student_feats[ASSISTANT], targets, strict=True)
+        ):
+            if self.connectors is not None:
+                connector = self.connectors[level]
+                weights = {
+                    key: value.detach()
+                    for key, value in connector.named_parameters()
+                }
+                # Frozen together with the student: else the residual would
+                # drift while the assistant learns it.
+                student_feat = (
+                    connector(student_feat)
+                    if student_feat.requires_grad
+                    else connector(student_feat).detach()
+                )
+                assistant_feat = torch.func.functional_call(
+                    connector, weights, (assistant_feat,)
+                )
+            errors['student'].append(
+                student_loss(
+                    student_feat=student_feat, teacher_feat=teacher_feat
+                )
+            )
+            errors['pair'].append(
+                assistant_loss(
+                    student_feat=student_feat,
+                    assistant_feat=assistant_feat,
+                    teacher_feat=teacher_feat,
+                )
+            )
+        student = torch.stack(errors['student']).sum()
+        pair = torch.stack(errors['pair']).sum()
+        return {
+            'loss_residual_kd_student': _weighted(
+                student, self.student_weight
+            ),
+            'loss_residual_kd_assistant': _weighted(
+                pair, self.assistant_weight
+            ),
+            'residual_kd_mse_student': student.detach(),
+            'residual_kd_mse_pair': pair.detach(),
+        }

@@ -1,0 +1,52 @@
+"""Residual KD's two losses.
+
+Legend: F_S student, F_A assistant, F_T teacher, features of one shape
+``(N, C, *)``.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+
+def _full(tensor: Tensor) -> Tensor:
+    # Half precision loses a small residual.
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def student_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
+    """What the student still lacks of the teacher's feature.
+
+        L_S = mean((F_T - F_S)^2)
+
+    Source: Residual KD, arXiv 2002.09168 [paper: the student mimics the
+    teacher's feature maps]; the squared distance is [inference], from the
+    same author's arXiv 1812.01819.
+
+    Shape:
+        - student_feat, teacher_feat: ``(N, C, *)``
+        - out: scalar
+    """
+    return mse_loss(_full(student_feat), _full(teacher_feat))
+
+
+def assistant_loss(
+    *, student_feat: Tensor, assistant_feat: Tensor, teacher_feat: Tensor
+) -> Tensor:
+    """How far the assistant is from what the student lacks.
+
+        D = sg(F_T - F_S),   L_A = mean((D - F_A)^2)
+
+    Its value is that of ``mean((F_T - F_int)^2)`` with F_int = F_S + F_A; its
+    gradient reaches the assistant alone. Were D not a constant, the student
+    would be pulled to make errors that are easy to predict.
+
+    Source: Residual KD [paper: the assistant learns the residual error]; the
+    stop-gradient is [inference].
+
+    Shape:
+        - student_feat, assistant_feat, teacher_feat: ``(N, C, *)``
+        - out: scalar
+    """
+    residual = (_full(teacher_feat) - _full(student_feat)).detach()
+    return mse_loss(_full(assistant_feat), residual)

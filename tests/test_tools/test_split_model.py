@@ -1,0 +1,203 @@
+"""The separation costs what it may, counted on the whole host models."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.analysis import FlopAnalyzer
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS
+
+from era_mm.methods.residual_kd import pair_config, split_by_flops
+from era_mm.methods.residual_kd.split import widths
+from era_mm.testing import classifier_config, detector_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = 32
+SHORT = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
+
+
+def classifier(**backbone):
+    """A classifier without head: its features are what is counted."""
+    return ConfigDict(
+        type='mmpretrain.ImageClassifier',
+        data_preprocessor=dict(type='mmpretrain.ClsDataPreprocessor'),
+        backbone=backbone,
+    )
+
+
+# The second number: what the narrowest assistant must fit into.
+MODELS_OF = {
+    'resnet': (classifier(type='mmpretrain.ResNet', depth=18, **SHORT), 0.1),
+    'resnext': (
+        classifier(type='mmpretrain.ResNeXt', depth=50, **SHORT),
+        0.2,
+    ),
+    'mobilenet_v2': (
+        classifier(type='mmpretrain.MobileNetV2', widen_factor=0.5),
+        0.3,
+    ),
+    'convnext': (
+        classifier(
+            type='mmpretrain.ConvNeXt',
+            arch=dict(depths=[1, 1, 1, 1], channels=[40, 80, 160, 320]),
+        ),
+        0.1,
+    ),
+    'retinanet': (detector_config(width=64, channels=64), 0.2),
+}
+
+
+def count(config):
+    """FLOPs of a whole host model, the additions of a pair by hand."""
+    model = MODELS.build(copy.deepcopy(config)).eval()
+    inputs = torch.zeros(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        analyzer = FlopAnalyzer(model, inputs)
+        analyzer.unsupported_ops_warnings(False)
+        analyzer.uncalled_modules_warnings(False)
+        flops = analyzer.total()
+        if config['backbone']['type'] == 'era_mm.ResidualPair':
+            flops += sum(feat.numel() for feat in model.backbone(inputs))
+    return flops
+
+
+def check(model, share, source):
+    split = split_by_flops(model, share, source=source, input_size=SIZE)
+    pair = pair_config(
+        model, source=source, student=split.student, assistant=split.assistant
+    )
+    costs = split.costs
+    whole, both = count(model), count(pair)
+    assert both <= whole
+    # What the split has measured up to the cut, the host's counter confirms
+    # on the whole: the head is the same.
+    assert whole - both == costs['model'].flops - costs['pair'].flops
+    assert 0 < costs['assistant'].flops <= share * costs['model'].flops
+    parts = costs['student'].flops + costs['assistant'].flops
+    assert parts < costs['pair'].flops
+    return split
+
+
+@pytest.mark.parametrize('name', list(MODELS_OF))
+def test_split__costs_no_more_than_the_model(name):
+    model, share = MODELS_OF[name]
+    check(model, share, 'neck' if name == 'retinanet' else 'backbone')
+
+
+@pytest.mark.parametrize('share', [0.1, 0.3, 0.5])
+def test_split__takes_the_widest_that_fit(share):
+    model, _ = MODELS_OF['resnet']
+    split = check(model, share, 'backbone')
+    # A step of 8 channels more, of either, would be too much.
+    wider = copy.deepcopy(split)
+    wider.student['backbone']['base_channels'] += 8
+    wider.student['backbone']['stem_channels'] += 8
+    for student, assistant in (
+        (wider.student, split.assistant),
+        ({}, _wider(split.assistant)),
+    ):
+        pair = pair_config(
+            model, source='backbone', student=student, assistant=assistant
+        )
+        if student:
+            assert count(pair) > count(model)
+        else:
+            alone = count(pair) - count(model)
+            assert alone > share * count(model)
+
+
+def _wider(assistant):
+    backbone = {k: v + 8 for k, v in assistant['backbone'].items()}
+    return dict(assistant, backbone=backbone)
+
+
+def test_split__of_share_0_is_the_model():
+    model, _ = MODELS_OF['resnet']
+    split = split_by_flops(model, 0, source='backbone', input_size=SIZE)
+    assert (split.student, split.assistant) == ({}, None)
+    assert split.costs['pair'] == split.costs['model']
+    assert 'assistant' not in split.costs
+
+
+def test_widths__by_hand():
+    backbone = dict(type='mmdet.ResNeXt', depth=50, groups=32, base_width=4)
+    found = widths(dict(backbone=backbone), 16, with_neck=True)
+    # 64 channels by 16: four widths; groups in proportion.
+    assert [c['backbone'] for c in found] == [
+        dict(base_channels=b, stem_channels=b, groups=g)
+        for b, g in ((16, 8), (32, 16), (48, 24), (64, 32))
+    ]
+    neck = dict(type='FPN', out_channels=24)
+    found = widths(
+        dict(backbone=dict(type='mmdet.ResNet', base_channels=8), neck=neck),
+        8,
+        with_neck=True,
+    )
+    assert [c['neck']['out_channels'] for c in found] == [8, 16, 24]
+    assert all(c['backbone']['base_channels'] == 8 for c in found)
+    # A student's neck keeps what the head gets.
+    parts = dict(backbone=dict(type='mmdet.ResNet'), neck=neck)
+    assert all('neck' not in c for c in widths(parts, 8, with_neck=False))
+    # 'atto' begins with 40 channels; half of 40 is 20, by 8 it is 16.
+    found = widths(
+        dict(backbone=dict(type='mmpretrain.ConvNeXt', arch='atto')),
+        8,
+        with_neck=True,
+    )
+    assert dict(
+        depths=[2, 2, 6, 2], channels=[16, 40, 80, 160], _delete_=True
+    ) in [c['backbone']['arch'] for c in found]
+
+
+@pytest.mark.parametrize(
+    ('model', 'share', 'message'),
+    [
+        (MODELS_OF['resnet'][0], 1.0, r'in \[0, 1\)'),
+        (MODELS_OF['resnet'][0], 0.001, 'narrowest one .* takes'),
+        (
+            classifier(type='mmpretrain.VGG', depth=11),
+            0.1,
+            'How to narrow a mmpretrain.VGG',
+        ),
+    ],
+    ids=['share', 'too small', 'unknown'],
+)
+def test_split__that_cannot_be_is_refused(model, share, message):
+    with pytest.raises(ValueError, match=message):
+        split_by_flops(model, share, source='backbone', input_size=SIZE)
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location(
+        'split_model', ROOT / 'tools/split_model.py'
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tool__prints_what_a_config_has_to_say(tool, tmp_path, capsys):
+    model = classifier_config(width=32)
+    file = tmp_path / 'given.py'
+    file.write_text(f'model = {model!r}\n')
+    options = ['--source', 'backbone', '--share', '0.2', '--divisor', '4']
+    assert tool.main([str(file), *options, '--input-size', str(SIZE)]) == 0
+    printed = capsys.readouterr().out
+    table, _, snippet = printed.partition('\n\n')
+    for name in ('model', 'student', 'assistant', 'pair'):
+        assert f'\n{name} ' in table
+    found = {}
+    exec(snippet, found)
+    distiller = found['distiller']
+    assert distiller.pop('type') == 'era_mm.ResidualKDDistiller'
+    pair = pair_config(model, **distiller)
+    assert count(pair) <= count(model)
+
+
+def test_tool__says_what_is_wrong(tool, capsys):
+    assert tool.main(['no_such_config']) == 1
+    assert 'no_such_config' in capsys.readouterr().err
