@@ -41,15 +41,16 @@ class ModesHook(Hook):
     Source: ours.
 
     Args:
-        modes: A distiller's modes, or the other students of a
-            ``MutualDistillation``.
+        modes: A distiller's modes, or the other student of a
+            ``MutualDistillation``. 'S', the student alone, may be named and
+            changes nothing.
     """
 
     # Before mmengine's own hooks take the metrics for log and best file.
     priority = 'HIGHEST'
 
     def __init__(self, modes: Sequence[str]) -> None:
-        self.modes = tuple(modes)
+        self.modes = tuple(mode for mode in modes if mode != 'S')
         self._evaluators: dict[str, Evaluator] = {}
 
     @staticmethod
@@ -70,31 +71,20 @@ class ModesHook(Hook):
 
     def _begin(self, runner: Any, config: Any, loop: Any) -> None:
         self._model(runner).active_modes = self.modes
+        self._loop = loop
         self._evaluators = {}
         for mode in self.modes:
             evaluator = runner.build_evaluator(for_mode(config, mode))
             evaluator.dataset_meta = loop.evaluator.dataset_meta
             self._evaluators[mode] = evaluator
 
-    def _process(self, runner: Any, data_batch: Any) -> None:
-        predictions = self._model(runner).mode_predictions
-        for mode, evaluator in self._evaluators.items():
-            evaluator.process(
-                data_samples=predictions[mode], data_batch=data_batch
-            )
-        self._model(runner).mode_predictions = {}
-
-    def _finish(self, runner: Any, loop: Any, metrics: dict | None) -> None:
-        self._model(runner).active_modes = ()
-        for mode, evaluator in self._evaluators.items():
-            found = evaluator.evaluate(len(loop.dataloader.dataset))
-            if metrics is not None:
-                metrics |= {f'{mode}/{k}': v for k, v in found.items()}
-        self._evaluators = {}
-
     def before_val_epoch(self, runner: Any) -> None:
         """Ask the model for the modes."""
         self._begin(runner, runner.cfg.val_evaluator, runner.val_loop)
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Ask the model for the modes."""
+        self._begin(runner, runner.cfg.test_evaluator, runner.test_loop)
 
     def after_val_iter(
         self,
@@ -104,30 +94,24 @@ class ModesHook(Hook):
         outputs: Any = None,
     ) -> None:
         """Hand the modes' predictions to their evaluators."""
-        self._process(runner, data_batch)
+        model = self._model(runner)
+        for mode, evaluator in self._evaluators.items():
+            evaluator.process(
+                data_samples=model.mode_predictions[mode],
+                data_batch=data_batch,
+            )
+        model.mode_predictions = {}
 
     def after_val_epoch(
         self, runner: Any, metrics: dict | None = None
     ) -> None:
-        """Add the modes' metrics to the model's."""
-        self._finish(runner, runner.val_loop, metrics)
+        """Add the modes' metrics to the model's own."""
+        self._model(runner).active_modes = ()
+        for mode, evaluator in self._evaluators.items():
+            found = evaluator.evaluate(len(self._loop.dataloader.dataset))
+            if metrics is not None:
+                metrics |= {f'{mode}/{k}': v for k, v in found.items()}
+        self._evaluators = {}
 
-    def before_test_epoch(self, runner: Any) -> None:
-        """Ask the model for the modes."""
-        self._begin(runner, runner.cfg.test_evaluator, runner.test_loop)
-
-    def after_test_iter(
-        self,
-        runner: Any,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Any = None,
-    ) -> None:
-        """Hand the modes' predictions to their evaluators."""
-        self._process(runner, data_batch)
-
-    def after_test_epoch(
-        self, runner: Any, metrics: dict | None = None
-    ) -> None:
-        """Add the modes' metrics to the model's."""
-        self._finish(runner, runner.test_loop, metrics)
+    after_test_iter = after_val_iter
+    after_test_epoch = after_val_epoch

@@ -428,13 +428,13 @@ def run(make_runner, coco, tmp_path):
 
         runner.model.train_step = spy.__get__(runner.model)
         hook = next(h for h in runner.hooks if type(h).__name__ == 'ModesHook')
-        finish = hook._finish
+        finish = hook.after_val_epoch
 
-        def listen(runner, loop, found):
-            finish(runner, loop, found)
-            metrics.update(found)
+        def listen(runner, **kwargs):
+            finish(runner, **kwargs)
+            metrics.update(kwargs['metrics'])
 
-        hook._finish = listen
+        hook.after_val_epoch = listen
         runner.train()
         return runner, steps, metrics
 

@@ -11,6 +11,7 @@ from mmengine.structures import InstanceData
 from torch.nn.functional import conv2d
 
 from era_mm.core import Distillation
+from era_mm.hooks.modes import for_mode
 from era_mm.methods.era import (
     ERADistiller,
     ERALoss,
@@ -21,7 +22,6 @@ from era_mm.methods.era import (
 )
 from era_mm.methods.era.mbrnet import ResidualBranch
 from era_mm.methods.era.twi_blend import can_blend_raw, merge
-from era_mm.methods.era.twi_hook import _for_mode
 from era_mm.testing import (
     detection_batch,
     detector_config,
@@ -826,7 +826,7 @@ def test_modes__files_of_an_evaluator_get_the_modes_name():
         dict(type='CocoMetric', outfile_prefix='out/res'),
         dict(type='DumpResults', out_file_path='out/res.pkl'),
     ]
-    found = _for_mode(config, 'T')
+    found = for_mode(config, 'T')
     assert found[0]['outfile_prefix'] == 'out/res.T'
     assert found[1]['out_file_path'] == 'out/res.T.pkl'
     assert config[0]['outfile_prefix'] == 'out/res'
