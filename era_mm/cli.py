@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -201,17 +202,23 @@ def _run(
         print(_explain(error), file=sys.stderr)
         return 1
     finally:
-        _leave_group()
+        leave_group()
     return 0
 
 
-def _leave_group() -> None:
+def leave_group() -> None:
+    """Leave the process group, if this process is in one."""
     distributed = sys.modules.get('torch.distributed')
     if (
         distributed is not None
         and distributed.is_available()
         and distributed.is_initialized()
     ):
+        if distributed.get_backend() == 'gloo':
+            # A thread of gloo that is still dropping the last gradients'
+            # all-reduce needs the GIL, and torch 2.12 joins that thread
+            # without giving the GIL up: the rank would hang for ever.
+            time.sleep(0.5)
         distributed.destroy_process_group()
 
 

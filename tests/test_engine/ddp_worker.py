@@ -7,6 +7,7 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from torch import distributed, nn
 
+from era_mm.cli import leave_group
 from era_mm.engine import DistillationDataParallel
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     log = wrapped.train_step(dict(inputs=inputs), optimizer)
     assert log == dict(loss_pretrain=inputs.sum())
     assert abs(weight.item() - 0.5) < 1e-6
-    distributed.destroy_process_group()
+    leave_group()
     print(f'rank {rank} agrees')
 
 

@@ -21,6 +21,7 @@ def test_data_parallel__trains_two_cpu_ranks() -> None:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
     assert 'rank 0 agrees' in done.stdout
