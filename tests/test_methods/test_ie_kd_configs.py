@@ -20,10 +20,20 @@ from era_mm.core.teacher import resolve_model_config
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parents[2]
-# Training images (COCO: those with annotations) and batch over 8 GPUs.
+# Plain twin, training images (COCO: those with annotations) and batch over
+# 8 GPUs (digits: one process).
 DATA = {
-    'ie_kd_retinanet_r101_r50': (117266, 16),
-    'ie_kd_resnet34_resnet18_imagenet': (1281167, 256),
+    'ie_kd_retinanet_r101_r50': ('plain_retinanet_r50', 117266, 16),
+    'ie_kd_resnet34_resnet18_imagenet': (
+        'plain_resnet18_imagenet',
+        1281167,
+        256,
+    ),
+    'ie_kd_retinanet_r18w32_r18w16_digits': (
+        'plain_retinanet_r18w16_digits',
+        1200,
+        8,
+    ),
 }
 STEMS = sorted(file.stem for file in (ROOT / 'configs').glob('ie_*.py'))
 
@@ -37,14 +47,16 @@ def load(stem):
 def learning_rates(cfg, begin, end):
     """The rates of some epochs by the schedules that count epochs."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    configs = cfg.param_scheduler
-    schedulers = [
-        PARAM_SCHEDULERS.build(
-            copy.deepcopy(config), default_args=dict(optimizer=optimizer)
-        )
-        for config in (configs if isinstance(configs, list) else [configs])
-        if config.get('by_epoch', True)
-    ]
+    configs = copy.deepcopy(cfg.param_scheduler)
+    schedulers = []
+    for config in configs if isinstance(configs, list) else [configs]:
+        if config.get('by_epoch', True):
+            config.pop('convert_to_iter_based', None)
+            schedulers.append(
+                PARAM_SCHEDULERS.build(
+                    config, default_args=dict(optimizer=optimizer)
+                )
+            )
     rates = []
     for _ in range(end):
         rates.append(optimizer.param_groups[0]['lr'])
@@ -57,12 +69,8 @@ def learning_rates(cfg, begin, end):
 @pytest.mark.parametrize('stem', DATA)
 def test_phase__takes_whole_epochs_before_the_twins_schedule(stem):
     cfg = load(stem)
-    twin = load(
-        'plain_retinanet_r50'
-        if 'retinanet' in stem
-        else 'plain_resnet18_imagenet'
-    )
-    images, batch = DATA[stem]
+    name, images, batch = DATA[stem]
+    twin = load(name)
     per_epoch = math.ceil(images / batch)
     epochs = cfg.train_cfg.max_epochs - twin.train_cfg.max_epochs
     iters = cfg.model.distiller.pretrain_iters
@@ -79,6 +87,7 @@ def test_configs__are_all_there():
     assert set(DATA) < set(STEMS)
     assert [stem for stem in STEMS if stem.startswith('ie_dml_')] == [
         'ie_dml_resnet34_resnet18_imagenet',
+        'ie_dml_retinanet_r18w16_r18w16_digits',
         'ie_dml_retinanet_r50_r50',
     ]
 
@@ -89,6 +98,8 @@ def narrow(config):
     if scope is not None:
         config.type = f'{scope}.{config.type}'
     config.backbone.pop('init_cfg', None)
+    if config.backbone.get('base_channels', 64) < 64:
+        return config
     config.backbone.update(base_channels=8, stem_channels=8)
     if 'in_channels' in config.get('neck', {}):
         config.neck.in_channels = [c // 8 for c in config.neck.in_channels]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from torch import nn
@@ -752,6 +753,25 @@ def test_config__pair_costs_less_than_the_given_model(name):
     shares = {k: round(c.flops / whole, 3) for k, c in costs.items()}
     assert shares == dict(student=0.883, assistant=0.077, pair=0.967)
     assert ('phases' in distiller) == ('progressive' in name)
+
+
+def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant():
+    cfg = Config.fromfile(
+        ROOT / 'configs/residual_kd_retinanet_r18w32_r18w16_digits.py'
+    )
+    cfg.model.teacher.checkpoint = 'random'
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        first, second = (
+            model.train_step(detection_batch(2, size=64), wrapper)
+            for _ in range(2)
+        )
+    assert first['residual_kd_mse_pair'] == pytest.approx(
+        float(first['residual_kd_mse_student'])
+    )
+    assert second['residual_kd_mse_pair'] != second['residual_kd_mse_student']
 
 
 # -- errors -----------------------------------------------------------------
