@@ -240,6 +240,26 @@ def test_pair__cut_anew_is_free_of_what_belongs_to_pretrained_weights():
     assert student.backbone.norm_eval is False
 
 
+def test_distiller__says_what_a_student_cut_anew_starts_without(
+    monkeypatch,
+):
+    given = ConfigDict(detector_config())
+    given.backbone.update(
+        frozen_stages=1,
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet18'),
+    )
+    narrow = dict(backbone=dict(base_channels=4))
+    said: list[str] = []
+    monkeypatch.setattr(
+        'era_mm.methods.residual_kd.distiller.print_log',
+        lambda message, **_: said.append(message),
+    )
+    ERA_MODELS.build(RKD).student_config(given)
+    assert not said
+    ERA_MODELS.build(dict(RKD, student=narrow)).student_config(given)
+    assert 'init_cfg, frozen_stages of the given backbone' in said[0]
+
+
 def test_adapter__does_no_more_than_it_has_to():
     adapter = ResidualAdapter([4, 6], [4, 4])
     assert not list(adapter.levels[0].parameters())

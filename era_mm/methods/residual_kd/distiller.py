@@ -1,15 +1,17 @@
 """ResidualKDDistiller: the pair's losses and the phases of its training."""
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, Phase
 from ...registry import MODELS
 from .losses import assistant_loss, student_loss
-from .pair_config import pair_config
+from .pair_config import PRETRAINING, pair_config
 
 #: Modules of the pair, as the student model names them.
 STUDENT = ('backbone.student', 'backbone.adapter')
@@ -144,7 +146,18 @@ class ResidualKDDistiller(BaseDistiller):
 
     def student_config(self, config: ConfigDict) -> ConfigDict:
         """The given model with the pair in it."""
-        return pair_config(config, source=self.cut, **self._pair)
+        pair = pair_config(config, source=self.cut, **self._pair)
+        given, student = config.backbone, pair.backbone.student.backbone
+        dropped = [k for k in PRETRAINING if k in given and k not in student]
+        if dropped:
+            print_log(
+                'The student of the pair has a backbone of its own, which '
+                f'starts from random weights: {", ".join(dropped)} of the '
+                'given backbone are left out.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        return pair
 
     def prepare(
         self,

@@ -14,6 +14,8 @@ from ...core.utils import preserve_rng
 from .pair import FeatureExtractor
 
 CUTS = ('backbone', 'neck')
+#: What a backbone cut anew cannot keep of the given one.
+PRETRAINING = ('init_cfg', 'pretrained', 'frozen_stages')
 FORMS = {
     'image': 'era_mm.ImageAssistant',
     'feature': 'era_mm.FeatureAssistant',
@@ -165,8 +167,7 @@ def _set_free(backbone: ConfigDict) -> None:
         if kept:
             backbone.init_cfg = kept
     backbone.pop('pretrained', None)
-    if backbone.get('frozen_stages', -1) > -1:
-        backbone.pop('frozen_stages')
+    backbone.pop('frozen_stages', None)
     # True by default in mmdet.
     if 'norm_eval' in arguments_of(backbone):
         backbone.norm_eval = False
