@@ -35,17 +35,21 @@ def find_module(model: nn.Module, source: str, *, owner: str) -> nn.Module:
 
 
 def as_tuple(output: Any, *, source: str) -> tuple[Tensor, ...]:
-    """Bring a module's output into the one form distillers get."""
+    """Bring a module's output into the one form distillers get.
+
+    What a dense head puts out, a tuple of lists by level, is flattened: the
+    scores of all levels, then the boxes of all levels, and so on.
+    """
     if isinstance(output, Tensor):
         return (output,)
-    if isinstance(output, (list, tuple)) and all(
-        isinstance(item, Tensor) for item in output
-    ):
-        return tuple(output)
+    if isinstance(output, (list, tuple)):
+        return tuple(
+            feat for item in output for feat in as_tuple(item, source=source)
+        )
     raise ValueError(
-        f'Source {source!r} must put out a tensor or a tuple of tensors, but '
-        f'gave {type(output).__name__}. Choose a module whose output is a '
-        'feature, for example neck.'
+        f'Source {source!r} must put out a tensor, or tuples or lists of '
+        f'tensors, but gave {type(output).__name__}. Choose a module whose '
+        'output is a feature, for example neck.'
     )
 
 

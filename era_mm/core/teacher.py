@@ -70,8 +70,8 @@ def forward_until(
     """Run a model only as deep as its deepest source.
 
     Backbone sources run the backbone alone, neck sources ``extract_feat``,
-    those of a region proposal network that network too, anything else the
-    whole ``forward(mode='tensor')``.
+    those of a region proposal network or a dense head that one too, anything
+    else the whole ``forward(mode='tensor')``.
     """
     parts = {source.partition('.')[0] for source in sources}
     if parts <= {'backbone'} and hasattr(model, 'backbone'):
@@ -80,6 +80,10 @@ def forward_until(
         model.extract_feat(inputs)
     elif 'rpn_head' in parts <= {'backbone', 'neck', 'rpn_head'}:
         model.rpn_head(model.extract_feat(inputs))
+    elif 'bbox_head' in parts <= {'backbone', 'neck', 'bbox_head'}:
+        # mmdet's own 'tensor' mode calls the head's `forward`, which no
+        # recorder of the head itself would hear.
+        model.bbox_head(model.extract_feat(inputs))
     else:
         model(inputs, data_samples, mode='tensor')
 

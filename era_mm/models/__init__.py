@@ -7,6 +7,7 @@ from .backbones import (
     CIFARShuffleNetV1,
     CIFARShuffleNetV2,
     CIFARWideResNet,
+    CSWinTransformer,
     MobileNetV1,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     'CIFARShuffleNetV1',
     'CIFARShuffleNetV2',
     'CIFARWideResNet',
+    'CSWinTransformer',
     'MobileNetV1',
 ]
