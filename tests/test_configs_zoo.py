@@ -145,7 +145,9 @@ def test_rtmdet__keeps_its_hooks_beside_ours():
 
 
 @pytest.mark.parametrize(
-    'stem', [stem for stem in PLAIN if stem.endswith('imagenet')]
+    'stem',
+    # A transformer has a schedule of its own.
+    [s for s in PLAIN if s.endswith('imagenet') and 'cswin' not in s],
 )
 def test_imagenet__schedule_is_the_released_scripts(stem):
     cfg = load(stem)

@@ -8,6 +8,7 @@ from torch.nn.functional import (
     avg_pool2d,
     batch_norm,
     conv2d,
+    gelu,
     max_pool2d,
     relu,
 )
@@ -15,6 +16,7 @@ from torch.nn.functional import (
 from era_mm.models.backbones.cifar_mobilenet_v2 import InvertedResidual
 from era_mm.models.backbones.cifar_shufflenet import ShuffleUnit
 from era_mm.models.backbones.cifar_wide_resnet import PreActBlock
+from era_mm.models.backbones.cswin import CrossShapedAttention, CSWinBlock
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +81,26 @@ def test_mobilenet_v1__parameters_are_the_published():
     # osmr/imgclsmob; the paper (table 8) rounds to 4.2 M.
     model = build('era_mm.MobileNetV1')
     assert count(model) + 1024 * 1000 + 1000 == 4_231_976
+
+
+@pytest.mark.parametrize(
+    ('arch', 'channels', 'published', 'exact'),
+    [
+        # Millions as the authors' table rounds them; the exact numbers were
+        # counted on the models of their code (microsoft/CSWin-Transformer).
+        ('tiny', 512, 23, 22_320_552),
+        ('small', 512, 35, 34_643_304),
+        ('base', 768, 78, 77_382_184),
+    ],
+)
+def test_cswin__parameters_are_those_of_the_published_code(
+    arch, channels, published, exact
+):
+    with torch.device('meta'):
+        model = build('era_mm.CSWinTransformer', arch=arch)
+    found = count(model) + channels * 1000 + 1000
+    assert found == exact
+    assert abs(found / 1e6 - published) < 1
 
 
 def stage_shapes(model, stages, size):
@@ -326,6 +348,80 @@ def test_shufflenet_v2__begins_with_a_pointwise_convolution():
     for layer in model.layers:
         y = layer(y)
     agree(model(x)[0], y)
+
+
+def lepe_attention(part, q, k, v):
+    """One window, place by place: ``(H, W, C)`` in and out."""
+    rows, columns, channels = v.shape
+    width = channels // part.num_heads
+    out = torch.zeros_like(v)
+    for head in range(part.num_heads):
+        own = slice(head * width, (head + 1) * width)
+        keys, values = k[..., own].flatten(0, 1), v[..., own].flatten(0, 1)
+        for i in range(rows):
+            for j in range(columns):
+                scores = keys @ q[i, j, own] / width**0.5
+                out[i, j, own] = scores.softmax(0) @ values
+    local = conv2d(
+        v.permute(2, 0, 1)[None],
+        part.lepe.weight,
+        part.lepe.bias,
+        padding=1,
+        groups=channels,
+    )
+    return out + local[0].permute(1, 2, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('stripe', [2, 3, None])
+def test_cswin__attends_in_columns_and_rows(stripe):
+    """A map of 5 x 6: stripes of 2 and 3 leave rests, which see themselves."""
+    attention = CrossShapedAttention(8, 4, stripe).double()
+    x = images(2, 5, 6, 8)
+    expected = torch.empty_like(x)
+    for sample, out in zip(x, expected, strict=True):
+        q, k, v = attention.qkv(sample).chunk(3, dim=-1)
+        if stripe is None:
+            out.copy_(lepe_attention(attention.parts[0], q, k, v))
+            continue
+        in_columns, in_rows = attention.parts
+        for begin in range(0, 6, stripe):
+            at = (slice(None), slice(begin, begin + stripe), slice(0, 4))
+            out[at] = lepe_attention(in_columns, q[at], k[at], v[at])
+        for begin in range(0, 5, stripe):
+            at = (slice(begin, begin + stripe), slice(None), slice(4, 8))
+            out[at] = lepe_attention(in_rows, q[at], k[at], v[at])
+    agree(attention(x), attention.proj(expected))
+
+
+@torch.no_grad()
+def test_cswin__block_has_two_shortcuts():
+    block = CSWinBlock(8, 4, 2, drop_path=0.5).double().eval()
+    x = images(2, 4, 4, 8)
+    y = x + block.attn(block.norm1(x))
+    hidden = gelu(block.ffn.layers[0][0](block.norm2(y)))
+    agree(block(x), y + block.ffn.layers[1](hidden))
+
+
+@torch.no_grad()
+def test_cswin__stages_have_the_published_widths_and_strides():
+    arch = dict(embed_dims=8, depths=(1, 2, 3, 1), num_heads=(2, 2, 4, 8))
+    model = build(
+        'era_mm.CSWinTransformer',
+        arch=arch,
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.6,
+    )
+    model.eval()
+    found = [tuple(out.shape[1:]) for out in model(torch.zeros(1, 3, 64, 96))]
+    assert found == [(8, 16, 24), (16, 8, 12), (32, 4, 6), (64, 2, 3)]
+    stripes = [[b.attn.stripe for b in stage] for stage in model.stages]
+    assert stripes == [[1], [2, 2], [7, 7, 7], [None]]
+    # From 0 to 0.6 over seven blocks.
+    rates = [b.drop_path.drop_prob for stage in model.stages for b in stage]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    with pytest.raises(ValueError, match=r"one of .*'tiny'.* got 'huge'"):
+        build('era_mm.CSWinTransformer', arch='huge')
 
 
 # -- initial weights --------------------------------------------------------
