@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -17,6 +18,7 @@ from era_mm.core import (
     distillation,
     extras_of,
 )
+from era_mm.core.teacher import forward_until
 from era_mm.core.utils import preserve_rng
 from era_mm.registry import MODELS as ERA_MODELS
 from era_mm.testing import (
@@ -265,6 +267,32 @@ def test_source__replaced_by_sync_norm_is_still_heard():
     with recorder:
         net(torch.ones(3, 2))
     assert recorder.pop()['1'][0].shape == (3, 2)
+
+
+def test_source__of_a_dense_head_gives_its_outputs_level_by_level():
+    model = MODELS.build(ConfigDict(detector_config(head='FCOSHead'))).eval()
+    inputs = torch.rand(1, 3, 64, 64)
+    recorder = Recorder(model, ['neck', 'bbox_head'], owner='student')
+    with recorder, torch.no_grad():
+        forward_until(model, inputs, recorder.sources)
+    found = recorder.pop()
+    with torch.no_grad():
+        scores, boxes, centerness = model(inputs, mode='tensor')
+    # Class scores of both levels, then boxes, then centre-ness.
+    expected = [*scores, *boxes, *centerness]
+    assert len(found['bbox_head']) == len(expected) == 6
+    assert all(map(torch.equal, found['bbox_head'], expected))
+    assert len(found['neck']) == 2
+
+
+def test_source__that_puts_out_more_than_tensors_is_refused():
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return [x], (2, 2)
+
+    recorder = Recorder(nn.Sequential(Tokens()), ['0'], owner='student')
+    with recorder, pytest.raises(ValueError, match=r"'0' .* but gave int"):
+        recorder.model(torch.ones(1, 2))
 
 
 def test_modes__of_a_plain_file_are_refused(tmp_path):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmdet.models.utils import unpack_gt_instances
 from torch import Tensor, nn
 
 from ...core import Features, Unregistered
@@ -376,6 +375,10 @@ class DensePeers(_Peers):
         data_samples: list,
     ) -> Tensor:
         """L_peer."""
+        # Here and not above: a classifier needs nothing of mmdet's models,
+        # which take seconds to import.
+        from mmdet.models.utils import unpack_gt_instances
+
         outs, num_levels = feats['bbox_head'], len(feats['neck'])
         # Boxes, centre-ness and what else the head puts out, by level.
         others = [
