@@ -12,6 +12,14 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(HERE / 'era_mm' / 'version.py'))['__version__']
+# What mim starts by name.
+ENTRY_SCRIPTS = (
+    'train.py',
+    'test.py',
+    'export_student.py',
+    'make_config.py',
+    'print_sources.py',
+)
 REPOSITORY = 'https://github.com/era-mm/era_mm'
 
 
@@ -51,7 +59,7 @@ class BuildWithMim(build_py):
             installed = self.get_finalized_command('install').install_lib
             scripts = Path(installed, 'era_mm', '.mim', 'tools')
             scripts.mkdir(parents=True)
-            for name in ('train.py', 'test.py', 'export_student.py'):
+            for name in ENTRY_SCRIPTS:
                 shutil.copy(HERE / 'tools' / name, scripts)
             return
         for package in ('era_mm', '_era_mm_mim'):

@@ -1,4 +1,4 @@
-"""``train`` and ``test``, with the flags of mmdet's scripts; ``export``.
+"""``train`` and ``test``, with the flags of mmdet's scripts, and the tools.
 
 Nothing heavy is imported before the arguments are parsed: mim asks for
 ``train.py -h`` before every run.
@@ -47,6 +47,16 @@ def run_test(argv: Sequence[str] | None = None) -> int:
 def run_export_student(argv: Sequence[str] | None = None) -> int:
     """Write a student as a plain host model; the exit status is returned."""
     return _run(_export_parser().parse_args(argv), _export)
+
+
+def run_make_config(argv: Sequence[str] | None = None) -> int:
+    """Write the config of a distillation; the exit status is returned."""
+    return _run(_make_config_parser().parse_args(argv), _make_config)
+
+
+def run_print_sources(argv: Sequence[str] | None = None) -> int:
+    """List a model's modules and shapes; the exit status is returned."""
+    return _run(_print_sources_parser().parse_args(argv), _print_sources)
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -151,6 +161,71 @@ def _export_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _make_config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='make_config',
+        description='Write the config that distils one model into another. '
+        "It inherits the student's own config.",
+    )
+    reference = "path of a host config, or 'mmdet::...', 'mmpretrain::...'"
+    parser.add_argument(
+        '--student', required=True, metavar='CONFIG', help=reference
+    )
+    parser.add_argument(
+        '--teacher', required=True, metavar='CONFIG', help=reference
+    )
+    parser.add_argument(
+        '--student-checkpoint',
+        metavar='FILE',
+        help='path or URL of weights that the student starts from',
+    )
+    parser.add_argument(
+        '--teacher-checkpoint',
+        metavar='FILE',
+        help="path or URL of the teacher's weights (default: what the host "
+        "publishes for a teacher given as 'mmdet::...')",
+    )
+    parser.add_argument(
+        '--method', default='era', help='how to distil (default: era)'
+    )
+    parser.add_argument(
+        '--out', required=True, metavar='FILE', help='where to write, a .py'
+    )
+    _add_traceback(parser)
+    parser.set_defaults(local_rank=0)
+    return parser
+
+
+def _print_sources_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='print_sources',
+        description='List the modules of a model with the shapes they put '
+        'out, to choose a `source` from. C x H x W /stride, without the '
+        'batch.',
+    )
+    parser.add_argument(
+        'config',
+        help="path or base name of a config, a distillation's or a host's, "
+        "or 'mmdet::...'",
+    )
+    parser.add_argument(
+        '--depth',
+        type=int,
+        default=2,
+        help='how many parts a name may have (default: 2)',
+    )
+    parser.add_argument(
+        '--input-size',
+        type=int,
+        metavar='PIXELS',
+        help="side of the image (default: what a classifier's pipeline "
+        'crops; 256 for detectors)',
+    )
+    _add_traceback(parser)
+    parser.set_defaults(local_rank=0)
+    return parser
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir',
@@ -183,6 +258,10 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
         help='override config entries, e.g. train_cfg.max_epochs=3 '
         'model.backbone.depth=18 key="[a,b]"',
     )
+    _add_traceback(parser)
+
+
+def _add_traceback(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--traceback',
         action='store_true',
@@ -352,5 +431,38 @@ def _export(args: argparse.Namespace) -> None:
             f'needs era_mm for {", ".join(exported.needs_era_mm)}'
             if exported.needs_era_mm
             else 'needs no era_mm'
+        )
+    )
+
+
+def _make_config(args: argparse.Namespace) -> None:
+    from mmengine.logging import MMLogger
+
+    from era_mm.engine.make_config import run
+
+    # What models say when they are built; the report says what matters.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    print(
+        run(
+            args.student,
+            args.teacher,
+            method=args.method,
+            out=args.out,
+            student_checkpoint=args.student_checkpoint,
+            teacher_checkpoint=args.teacher_checkpoint,
+        )
+    )
+    print(f'wrote {args.out}; train it with\n  mim train era_mm {args.out}')
+
+
+def _print_sources(args: argparse.Namespace) -> None:
+    from era_mm.engine.host_configs import read_host_config
+    from era_mm.engine.print_sources import print_sources
+
+    print(
+        print_sources(
+            read_host_config(args.config),
+            depth=args.depth,
+            input_size=args.input_size,
         )
     )

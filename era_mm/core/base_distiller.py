@@ -8,21 +8,27 @@ saved is the core's business.
 
 import fnmatch
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dist import all_reduce, get_world_size
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..registry import explain_unknown_keys
+from ..layers import Connector, crop_to_common
+from ..registry import MODELS, explain_unknown_keys
+from .pairing import Pair, Plan
 from .phase import Phase
 from .schedule import LossSchedule
 from .utils import Unregistered
 
 Features = Mapping[str, tuple[Tensor, ...]]
+
+# Layers import nothing of ours; as a neck it is looked up by its name.
+MODELS.register_module(module=Connector)
 
 
 class HostModel(NamedTuple):
@@ -57,6 +63,7 @@ class BaseDistiller(BaseModule):
     - ``freeze_inner``: the inner module learns in that phase alone.
     - ``schedules``: a factor per loss term over the global step.
     - :meth:`choose_sources`: sources that depend on the pair.
+    - :meth:`plan_for`: what ``tools/make_config.py`` writes for a pair.
     - :meth:`student_config`: a student that is more than the given model,
       for methods that keep a module at inference.
     - ``has_phases``, :meth:`phase`: stretches of the run in which parts of
@@ -68,7 +75,10 @@ class BaseDistiller(BaseModule):
     Args:
         source: Module whose output is distilled, in student and teacher
             alike, or ``dict(student=..., teacher=...)`` where the names
-            differ, each a name or a list of names.
+            differ, each a name or a list of names. A further key
+            ``connector=dict(student=..., teacher=...)``, each the arguments
+            of ``Connector``, makes unlike features comparable: it takes one
+            name for each of the two.
         teacher: Name of the teacher it learns from.
         schedules: Factors of its loss terms over the run, each the arguments
             of :class:`LossSchedule` under the key of a loss, in which ``*``
@@ -98,13 +108,13 @@ class BaseDistiller(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        pair = (
+        pair: Mapping[str, Any] = (
             source
             if isinstance(source, dict)
             else {'student': source, 'teacher': source}
         )
         roles = {'student', 'teacher'} if self.needs_teacher else {'student'}
-        if not roles <= set(pair) <= {'student', 'teacher'}:
+        if not roles <= set(pair) <= {'student', 'teacher', 'connector'}:
             raise ValueError(
                 '`source` must be a module name, a list of them, or '
                 f'dict(student=..., teacher=...), but got {source!r}.'
@@ -113,6 +123,7 @@ class BaseDistiller(BaseModule):
         self.teacher_sources = (
             self._names(pair['teacher']) if self.needs_teacher else ()
         )
+        self._set_connectors(pair.get('connector'), source)
         self.teacher = teacher
         self.schedules = {
             key: LossSchedule(**kwargs)
@@ -124,6 +135,134 @@ class BaseDistiller(BaseModule):
     @staticmethod
     def _names(names: str | list | tuple) -> tuple[str, ...]:
         return (names,) if isinstance(names, str) else tuple(names)
+
+    def _set_connectors(self, config: Mapping | None, source: Any) -> None:
+        self._connected = {
+            'student': self.student_sources,
+            'teacher': self.teacher_sources,
+        }
+        self.pair_connectors: dict[str, Connector] = {}
+        if config is None:
+            return
+        if not set(config) <= set(self._connected) or any(
+            len(names) != 1 for names in self._connected.values()
+        ):
+            raise ValueError(
+                '`source.connector` must be dict(student=..., teacher=...) '
+                'with the arguments of Connector, and student and teacher '
+                f'one module name each, but got {source!r}.'
+            )
+        # No modules of this one: they have nothing to train or to save.
+        self.pair_connectors = {
+            role: Connector(**(config.get(role) or {}))
+            for role in self._connected
+        }
+
+    @classmethod
+    def plan_for(cls, pair: Pair) -> Plan:
+        """The config of this method for a pair of models.
+
+        Asked by ``tools/make_config.py``. This one distils the outputs of
+        the necks (of the backbones where there is none), level by level.
+
+        Args:
+            pair: The models, built and measured.
+
+        Raises:
+            UserError: The method cannot work on such a pair.
+        """
+        match = pair.match()
+        return Plan(
+            distiller=dict(type=f'era_mm.{cls.__name__}', **match.config()),
+            match=match,
+        )
+
+    def connected(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Outputs of the student's source as :meth:`loss` gets them."""
+        connector = self.pair_connectors.get('student')
+        return tuple(feats) if connector is None else connector(feats)
+
+    def connect_student(self, feats: Features) -> Features:
+        """The student's features with the connector applied."""
+        return self._connect('student', feats)
+
+    def _connect(self, role: str, feats: Features) -> Features:
+        if role not in self.pair_connectors:
+            return feats
+        (source,) = self._connected[role]
+        if source not in feats:
+            raise ValueError(
+                f'{type(self).__name__} reads {list(feats)} of the {role}, '
+                f'not {source!r}, so `source.connector` has nothing to '
+                'connect. Remove it.'
+            )
+        return {**feats, source: self.pair_connectors[role](feats[source])}
+
+    def connect(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        is_dry_run: bool = False,
+    ) -> dict[str, Features]:
+        """The features of both with the connectors applied.
+
+        Maps of equal stride that padding made unequal are cut to what both
+        have.
+
+        Args:
+            student_feats: The student's by source.
+            teacher_feats: The teacher's.
+            is_dry_run: Both come from one image of one size. Maps that then
+                differ by more than rounding are refused, and what the
+                connectors do is logged.
+        """
+        student_feats = self._connect('student', student_feats)
+        teacher_feats = self._connect('teacher', teacher_feats)
+        feats = dict(student_feats=student_feats, teacher_feats=teacher_feats)
+        if not self.pair_connectors:
+            return feats
+        (own,), (theirs,) = self._connected.values()
+        maps = dict(
+            student_feats=student_feats[own],
+            teacher_feats=teacher_feats[theirs],
+        )
+        if is_dry_run:
+            self._check_connected(**maps)
+        student, teacher = crop_to_common(**maps)
+        return dict(
+            student_feats={**student_feats, own: student},
+            teacher_feats={**teacher_feats, theirs: teacher},
+        )
+
+    def _check_connected(
+        self,
+        *,
+        student_feats: tuple[Tensor, ...],
+        teacher_feats: tuple[Tensor, ...],
+    ) -> None:
+        shapes = [
+            [tuple(feat.shape) for feat in feats]
+            for feats in (student_feats, teacher_feats)
+        ]
+        if [len(shape) for shape in shapes[0]] != [
+            len(shape) for shape in shapes[1]
+        ] or any(
+            abs(own - theirs) > 1
+            for pair in zip(*shapes, strict=False)
+            for own, theirs in zip(*(shape[2:] for shape in pair), strict=True)
+        ):
+            raise ValueError(
+                'Behind the connectors, on one image, the student has '
+                f'{shapes[0]} and the teacher {shapes[1]}: all but the '
+                'channels must agree. Correct `source.connector`; '
+                'tools/print_sources.py shows the strides.'
+            )
+        for role, connector in self.pair_connectors.items():
+            for step in connector.steps():
+                print_log(
+                    f'Connector of the {role}: {step}.', logger='current'
+                )
 
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None

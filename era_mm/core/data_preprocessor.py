@@ -1,35 +1,123 @@
 """One raw batch, preprocessed for the student and for each teacher."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.model import BaseDataPreprocessor
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .teacher import Teacher
 
+#: Settings that leave the images alone.
+_NOT_OF_IMAGES = {
+    '_device',
+    '_non_blocking',
+    'batch_augments',
+    'init_cfg',
+    # Labels and masks.
+    'boxtype2tensor',
+    'mask_pad_value',
+    'num_classes',
+    'pad_mask',
+    'pad_seg',
+    'seg_pad_value',
+    'to_onehot',
+}
+
 
 def _settings(preprocessor: nn.Module) -> dict[str, Any]:
-    """What decides a preprocessor's output, augmentation aside."""
+    """What decides the images a preprocessor makes, augmentation aside."""
     # mmengine keeps some of them under private names (the channel order).
-    other = {'_device', '_non_blocking', 'batch_augments', 'init_cfg'}
     settings = {
         key: value
         for key, value in vars(preprocessor).items()
-        if key not in other | set(vars(nn.Module()))
+        if key not in _NOT_OF_IMAGES | set(vars(nn.Module()))
     }
     for key, value in preprocessor.named_buffers():
         settings[key] = value.flatten().tolist()
     return settings | {'type': type(preprocessor)}
 
 
+def differences(
+    student: nn.Module, teacher: nn.Module
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between two preprocessors, student's and teacher's.
+
+    Empty where both make the same images.
+    """
+    own, theirs = _settings(student), _settings(teacher)
+    return {
+        key.lstrip('_'): (own.get(key), theirs.get(key))
+        for key in own | theirs
+        if own.get(key) != theirs.get(key)
+    }
+
+
+def convert(
+    inputs: Tensor,
+    data_samples: Sequence[Any],
+    *,
+    student: nn.Module,
+    teacher: nn.Module,
+) -> Tensor:
+    """A student's batch as the teacher's preprocessor would have made it.
+
+        x_t = (flip(x_s * std_s + mean_s) - mean_t) / std_t
+
+    with padding as the teacher pads. For batches that were augmented after
+    the preprocessing: scaling and mixing of images commute with it.
+
+    Source: ours.
+
+    Args:
+        inputs: What the student's preprocessor has put out.
+        data_samples: With ``img_shape``, what is image and not padding.
+        student: The student's preprocessor.
+        teacher: The teacher's.
+
+    Shape:
+        - inputs: ``(N, 3, H, W)``
+        - out: ``(N, 3, H', W')``, larger where the teacher's divisor asks
+          for it
+    """
+    images = inputs
+    if 'mean' in dict(student.named_buffers()):
+        images = images * student.std + student.mean
+    if _flips(student) != _flips(teacher):
+        images = images.flip(1)
+    if 'mean' in dict(teacher.named_buffers()):
+        images = (images - teacher.mean) / teacher.std
+    divisor = teacher.pad_size_divisor
+    height, width = images.shape[-2:]
+    images = pad(
+        images,
+        (0, -width % divisor, 0, -height % divisor),
+        value=teacher.pad_value,
+    )
+    if images is inputs:
+        images = images.clone()
+    for image, sample in zip(images, data_samples, strict=True):
+        height, width = sample.metainfo.get('img_shape', (height, width))[:2]
+        image[:, height:] = teacher.pad_value
+        image[:, :, width:] = teacher.pad_value
+    return images
+
+
+def _flips(preprocessor: nn.Module) -> bool:
+    """Whether it turns the channels round; mmpretrain's, then mmengine's."""
+    settings = vars(preprocessor)
+    return settings.get('to_rgb', settings.get('_channel_conversion', False))
+
+
 class DistillationDataPreprocessor(BaseDataPreprocessor):
     """The student's preprocessor, with the teachers' inputs beside.
 
-    A teacher whose own preprocessor has the student's settings gets the
-    student's tensors, batch augmentation (mixup, multi-scale) included; any
-    other gets the raw batch through its own preprocessor.
+    A teacher whose own preprocessor makes the same images gets the student's
+    tensors, batch augmentation (mixup, multi-scale) included. Any other gets
+    the raw batch through its own preprocessor; where the student has batch
+    augmentation, the student's augmented batch by :func:`convert`.
 
     Source: ours.
 
@@ -38,8 +126,8 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
         teachers: The teachers by name.
 
     Raises:
-        ValueError: A teacher normalises otherwise while the student has batch
-            augmentation: the teacher would see other images.
+        ValueError: The student has batch augmentation and one of the two
+            preprocessors is none of which the arithmetic is known.
     """
 
     def __init__(
@@ -48,16 +136,22 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
         super().__init__()
         self.student = student
         self._own: dict[str, Teacher] = {}
+        self._augments = getattr(student, 'batch_augments', None) is not None
         for name, teacher in teachers.items():
             preprocessor = teacher.model.data_preprocessor
-            if _settings(preprocessor) == _settings(student):
+            if not differences(student, preprocessor):
                 continue
-            if getattr(student, 'batch_augments', None) is not None:
+            if self._augments and not all(
+                hasattr(known, 'pad_value')
+                for known in (student, preprocessor)
+            ):
                 raise ValueError(
                     f'The {name} has another data_preprocessor than the '
                     'student, and the student has `batch_augments`, which '
-                    'the teacher would not see. Remove `batch_augments`, or '
-                    'use a teacher with the same mean, std and padding.'
+                    f'the teacher has to see. From {type(student).__name__} '
+                    f'to {type(preprocessor).__name__} batches cannot be '
+                    'converted: remove `batch_augments`, or use a teacher '
+                    "with the student's preprocessing."
                 )
             self._own[name] = teacher
 
@@ -79,17 +173,29 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
                 with an entry for each teacher that sees other tensors than
                 the student.
         """
+        if not training or not self._own:
+            return self.student(data, training)
+        own = {
+            name: teacher.model.data_preprocessor
+            for name, teacher in self._own.items()
+        }
+        if self._augments:
+            data = self.student(data, training)
+            teacher_inputs = {
+                name: convert(
+                    data['inputs'],
+                    data['data_samples'],
+                    student=self.student,
+                    teacher=preprocessor,
+                )
+                for name, preprocessor in own.items()
+            }
+            return {**data, 'teacher_inputs': teacher_inputs}
         teacher_inputs = {}
-        if training:
-            for name, teacher in self._own.items():
-                # Preprocessors write into the data samples.
-                own = {
-                    **data,
-                    'data_samples': copy.deepcopy(data.get('data_samples')),
-                }
-                preprocessor = teacher.model.data_preprocessor
-                teacher_inputs[name] = preprocessor(own, False)['inputs']
+        for name, preprocessor in own.items():
+            # Preprocessors write into the data samples.
+            samples = copy.deepcopy(data.get('data_samples'))
+            raw = {**data, 'data_samples': samples}
+            teacher_inputs[name] = preprocessor(raw, False)['inputs']
         data = self.student(data, training)
-        if teacher_inputs:
-            data['teacher_inputs'] = teacher_inputs
-        return data
+        return {**data, 'teacher_inputs': teacher_inputs}

@@ -301,14 +301,10 @@ class Distillation(BaseModel):
         for name, distiller in distillers.items():
             distiller.prepare(
                 **pairs[name],
-                student_feats={
-                    source: student_feats[source]
-                    for source in distiller.student_sources
-                },
-                teacher_feats={
-                    source: teacher_feats[distiller.teacher][source]
-                    for source in distiller.teacher_sources
-                },
+                **distiller.connect(
+                    **self._feats_of(distiller, student_feats, teacher_feats),
+                    is_dry_run=True,
+                ),
             )
             distiller.set_up_inner()
 
@@ -459,7 +455,9 @@ class Distillation(BaseModel):
             self._has_extras = True
         idle = []
         for name, distiller in self.distillers.items():
-            feats = self._feats_of(distiller, student_feats, teacher_feats)
+            feats = distiller.connect(
+                **self._feats_of(distiller, student_feats, teacher_feats)
+            )
             if is_learning and not any(
                 _learns(maps) for maps in feats['student_feats'].values()
             ):
@@ -628,10 +626,12 @@ class Distillation(BaseModel):
                 predictions_of = distiller.predict(
                     tuple(own.values()),
                     student=self.student,
-                    student_feats={
-                        source: student_feats[source]
-                        for source in distiller.student_sources
-                    },
+                    student_feats=distiller.connect_student(
+                        {
+                            source: student_feats[source]
+                            for source in distiller.student_sources
+                        }
+                    ),
                     data_samples=blank,
                 )
                 found |= {k: predictions_of[v] for k, v in own.items()}
@@ -677,10 +677,10 @@ class Distillation(BaseModel):
         log_vars = {}
         for name, distiller in self.distillers.items():
             if self.step < distiller.pretrain_iters:
-                loss = distiller.inner_step(
-                    **self._feats_of(distiller, student_feats, teacher_feats),
-                    data_samples=data_samples,
+                feats = distiller.connect(
+                    **self._feats_of(distiller, student_feats, teacher_feats)
                 )
+                loss = distiller.inner_step(**feats, data_samples=data_samples)
                 log_vars[f'{name}.pretrain'] = loss
         return {'loss': sum(log_vars.values()), **log_vars}
 

@@ -9,13 +9,14 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, HostModel
-from ...core.utils import evaluating
+from ...core.pairing import Pair, Plan, is_query_based
+from ...core.utils import evaluating, preserve_rng
 from ...layers import dist_loss, kl_loss
 from ...registry import MODELS, explain_unknown_keys
 from .export import export_estimate
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
-from .twi import find_head, is_query_based, num_classes_of, tower_sources
+from .twi import find_head, mismatch, tower_sources, why_not_reused
 from .twi_heads import StudentProposals, TWIHead, TwoStageTWIHead
 
 
@@ -187,6 +188,58 @@ class ERADistiller(BaseDistiller):
         self._proposals: StudentProposals | None = None
         self._blends = self._lacks_masks = self._tokens = False
 
+    @classmethod
+    def plan_for(cls, pair: Pair) -> Plan:
+        """ERA with TWI where the teacher's head can be reused.
+
+        With it every level of the teacher gets an estimate. Classifiers get
+        the term on logits [official code], and layer norms where the
+        teacher's backbone has them, as the [official code] for Swin.
+        """
+        reason = cls._why_no_twi(pair)
+        # Its levels are the teacher's own where the head can be reused.
+        match = pair.match(encoder=True, cover=reason is None)
+        student_feats, _ = match.feats()
+        distiller = dict(type='era_mm.ERADistiller', **match.config())
+        if student_feats[0].dim() == 2 and any(
+            isinstance(module, nn.LayerNorm)
+            for module in pair.teacher.model.backbone.modules()
+        ):
+            distiller['mbrnet'] = dict(norm_cfg=dict(type='LN'))
+        if reason is not None:
+            distiller['twi_steps'] = 'none'
+            return Plan(distiller, match, f'not reused: {reason}')
+        if not pair.is_detector:
+            distiller['logit'] = dict()
+        head = find_head(pair.teacher.model)
+        assert head is not None
+        kind = type(head.head).__name__
+        return Plan(
+            distiller,
+            match,
+            head=f'reused: TWI through the frozen {kind}',
+            modes=('E0', 'T', 'ST'),
+        )
+
+    @staticmethod
+    def _why_no_twi(pair: Pair) -> str | None:
+        student, teacher = pair.student, pair.teacher
+        reason = why_not_reused(student.model, teacher.model)
+        if reason is not None:
+            return reason
+        names = (student.classes, teacher.classes)
+        if None not in names and names[0] != names[1]:
+            return (
+                'student and teacher have the same number of classes, but '
+                'other ones or another order'
+            )
+        head = find_head(teacher.model)
+        assert head is not None
+        _, teacher_feats = pair.match(cover=True).feats()
+        with torch.no_grad(), preserve_rng():
+            problem = head.problem(teacher_feats, training=True)
+        return problem and f'{type(head.head).__name__}: {problem}'
+
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None
     ) -> None:
@@ -306,11 +359,9 @@ class ERADistiller(BaseDistiller):
         student_head = find_head(student, self.twi_place)
         if self.twi_steps == 'none' and head is None:
             return
-        if is_query_based(teacher):
-            self._turn_off(
-                f"the teacher's head ({type(teacher).__name__}) reads the "
-                'queries of a decoder, not the features that are approximated'
-            )
+        reason = mismatch(student, teacher)
+        if reason is not None:
+            self._turn_off(reason)
             return
         if head is None:
             raise ValueError(
@@ -319,17 +370,10 @@ class ERADistiller(BaseDistiller):
                 '(two-stage) or `head` (classifier) with `loss` and '
                 "`predict`. Set twi_steps='none' for ERA without TWI."
             )
-        classes = [num_classes_of(model) for model in (student, teacher)]
-        if classes[0] != classes[1]:
-            self._turn_off(
-                f'the teacher has {classes[1]} classes and the student '
-                f'{classes[0]}, so the ground truth does not fit the '
-                "teacher's head"
-            )
-            return
         if isinstance(head, TwoStageTWIHead):
             head = self._two_stage(head, student)
-        self._blends = student_head is not None
+        # The blend needs the student's features as its own head gets them.
+        self._blends = student_head is not None and not self.pair_connectors
         self._lacks_masks = getattr(student, 'with_mask', False) and not (
             getattr(teacher, 'with_mask', False)
         )

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...core import HostModel, load_strictly
 from ...errors import UserError
+from ...layers import Connector
 from .mbrnet import MBRNet
 
 if TYPE_CHECKING:
@@ -69,6 +70,14 @@ def export_estimate(
             feeds the head, or the result is not the same.
     """
     stages = _neck_stages(distiller, student)
+    connector = distiller.pair_connectors.get('student')
+    if connector is not None:
+        if mode != 'T' and not keep_align:
+            raise _cannot_fold(
+                "the student's neck",
+                'a connector that resizes or chooses its levels follows it',
+            )
+        stages.append((_connector_config(connector), {}))
     aligns = distiller.mbrnet.aligns
     config, state = _teacher_around(student, teacher)
     folds_into_head = False
@@ -173,6 +182,16 @@ def _mbrnet_config(distiller: 'ERADistiller') -> dict:
         num_levels=mbrnet.num_levels,
         spatial_dims=mbrnet.spatial_dims,
         **distiller._mbrnet_cfg,
+    )
+
+
+def _connector_config(connector: Connector) -> dict:
+    return dict(
+        type='era_mm.Connector',
+        levels=connector.levels,
+        tokens=connector.tokens,
+        num_extra=connector.num_extra,
+        scales=connector.scales,
     )
 
 
@@ -385,7 +404,7 @@ def _compare(
 
     mbrnet = double(distiller.mbrnet)
     plain, module = double(student.module), double(exported.module)
-    feats = plain.extract_feat(inputs.double())
+    feats = distiller.connected(plain.extract_feat(inputs.double()))
     wanted = mbrnet(feats) if mode == 'T' else tuple(mbrnet.align(feats))
     found = module.extract_feat(inputs.double())
     if head is not None:

@@ -6,30 +6,15 @@
 
 from torch import Tensor, nn
 
+from ...core.pairing import is_query_based, num_classes_of
 from .twi_heads import (
     DenseTWIHead,
     PredictorTWIHead,
+    StudentProposals,
     TWIHead,
     TwoStageTWIHead,
     with_children,
 )
-
-
-def is_query_based(model: nn.Module) -> bool:
-    """Whether it is one of mmdet's DETR-like detectors."""
-    return hasattr(model, 'forward_transformer')
-
-
-def num_classes_of(model: nn.Module) -> int | None:
-    """How many classes a model tells apart, if its head says so."""
-    owner = getattr(model, 'roi_head', model)
-    for name in ('bbox_head', 'head'):
-        head = getattr(owner, name, None)
-        if isinstance(head, nn.ModuleList):
-            head = head[-1]
-        if head is not None:
-            return getattr(head, 'num_classes', None)
-    return None
 
 
 def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
@@ -58,6 +43,49 @@ def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
         return TwoStageTWIHead(rpn_head, roi_head)
     head = getattr(model, 'head', None)
     return TWIHead(head) if _can(head, 'loss', 'predict') else None
+
+
+def mismatch(student: nn.Module, teacher: nn.Module) -> str | None:
+    """Why TWI makes no sense for a pair, whatever the features, if so."""
+    if is_query_based(teacher):
+        return (
+            f"the teacher's head ({type(teacher).__name__}) reads the "
+            'queries of a decoder, not the features that are approximated'
+        )
+    classes = [num_classes_of(model) for model in (student, teacher)]
+    if find_head(teacher) is not None and classes[0] != classes[1]:
+        return (
+            f'the teacher has {classes[1]} classes and the student '
+            f"{classes[0]}, so the ground truth does not fit the teacher's "
+            'head'
+        )
+    return None
+
+
+def why_not_reused(student: nn.Module, teacher: nn.Module) -> str | None:
+    """Why the teacher's head cannot judge this student's estimates, if so.
+
+    What shows only on features is left to ``TWIHead.problem``.
+    """
+    reason = mismatch(student, teacher)
+    if reason is not None:
+        return reason
+    head = find_head(teacher)
+    if head is None:
+        return (
+            f'{type(teacher).__name__} has no head that TWI knows: a dense '
+            "`bbox_head`, an `rpn_head` with a `roi_head`, or a classifier's "
+            '`head`'
+        )
+    if isinstance(head, TwoStageTWIHead):
+        try:
+            StudentProposals(student)
+        except ValueError:
+            return (
+                f"the teacher's RoI head needs the student's proposals, and "
+                f'{type(student).__name__} makes none'
+            )
+    return None
 
 
 def _can(module: nn.Module | None, *methods: str) -> bool:

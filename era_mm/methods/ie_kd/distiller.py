@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...core import BaseDistiller, Features
+from ...core.pairing import Pair, Plan
 from ...registry import MODELS
 from .losses import IELoss, attention_map, margin_relu, similarity
 from .parts import (
@@ -135,6 +136,16 @@ class IEKDDistiller(BaseDistiller):
         self.loss_terms = IELoss(**{**own, **(loss or {})})
         self.splits: nn.ModuleList
         self.encoders: nn.ModuleDict
+
+    @classmethod
+    def plan_for(cls, pair: Pair) -> Plan:
+        """On maps, also in a classifier, as the [official code].
+
+        Without a phase of pre-training, which would need a longer schedule
+        than the student's own.
+        """
+        match = pair.match(maps=True)
+        return Plan(dict(type='era_mm.IEKDDistiller', **match.config()), match)
 
     def prepare(
         self,

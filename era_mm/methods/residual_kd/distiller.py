@@ -9,6 +9,8 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, Phase
+from ...core.pairing import Pair, Plan
+from ...errors import UserError
 from ...registry import MODELS
 from .losses import assistant_loss, student_loss
 from .pair_config import PRETRAINING, pair_config
@@ -143,6 +145,27 @@ class ResidualKDDistiller(BaseDistiller):
                 f'but got {self.phases}. For instance dict(student=1000, '
                 'assistant=1000, head=None).'
             )
+
+    @classmethod
+    def plan_for(cls, pair: Pair) -> Plan:
+        """The feature form, on levels as they are.
+
+        Raises:
+            UserError: The levels of the two are not the same.
+        """
+        match = pair.match()
+        if match.connector or match.unused():
+            unused = ', '.join(match.unused()) or 'none'
+            raise UserError(
+                '--method: residual_kd adds the features of a whole neck, so '
+                'both models must have the same levels and strides. Here '
+                f'these have no partner: {unused}; connectors needed: '
+                f'{match.connector or "none"}. Choose another teacher or '
+                'another method.'
+            )
+        return Plan(
+            dict(type='era_mm.ResidualKDDistiller', **match.config()), match
+        )
 
     def student_config(self, config: ConfigDict) -> ConfigDict:
         """The given model with the pair in it."""

@@ -1,0 +1,565 @@
+"""How two host models fit together, found out by running both once.
+
+A method's ``plan_for`` asks a :class:`Pair` for a :class:`Match`: which
+outputs of the student go with which of the teacher, and what has to be done
+to them in between. Nothing is guessed from names or configs.
+
+Legend: a *source* is a dotted module name; a *stride* is the image's side
+over the map's.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers import Connector, crop_to_common
+from .recorder import as_tuple
+from .utils import blank_sample, evaluating, preserve_rng
+
+Feats = tuple[Tensor, ...]
+
+#: Sides of the trial image, tried in this order.
+DETECTOR_SIZES = (256, 512, 1024)
+CLASSIFIER_SIZES = (224, 256, 384, 32)
+KINDS = {'BaseDetector': 'detector', 'BaseClassifier': 'classifier'}
+#: Strides that differ by less than this factor count as one.
+SAME_STRIDE = 1.25
+
+
+def is_query_based(model: nn.Module) -> bool:
+    """Whether it is one of mmdet's DETR-like detectors."""
+    return hasattr(model, 'forward_transformer')
+
+
+def num_classes_of(model: nn.Module) -> int | None:
+    """How many classes a model tells apart, if its head says so."""
+    owner = getattr(model, 'roi_head', model)
+    for name in ('bbox_head', 'head', 'mask_head'):
+        head = getattr(owner, name, None)
+        if isinstance(head, nn.ModuleList):
+            head = head[-1]
+        if head is not None:
+            return getattr(head, 'num_classes', None)
+    return None
+
+
+def kind_of(model: nn.Module) -> str:
+    """'detector', 'classifier', or the class's name for what is neither."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in KINDS:
+            return KINDS[cls.__name__]
+    return type(model).__name__
+
+
+class Seen(NamedTuple):
+    """What modules put out in one forward pass, in the order they ran.
+
+    Args:
+        outputs: Tensors of all calls of a module; none where its output is
+            nothing that can be distilled.
+        calls: How often each was called.
+    """
+
+    outputs: dict[str, Feats]
+    calls: dict[str, int]
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    names: Sequence[str],
+    input_size: int,
+    *,
+    whole: bool = False,
+) -> Seen:
+    """Run a model on a random image and note what some modules put out.
+
+    Args:
+        model: A host model.
+        names: Dotted names of modules. Those that never run are left out.
+        input_size: Side of the image, in pixels.
+        whole: Run the heads too, and not up to the neck alone.
+    """
+    seen = Seen({}, {})
+    modules = dict(model.named_modules())
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            try:
+                feats = as_tuple(output, source=name)
+            except ValueError:
+                feats = ()
+            # Last in the order of the dict: the last to have run.
+            before = seen.outputs.pop(name, ())
+            seen.outputs[name] = before + feats
+            seen.calls[name] = seen.calls.get(name, 0) + 1
+
+        return modules[name].register_forward_hook(hook)
+
+    with preserve_rng(), evaluating(model):
+        torch.manual_seed(0)
+        inputs = torch.randn(1, 3, input_size, input_size)
+        handles = [watch(name) for name in names]
+        try:
+            if whole:
+                sample = blank_sample(input_size, input_size)
+                model(inputs, [sample], mode='tensor')
+            else:
+                model.extract_feat(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return seen
+
+
+@dataclass
+class Member:
+    """One model of a pair, as built from its config.
+
+    Args:
+        role: 'student' or 'teacher'.
+        name: What messages call it: the reference it was given by.
+        config: Its model config, data_preprocessor included.
+        scope: In which its types are looked up; None: the current one.
+        classes: Names of the classes it was trained for, where known.
+    """
+
+    role: str
+    name: str
+    config: ConfigDict
+    scope: str | None = None
+    classes: tuple[str, ...] | None = None
+    model: nn.Module = field(init=False, repr=False)
+    kind: str = field(init=False)
+    feats: dict[str, Feats] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            with (
+                preserve_rng(),
+                DefaultScope.overwrite_default_scope(self.scope),
+            ):
+                self.model = MODELS.build(copy.deepcopy(self.config)).eval()
+        # Whatever the constructors of a host's models raise.
+        except Exception as error:
+            raise UserError(
+                f'--{self.role}: the model of {self.name} cannot be built: '
+                f'{type(error).__name__}: {error}. Correct the config; '
+                'tools/print_sources.py builds it alone.'
+            ) from error
+        self.kind = kind_of(self.model)
+        if self.kind not in KINDS.values():
+            raise UserError(
+                f'--{self.role}: expected a detector of mmdet or a classifier '
+                f'of mmpretrain, but {self.name} is a {self.kind}. Give the '
+                'config of the model that it contains or was trained for.'
+            )
+        if not hasattr(self.model, 'backbone'):
+            raise UserError(
+                f'--{self.role}: {self.name} is a {type(self.model).__name__}'
+                ', which has no module `backbone`: it wraps another model. '
+                'Give the config of that one.'
+            )
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes it tells apart, if its head says so."""
+        return num_classes_of(self.model)
+
+    @property
+    def feeds_head(self) -> str:
+        """The module whose output its head gets."""
+        neck = getattr(self.model, 'neck', None)
+        return 'backbone' if neck is None else 'neck'
+
+    def measure(self, input_size: int) -> None:
+        """Run it once and keep what backbone, neck and encoder put out."""
+        names = [
+            name
+            for name, _ in self.model.named_modules()
+            if name in ('backbone', 'neck', 'encoder')
+            or (name.startswith('backbone.') and name.count('.') <= 2)
+        ]
+        self.feats = observe(
+            self.model, names, input_size, whole=is_query_based(self.model)
+        ).outputs
+
+    def outputs(self, dim: int, *, tokens: bool = False) -> str | None:
+        """The source, neck before backbone, all of whose outputs are so.
+
+        Args:
+            dim: Dimensions of each output: 4 for maps, 2 for vectors.
+            tokens: Whether to look among the layers of the backbone as well,
+                from its end; for the tokens of a transformer.
+        """
+        names = [self.feeds_head, 'backbone']
+        if tokens:
+            names += [n for n in reversed(self.feats) if '.' in n]
+        for name in names:
+            feats = self.feats.get(name)
+            if feats and all(feat.dim() == dim for feat in feats):
+                return name
+        return None
+
+    def extra_tokens(self, tokens: Tensor) -> int:
+        """How many tokens of ``(N, T, C)`` stand for no place."""
+        number = tokens.shape[1]
+        known = getattr(self.model.backbone, 'num_extra_tokens', None)
+        return number - math.isqrt(number) ** 2 if known is None else known
+
+
+class Half(NamedTuple):
+    """What one model gives to a match.
+
+    Args:
+        source: Module.
+        feats: Its outputs on the trial image.
+        connector: Arguments of ``Connector``.
+    """
+
+    source: str
+    feats: Feats
+    connector: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which outputs of two models go together.
+
+    Args:
+        student: The student's half.
+        teacher: The teacher's half.
+        input_size: Side of the trial image, in pixels.
+    """
+
+    student: Half
+    teacher: Half
+    input_size: int
+
+    @property
+    def connector(self) -> dict[str, dict]:
+        """The ``connector`` of a ``source``; empty where none is needed."""
+        halves = {'student': self.student, 'teacher': self.teacher}
+        return {
+            role: half.connector
+            for role, half in halves.items()
+            if half.connector
+        }
+
+    def config(self) -> dict[str, Any]:
+        """``source`` as a distiller takes it; empty where it is 'neck'."""
+        names = (self.student.source, self.teacher.source)
+        if self.connector:
+            return {
+                'source': dict(
+                    student=names[0],
+                    teacher=names[1],
+                    connector=self.connector,
+                )
+            }
+        if names[0] != names[1]:
+            return {'source': dict(student=names[0], teacher=names[1])}
+        return {} if names[0] == 'neck' else {'source': names[0]}
+
+    def feats(self) -> tuple[Feats, Feats]:
+        """The trial image's features as the distiller would get them."""
+        student, teacher = (
+            Connector(**half.connector)(half.feats)
+            for half in (self.student, self.teacher)
+        )
+        return crop_to_common(student_feats=student, teacher_feats=teacher)
+
+    def pairs(self) -> list[tuple[int, int, float]]:
+        """Student's output, teacher's output and the factor of resizing."""
+        chosen = [
+            half.connector.get('levels', range(len(half.feats)))
+            for half in (self.student, self.teacher)
+        ]
+        scales = self.student.connector.get('scales', [1] * len(chosen[0]))
+        return list(zip(*chosen, scales, strict=True))
+
+    def stride(self, half: Half, level: int) -> float | None:
+        """Of an output of one half; None for what has no places."""
+        feat = half.feats[level]
+        if feat.dim() == 3 and half.connector.get('tokens') == 'map':
+            extra = half.connector.get('num_extra', 1)
+            return self.input_size / math.isqrt(feat.shape[1] - extra)
+        return self.input_size / feat.shape[2] if feat.dim() == 4 else None
+
+    def unused(self) -> list[str]:
+        """Outputs of either that go with none of the other."""
+        found = []
+        for index, half in enumerate((self.student, self.teacher)):
+            used = {pair[index] for pair in self.pairs()}
+            for level in range(len(half.feats)):
+                if level not in used:
+                    stride = self.stride(half, level)
+                    at = f' (stride {stride:g})' if stride else ''
+                    role = ('student', 'teacher')[index]
+                    found.append(f'{role} {half.source}[{level}]{at}')
+        return found
+
+
+class Plan(NamedTuple):
+    """What a method makes of a pair.
+
+    Args:
+        distiller: Its config.
+        match: What it matched.
+        head: What it does with the teacher's head, one sentence; None for
+            methods that never use one.
+        modes: Predictions to report beside the student's own, as far as the
+            built model offers them.
+    """
+
+    distiller: dict[str, Any]
+    match: Match
+    head: str | None = None
+    modes: tuple[str, ...] = ()
+
+
+@dataclass
+class Pair:
+    """Two models that were run on one image.
+
+    Args:
+        student: The one to be trained.
+        teacher: The one to learn from.
+        input_sizes: Sides of the trial image, tried in this order; the first
+            that both can take stays. None: the usual ones of their kind.
+
+    Raises:
+        UserError: One is a detector and the other a classifier, or there is
+            no image that both can take.
+    """
+
+    student: Member
+    teacher: Member
+    input_sizes: Sequence[int] | None = None
+    input_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        kinds = [member.kind for member in (self.student, self.teacher)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f'--teacher: the student ({self.student.name}) is a '
+                f'{kinds[0]}, but the teacher ({self.teacher.name}) a '
+                f'{kinds[1]}. Their features and labels mean different '
+                f'things: give a {kinds[0]} as teacher.'
+            )
+        self.is_detector = kinds[0] == 'detector'
+        sizes = self.input_sizes or (
+            DETECTOR_SIZES if self.is_detector else CLASSIFIER_SIZES
+        )
+        for size in dict.fromkeys(sizes):
+            try:
+                for member in (self.student, self.teacher):
+                    member.measure(size)
+            # A model that does not take this size, whatever it raises.
+            except Exception as error:
+                problem = (member, size, error)
+                continue
+            self.input_size = size
+            return
+        member, size, cause = problem
+        raise UserError(
+            f'--{member.role}: {member.name} cannot run on an image of '
+            f'{size}x{size} (tried: {list(sizes)}): {type(cause).__name__}: '
+            f'{cause}. Both models have to take the images of the '
+            "student's pipeline."
+        ) from cause
+
+    def match(
+        self,
+        *,
+        maps: bool = False,
+        encoder: bool = False,
+        cover: bool = False,
+    ) -> Match:
+        """Find what to distil.
+
+        Detectors: the maps of the necks (the backbones, where there are
+        none). Levels of one stride go together; where no stride is the same,
+        every level of the teacher goes with the student's nearest, resized.
+        Classifiers: the pooled features, or whatever else feeds the teacher's
+        head.
+
+        Args:
+            maps: Take maps of a classifier, too; a transformer's tokens are
+                put on their grid.
+            encoder: Take the encoders' tokens of two DETR-like detectors.
+            cover: Give every level of the teacher one of the student's, as
+                its head needs.
+
+        Raises:
+            UserError: There is nothing that fits.
+        """
+        if encoder and self._encoders_agree():
+            return self._matched('encoder', 'encoder')
+        if self.is_detector:
+            return self._match_maps(cover=cover)
+        teacher = self.teacher.feats.get(self.teacher.feeds_head) or ()
+        reads_maps = bool(teacher) and teacher[-1].dim() == 4
+        if maps or (reads_maps and self.student.outputs(4) is not None):
+            return self._match_maps(cover=False)
+        return Match(
+            self._vector(self.student),
+            self._vector(self.teacher),
+            self.input_size,
+        )
+
+    def _matched(self, student: str, teacher: str, **connectors: Any) -> Match:
+        return Match(
+            Half(
+                student,
+                self.student.feats[student],
+                connectors.get('student', {}),
+            ),
+            Half(
+                teacher,
+                self.teacher.feats[teacher],
+                connectors.get('teacher', {}),
+            ),
+            self.input_size,
+        )
+
+    def _encoders_agree(self) -> bool:
+        shapes = [
+            [feat.shape[:2] for feat in member.feats.get('encoder', ())]
+            for member in (self.student, self.teacher)
+        ]
+        pads = [
+            member.model.data_preprocessor.pad_size_divisor
+            for member in (self.student, self.teacher)
+        ]
+        return (
+            bool(shapes[0])
+            and shapes[0] == shapes[1]
+            and len(shapes[0][0]) == 2
+            and pads[0] == pads[1]
+        )
+
+    def _vector(self, member: Member) -> Half:
+        """A classifier's features as ``(N, C)``, of its last output."""
+        source = member.outputs(2)
+        connector: dict[str, Any] = {}
+        if source is None:
+            source = member.outputs(4) or member.outputs(3, tokens=True)
+            if source is None:
+                raise self._nothing(member, 'vectors, maps or tokens')
+            connector['tokens'] = 'mean'
+        feats = member.feats[source]
+        if feats[-1].dim() == 3:
+            connector['num_extra'] = member.extra_tokens(feats[-1])
+        if len(feats) > 1:
+            connector = {'levels': [len(feats) - 1], **connector}
+        return Half(source, feats, connector)
+
+    def _maps(self, member: Member) -> Half:
+        """The maps that a model puts out; of a classifier the last one."""
+        source = member.outputs(4)
+        connector: dict[str, Any] = {}
+        if source is None and not self.is_detector:
+            source = member.outputs(3, tokens=True)
+            if source is not None:
+                extra = member.extra_tokens(member.feats[source][-1])
+                connector = dict(tokens='map', num_extra=extra)
+        if source is None:
+            raise self._nothing(member, 'maps (N, C, H, W)')
+        feats = member.feats[source]
+        if not self.is_detector and len(feats) > 1:
+            connector = {'levels': [len(feats) - 1], **connector}
+        return Half(source, feats, connector)
+
+    def _nothing(self, member: Member, wanted: str) -> UserError:
+        found = {
+            name: [tuple(feat.shape) for feat in member.feats[name]]
+            for name in ('backbone', 'neck')
+            if name in member.feats
+        }
+        return UserError(
+            f'--{member.role}: expected {wanted} from neck or backbone of '
+            f'{member.name} ({type(member.model).__name__}), but on an image '
+            f'of {self.input_size}x{self.input_size} got {found}. Such a '
+            'model cannot be paired by itself; write the `source` by hand '
+            '(tools/print_sources.py lists the modules).'
+        )
+
+    def _match_maps(self, *, cover: bool) -> Match:
+        student, teacher = self._maps(self.student), self._maps(self.teacher)
+        sides: list[list[tuple[int, int, int]]] = []
+        for half in (student, teacher):
+            levels = half.connector.get('levels', range(len(half.feats)))
+            connector = {
+                k: v for k, v in half.connector.items() if k != 'levels'
+            }
+            maps = Connector(**connector)(half.feats)
+            sides.append([(level, *maps[level].shape[2:]) for level in levels])
+        chosen = self._levels(*sides, cover=cover)
+        return Match(
+            self._choose(student, [c[0] for c in chosen], chosen),
+            self._choose(teacher, [c[1] for c in chosen], None),
+            self.input_size,
+        )
+
+    @staticmethod
+    def _levels(
+        students: list[tuple[int, int, int]],
+        teachers: list[tuple[int, int, int]],
+        *,
+        cover: bool,
+    ) -> list[tuple[int, int, float]]:
+        """Pair ``(level, height, width)`` of both by size."""
+        nearest = []
+        for place, (level, height, width) in enumerate(teachers):
+
+            def distance(
+                item: tuple[int, tuple[int, int, int]],
+                height: int = height,
+                place: int = place,
+            ) -> tuple[float, int]:
+                # Of two levels of one size the one at the same place.
+                index, (_, own, _) = item
+                return abs(math.log(own / height)), abs(index - place)
+
+            _, (own_level, own_height, own_width) = min(
+                enumerate(students), key=distance
+            )
+            is_same = max(own_height, height) < SAME_STRIDE * min(
+                own_height, height
+            )
+            scale = (
+                1
+                if (own_height, own_width) == (height, width)
+                else round(height / own_height, 4)
+            )
+            nearest.append((own_level, level, scale, is_same))
+        same = [choice for choice in nearest if choice[3]]
+        return [
+            (own, theirs, scale)
+            for own, theirs, scale, _ in (
+                nearest if cover or not same else same
+            )
+        ]
+
+    @staticmethod
+    def _choose(
+        half: Half,
+        levels: list[int],
+        chosen: list[tuple[int, int, float]] | None,
+    ) -> Half:
+        connector = {k: v for k, v in half.connector.items() if k != 'levels'}
+        scales = [scale for _, _, scale in chosen or ()]
+        if levels != list(range(len(half.feats))):
+            connector = {'levels': levels, **connector}
+        if any(scale != 1 for scale in scales):
+            connector['scales'] = scales
+        return Half(half.source, half.feats, connector)

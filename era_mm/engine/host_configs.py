@@ -1,0 +1,200 @@
+"""Configs of the hosts, found by the names that users write."""
+
+import difflib
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mmengine.registry
+from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
+
+from era_mm.engine.preflight import find_config
+from era_mm.errors import UserError
+
+HOSTS = ('mmdet', 'mmpretrain')
+
+
+class HostConfig(NamedTuple):
+    """A whole config and where it came from.
+
+    Args:
+        reference: ``mmdet::<folder>/<name>.py`` or a path, as one writes it
+            in a config.
+        path: Its file.
+        cfg: What it holds.
+    """
+
+    reference: str
+    path: Path
+    cfg: Config
+
+    @property
+    def scope(self) -> str | None:
+        """In which the types of its model are looked up."""
+        host = self.reference.partition('::')[0]
+        return self.cfg.get('default_scope') or (
+            host if '::' in self.reference else None
+        )
+
+    @property
+    def model(self) -> ConfigDict:
+        """The model's config, its data_preprocessor included."""
+        model = ConfigDict(self.cfg.model.to_dict())
+        if 'data_preprocessor' in self.cfg:
+            model.setdefault('data_preprocessor', self.cfg.data_preprocessor)
+        return model
+
+
+def read_host_config(name: str, role: str = 'config') -> HostConfig:
+    """Find and read a config.
+
+    Args:
+        name: ``mmdet::<folder>/<name>.py`` (or ``mmpretrain::...``), a path,
+            or the base name of a config of era_mm.
+        role: What messages call it.
+
+    Raises:
+        UserError: There is none, it cannot be read, or it has no model.
+    """
+    if '::' in name:
+        name = name if name.endswith('.py') else f'{name}.py'
+        path = _find_in_host(name, role)
+    else:
+        name = find_config(name)
+        path = Path(name)
+    try:
+        cfg = Config.fromfile(path)
+    # A config is a program: it may raise anything.
+    except Exception as error:
+        raise UserError(
+            f'{role}: the config {name} cannot be read: '
+            f'{type(error).__name__}: {error}'
+        ) from error
+    if not isinstance(cfg.get('model'), Mapping):
+        raise UserError(
+            f'{role}: expected the config of a whole model, but {name} has '
+            'no `model`. Give one that the host can train.'
+        )
+    return HostConfig(name, path.resolve(), cfg)
+
+
+def _find_in_host(name: str, role: str) -> Path:
+    host, _, inside = name.partition('::')
+    if host not in HOSTS:
+        near = difflib.get_close_matches(host, HOSTS, n=1)
+        raise UserError(
+            f'{role}: expected {" or ".join(f"{h}::..." for h in HOSTS)}, but '
+            f'got {name!r}.'
+            + (f' Did you mean {near[0]}::{inside}?' if near else '')
+        )
+    folder = _config_folder(host)
+    if (folder / inside).is_file():
+        return folder / inside
+    known = {
+        path.relative_to(folder).as_posix(): path.stem
+        for path in sorted(folder.rglob('*.py'))
+        if '_base_' not in path.relative_to(folder).parts
+    }
+    by_stem = {stem: inner for inner, stem in known.items()}
+    near = difflib.get_close_matches(inside, known, n=3, cutoff=0.5)
+    near += [
+        by_stem[stem]
+        for stem in difflib.get_close_matches(
+            Path(inside).stem, by_stem, n=3, cutoff=0.5
+        )
+    ]
+    hint = '\n'.join(f'  {host}::{n}' for n in list(dict.fromkeys(near))[:4])
+    raise UserError(
+        f'{role}: {name!r} is no config of the installed {host}. '
+        + (
+            f'Nearest names:\n{hint}'
+            if near
+            else f'Its configs are in {folder}.'
+        )
+    )
+
+
+def _config_folder(host: str) -> Path:
+    spec = importlib.util.find_spec(host)
+    for location in (spec and spec.submodule_search_locations) or []:
+        # A checkout installed in place keeps them beside the package.
+        for folder in (
+            Path(location, '.mim', 'configs'),
+            Path(location).parent / 'configs',
+        ):
+            if folder.is_dir():
+                return folder
+    raise UserError(
+        f'{host}: expected it to be installed with its configs, but they are '
+        'not there. Give the path of a config file.'
+    )
+
+
+def published_checkpoint(config: HostConfig) -> str | None:
+    """URL of the weights that the host's metafile names; None if none."""
+    if '::' not in config.reference:
+        return None
+    with warnings.catch_warnings():
+        # Entries of other models without a config.
+        warnings.simplefilter('ignore')
+        try:
+            cfg = get_config(config.reference, pretrained=True)
+        # mmengine asserts that the entry has weights.
+        except AssertionError:
+            return None
+    return cfg.get('model_path')
+
+
+def class_names(config: HostConfig) -> tuple[str, ...] | None:
+    """Names of the classes of the data that a config trains on.
+
+    Returns:
+        None where neither the config nor its data set's class says so.
+    """
+    loader = config.cfg.get('train_dataloader')
+    for dataset in _datasets(loader.get('dataset') if loader else None):
+        metainfo = dataset.get('metainfo')
+        if not isinstance(metainfo, Mapping):
+            metainfo = {}
+        found = metainfo.get('classes') or _metainfo_of(
+            dataset.get('type'), config.scope
+        ).get('classes')
+        if isinstance(found, (list, tuple)):
+            return tuple(str(name) for name in found)
+    return None
+
+
+def _datasets(node: Any) -> Iterator[Mapping]:
+    """Data sets below wrappers, outer ones first."""
+    if isinstance(node, Mapping):
+        yield node
+        for key in ('dataset', 'datasets'):
+            yield from _datasets(node.get(key))
+    elif isinstance(node, (list, tuple)):
+        for part in node:
+            yield from _datasets(part)
+
+
+def _metainfo_of(kind: Any, scope: str | None) -> Mapping:
+    if isinstance(kind, str):
+        registry = mmengine.registry.DATASETS
+        with registry.switch_scope_and_registry(scope) as scoped:
+            kind = scoped.get(kind)
+    return getattr(kind, 'METAINFO', None) or {}
+
+
+def crop_size(config: HostConfig) -> int | None:
+    """Side of the images that a classifier's pipeline puts out."""
+    loader = config.cfg.get('train_dataloader')
+    for dataset in _datasets(loader.get('dataset') if loader else None):
+        for step in reversed(dataset.get('pipeline') or []):
+            kind = str(step.get('type')).rpartition('.')[2]
+            if kind in ('RandomResizedCrop', 'RandomCrop', 'Resize'):
+                size = step.get('scale', step.get('crop_size'))
+                side = size[0] if isinstance(size, (list, tuple)) else size
+                if isinstance(side, int) and side > 0:
+                    return side
+    return None

@@ -1,0 +1,480 @@
+"""Writes the config of a distillation for two configs that exist."""
+
+import importlib
+import os
+import pkgutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+import era_mm.methods
+from era_mm.core import BaseDistiller, Distillation
+from era_mm.core.data_preprocessor import differences
+from era_mm.core.pairing import Half, Match, Member, Pair, Plan
+from era_mm.core.utils import preserve_rng
+from era_mm.engine.host_configs import (
+    HostConfig,
+    class_names,
+    crop_size,
+    published_checkpoint,
+    read_host_config,
+)
+from era_mm.engine.preflight import check_checkpoints
+from era_mm.errors import UserError
+from era_mm.layers import Connector
+
+LINE_LENGTH = 79
+
+
+class Made(NamedTuple):
+    """A config for a pair, not yet written.
+
+    Args:
+        text: The file's text; ``{base}`` stands for the student's config.
+        pair: The two models, measured.
+        plan: What the method makes of them.
+        model: The model that the config describes, built.
+    """
+
+    text: str
+    pair: Pair
+    plan: Plan
+    model: Distillation
+
+
+class Draft(NamedTuple):
+    """What a config is written from.
+
+    Args:
+        student: The student's whole config.
+        teacher: The teacher's.
+        teacher_checkpoint: Its weights.
+        student_checkpoint: What the student starts from, if anything.
+        method: Name of the method.
+        plan: What it makes of the pair.
+        input_size: Side of the image of the dry run.
+    """
+
+    student: HostConfig
+    teacher: HostConfig
+    teacher_checkpoint: str
+    student_checkpoint: str | None
+    method: str
+    plan: Plan
+    input_size: int
+
+
+class Code(str):
+    """What a config holds as it is, no string."""
+
+    __repr__ = str.__str__
+
+
+def methods() -> dict[str, type[BaseDistiller]]:
+    """The methods by name: their module, or class where one has several."""
+    found: dict[str, type[BaseDistiller]] = {}
+    for info in pkgutil.iter_modules(era_mm.methods.__path__):
+        module = importlib.import_module(f'era_mm.methods.{info.name}')
+        classes = [
+            cls
+            for cls in vars(module).values()
+            if isinstance(cls, type)
+            and issubclass(cls, BaseDistiller)
+            and cls.__module__.startswith(module.__name__)
+        ]
+        for cls in classes:
+            name = info.name if len(classes) == 1 else cls.__name__
+            found[name] = cls
+    return found
+
+
+def find_method(name: str) -> type[BaseDistiller]:
+    """One of :func:`methods`.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    known = methods()
+    if name not in known:
+        raise UserError(
+            f'--method: expected one of {", ".join(sorted(known))}, but got '
+            f'{name!r}.'
+        )
+    return known[name]
+
+
+def pair_of(student: HostConfig, teacher: HostConfig) -> Pair:
+    """Build both models of two configs and run them on one image.
+
+    Raises:
+        UserError: One cannot be built or run, or they are not of one kind.
+    """
+    first, second = (
+        Member(
+            role=role,
+            name=config.reference,
+            config=config.model,
+            scope=config.scope,
+            classes=class_names(config),
+        )
+        for role, config in (('student', student), ('teacher', teacher))
+    )
+    crop = crop_size(student) if first.kind == 'classifier' else None
+    return Pair(first, second, input_sizes=[crop] if crop else None)
+
+
+def make_config(
+    student: HostConfig,
+    teacher: HostConfig,
+    *,
+    method: str = 'era',
+    teacher_checkpoint: str,
+    student_checkpoint: str | None = None,
+) -> Made:
+    """The config that distils one into the other, tried out.
+
+    The model that it describes was built once, so what does not fit has been
+    refused.
+
+    Args:
+        student: The student's whole config; data, schedule and hooks are
+            taken from it.
+        teacher: The teacher's.
+        method: One of :func:`methods`.
+        teacher_checkpoint: Path or URL of the teacher's weights, or 'random'.
+        student_checkpoint: Weights the student starts from.
+
+    Raises:
+        UserError: The pair cannot be matched; the message says why.
+    """
+    check_student(student)
+    method_class = find_method(method)
+    pair = pair_of(student, teacher)
+    with preserve_rng():
+        plan = method_class.plan_for(pair)
+    draft = Draft(
+        student=student,
+        teacher=teacher,
+        teacher_checkpoint=teacher_checkpoint,
+        student_checkpoint=student_checkpoint,
+        method=method,
+        plan=plan,
+        input_size=pair.input_size,
+    )
+    model = _build(_text(draft), student)
+    (distiller,) = model.distillers.values()
+    modes = [
+        mode for mode in plan.modes if mode in distiller.inference_modes()
+    ]
+    return Made(_text(draft, modes), pair, plan, model)
+
+
+def check_student(student: HostConfig) -> None:
+    """Refuse a student that cannot be inherited from.
+
+    Raises:
+        UserError: It is a distillation, or no config that can be trained.
+    """
+    kind = str(student.cfg.model.get('type')).rpartition('.')[2]
+    if kind.endswith('Distillation'):
+        raise UserError(
+            f'--student: {student.reference} is a {kind} already. Give the '
+            'plain config that it inherits from; a distilled checkpoint can '
+            'go to --student-checkpoint.'
+        )
+    missing = [
+        key
+        for key in ('train_dataloader', 'train_cfg', 'optim_wrapper')
+        if student.cfg.get(key) is None
+    ]
+    if missing:
+        raise UserError(
+            f'--student: expected a config that the host can train, but '
+            f'{student.reference} has no {", ".join(missing)}. Give one with '
+            'data and schedule.'
+        )
+
+
+def _build(text: str, student: HostConfig) -> Distillation:
+    """Build the model of a config's text."""
+    with tempfile.TemporaryDirectory(prefix='era_mm-') as folder:
+        file = Path(folder, 'made.py')
+        file.write_text(text.replace('{base}', _base(student, file)))
+        cfg = Config.fromfile(file)
+    check_checkpoints(cfg)
+    if 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    try:
+        with DefaultScope.overwrite_default_scope(student.scope):
+            return MODELS.build(cfg.model)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f'--method: the pair was matched, but the model cannot be built: '
+            f'{error}'
+        ) from error
+
+
+def write_config(made: Made, student: HostConfig, out: str | Path) -> None:
+    """Write the file, whole or not at all.
+
+    Raises:
+        UserError: It exists already, or cannot be written there.
+    """
+    out = Path(out)
+    check_out(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = made.text.replace('{base}', _base(student, out))
+    handle, part = tempfile.mkstemp(
+        dir=out.parent, prefix='.make_config-', suffix='.py'
+    )
+    try:
+        with os.fdopen(handle, 'w', encoding='utf-8') as file:
+            file.write(text)
+        os.chmod(part, 0o644)
+        # Unlike a renaming it replaces nothing.
+        os.link(part, out)
+    except FileExistsError:
+        check_out(out)
+    finally:
+        os.unlink(part)
+
+
+def check_out(out: Path) -> None:
+    """Refuse a name that no config may get.
+
+    Raises:
+        UserError: Something is there already, or it is no ``.py`` file.
+    """
+    if out.suffix != '.py':
+        raise UserError(
+            f'--out: expected a name that ends in .py, but got {str(out)!r}.'
+        )
+    if out.exists() or out.is_symlink():
+        raise UserError(
+            f'--out: {out} exists already. Choose another name, or remove it.'
+        )
+
+
+def _base(student: HostConfig, out: Path) -> str:
+    if '::' in student.reference:
+        return repr(student.reference)
+    return repr(os.path.relpath(student.path, out.resolve().parent))
+
+
+# -- the text ----------------------------------------------------------------
+
+
+def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
+    student, teacher = draft.student, draft.teacher
+    entries: dict[str, Any] = {'_base_': Code('{base}')}
+    imports = student.cfg.get('custom_imports') or {}
+    names = [n for n in imports.get('imports', []) if n != 'era_mm']
+    entries['custom_imports'] = dict(
+        imports=[*names, 'era_mm'], allow_failed_imports=False
+    )
+    if modes:
+        hook = dict(type='era_mm.TWIHook', modes=list(modes))
+        entries['custom_hooks'] = (
+            [Code('*_base_.custom_hooks'), hook]
+            if student.cfg.get('custom_hooks')
+            else [hook]
+        )
+    if draft.student_checkpoint is not None:
+        entries['load_from'] = draft.student_checkpoint
+    entries['model'] = dict(
+        _delete_=True,
+        type='era_mm.Distillation',
+        student=Code('_base_.model'),
+        teacher=dict(
+            config=teacher.reference,
+            checkpoint=draft.teacher_checkpoint,
+        ),
+        distiller=draft.plan.distiller,
+        input_size=draft.input_size,
+    )
+    lines = [
+        f'# {draft.method}: {Path(teacher.reference).stem} teaches',
+        f'# {Path(student.reference).stem}. Made by tools/make_config.py.',
+    ]
+    lines += [f'{key} = {_render(v, key)}' for key, v in entries.items()]
+    return '\n'.join(lines) + '\n'
+
+
+def _render(value: Any, name: str = '', indent: int = 0) -> str:
+    """A value as a config has it, in as few lines as are wide enough."""
+    flat = _flat(value)
+    if indent + len(name) + len(' = ') + len(flat) < LINE_LENGTH:
+        return flat
+    inner = ' ' * (indent + 4)
+    end = '\n' + ' ' * indent
+    if isinstance(value, Mapping):
+        body = ''.join(
+            f'\n{inner}{key}={_render(item, key, indent + 4)},'
+            for key, item in value.items()
+        )
+        return f'dict({body}{end})'
+    if isinstance(value, list):
+        body = ''.join(
+            f'\n{inner}{_render(item, "", indent + 4)},' for item in value
+        )
+        return f'[{body}{end}]'
+    return flat
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        items = ', '.join(f'{k}={_flat(v)}' for k, v in value.items())
+        return f'dict({items})'
+    if isinstance(value, list):
+        return f'[{", ".join(map(_flat, value))}]'
+    return repr(value)
+
+
+# -- the report --------------------------------------------------------------
+
+
+def report(made: Made, teacher_checkpoint: str) -> str:
+    """What was decided, on one screen."""
+    pair, match = made.pair, made.plan.match
+    lines = []
+    for member in (pair.student, pair.teacher):
+        classes = member.num_classes
+        about = '' if classes is None else f', {classes} classes'
+        lines.append(
+            f'{member.role:11}{type(member.model).__name__}{about}: '
+            f'{member.name}'
+        )
+    lines.append(f'{"weights":11}{teacher_checkpoint}')
+    lines.append(
+        f'{"sources":11}student {match.student.source}, teacher '
+        f'{match.teacher.source}, on {pair.input_size}x{pair.input_size}'
+    )
+    lines += _report_levels(match)
+    lines.append(f'{"connectors":11}{_report_connectors(match)}')
+    if made.plan.head is not None:
+        lines.append(f'{"head":11}{made.plan.head}')
+    lines.append(f'{"input":11}{_report_input(pair)}')
+    lines.append(f'{"classes":11}{_report_classes(pair)}')
+    return '\n'.join(lines)
+
+
+def _report_levels(match: Match) -> list[str]:
+    rows = []
+    for own, theirs, scale in match.pairs():
+        cells = [
+            _level(match, half, level)
+            for half, level in ((match.student, own), (match.teacher, theirs))
+        ]
+        resized = '' if scale == 1 else f'  resized by {scale:g}'
+        rows.append(f'{cells[0]:32}<-  {cells[1]}{resized}')
+    if match.unused():
+        rows.append(f'without partner: {"; ".join(match.unused())}')
+    return [
+        f'{"" if index else "levels":11}{row}'
+        for index, row in enumerate(rows)
+    ]
+
+
+def _level(match: Match, half: Half, level: int) -> str:
+    feat = half.feats[level]
+    channels = feat.shape[2 if feat.dim() == 3 else 1]
+    stride = match.stride(half, level)
+    at = f'stride {stride:g}, ' if stride else ''
+    return f'[{level}] {at}{channels} channels'
+
+
+def _report_connectors(match: Match) -> str:
+    steps = [
+        f'{role}: {step}'
+        for role, config in match.connector.items()
+        for step in Connector(**config).steps()
+    ]
+    return '; '.join(steps) or 'none needed'
+
+
+def _report_input(pair: Pair) -> str:
+    found = differences(
+        pair.student.model.data_preprocessor,
+        pair.teacher.model.data_preprocessor,
+    )
+    if not found:
+        return 'both preprocess alike'
+    shown = ', '.join(
+        f'{key} {_short(theirs)} (student {_short(own)})'
+        for key, (own, theirs) in found.items()
+    )
+    return f'the teacher preprocesses by itself: {shown}'
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, type):
+        return value.__name__
+    return [round(v, 2) for v in value] if isinstance(value, list) else value
+
+
+def _report_classes(pair: Pair) -> str:
+    own, theirs = pair.student.classes, pair.teacher.classes
+    if own is None or theirs is None:
+        unknown = [
+            m.role for m in (pair.student, pair.teacher) if not m.classes
+        ]
+        return f'names unknown of the {" and the ".join(unknown)}'
+    if own == theirs:
+        return 'the same'
+    shared = len(set(own) & set(theirs))
+    return f'{len(own)} and {len(theirs)}, {shared} of them in both'
+
+
+# -- the command -------------------------------------------------------------
+
+
+def run(
+    student: str,
+    teacher: str,
+    *,
+    method: str,
+    out: str,
+    student_checkpoint: str | None,
+    teacher_checkpoint: str | None,
+) -> str:
+    """Find, pair, try out and write; returns the report.
+
+    Raises:
+        UserError: Anything that cannot be done; nothing was written then.
+    """
+    check_out(Path(out))
+    find_method(method)
+    given = read_host_config(student, '--student')
+    check_student(given)
+    theirs = read_host_config(teacher, '--teacher')
+    if given.path == theirs.path:
+        raise UserError(
+            f"--teacher: {teacher} is the student's own config. A student "
+            'learns nothing from a copy of itself; give another model.'
+        )
+    kind = str(theirs.cfg.model.get('type')).rpartition('.')[2]
+    if kind.endswith('Distillation'):
+        raise UserError(
+            f'--teacher: {teacher} is a {kind}. Give the plain config of the '
+            'model that it trained; its files are plain checkpoints.'
+        )
+    checkpoint = teacher_checkpoint or published_checkpoint(theirs)
+    if checkpoint is None:
+        raise UserError(
+            f'--teacher-checkpoint: expected the weights of {teacher}, and '
+            'its host publishes none. Give the path or URL of its trained '
+            'weights.'
+        )
+    made = make_config(
+        given,
+        theirs,
+        method=method,
+        teacher_checkpoint=checkpoint,
+        student_checkpoint=student_checkpoint,
+    )
+    write_config(made, given, out)
+    return report(made, checkpoint)

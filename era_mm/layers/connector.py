@@ -1,0 +1,187 @@
+"""Makes features of two unlike models comparable; nothing in it learns.
+
+Legend: N batch, C channels, L levels, T tokens, s a level's stride.
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+TOKENS = ('map', 'mean', 'class')
+
+
+def tokens_to_map(tokens: Tensor, num_extra: int) -> Tensor:
+    """Patch tokens on their grid, in rows from the top left.
+
+    Args:
+        tokens: What a transformer puts out.
+        num_extra: Tokens before the patches that stand for no place.
+
+    Shape:
+        - tokens: ``(N, num_extra + H * W, C)`` of a square image
+        - out: ``(N, C, H, W)``
+
+    Raises:
+        ValueError: The patches fill no square.
+    """
+    number = tokens.shape[1] - num_extra
+    side = math.isqrt(max(number, 0))
+    if number < 1 or side * side != number:
+        raise ValueError(
+            f'Tokens {tuple(tokens.shape)} with {num_extra} extra ones leave '
+            f'{number} patches, which fill no square grid. Square images '
+            'give a square; check `num_extra`.'
+        )
+    return tokens[:, num_extra:].mT.unflatten(2, (side, side))
+
+
+def resize(feat: Tensor, scale: float) -> Tensor:
+    """A map in another stride.
+
+    Larger: bilinear. Smaller: each new cell is the mean of what it covers.
+
+    Args:
+        feat: The map.
+        scale: Its stride over the new one.
+
+    Shape:
+        - feat: ``(N, C, H, W)``
+        - out: ``(N, C, ceil(H * scale), ceil(W * scale))``
+    """
+    # Configs hold rounded scales: 7 * 1.1429 is to be 8.
+    size = [math.ceil(side * scale - 0.01) for side in feat.shape[2:]]
+    if scale < 1:
+        return adaptive_avg_pool2d(feat, size)
+    return interpolate(feat, size, mode='bilinear', align_corners=False)
+
+
+def crop_to_common(
+    *, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Cut maps of equal stride to what both have.
+
+    Preprocessors pad at the right and at the bottom, each to multiples of its
+    own, so the same image lies in the top left corner of both maps.
+
+    Shape:
+        - student_feats, teacher_feats: L of ``(N, C, *)``
+    """
+    students, teachers = [], []
+    for student, teacher in zip(student_feats, teacher_feats, strict=True):
+        if student.dim() == teacher.dim() == 4:
+            height, width = (
+                min(student.shape[dim], teacher.shape[dim]) for dim in (2, 3)
+            )
+            student = student[..., :height, :width]
+            teacher = teacher[..., :height, :width]
+        students.append(student)
+        teachers.append(teacher)
+    return tuple(students), tuple(teachers)
+
+
+class Connector(nn.Module):
+    """Chooses, reshapes and resizes the outputs of one source, in this order.
+
+    Source: ours.
+
+    Args:
+        levels: Which of the source's outputs, in the order wanted; an output
+            may be named twice. None: all.
+        tokens: What tokens ``(N, T, C)`` become: 'map', the patches on their
+            grid; 'mean', the mean of the patches; 'class', the first token.
+            Maps ``(N, C, H, W)`` become their mean in place of 'mean'. None:
+            they stay as they are.
+        num_extra: Tokens before the patches, such as the class token.
+        scales: For each of the levels the factor by which a map is resized,
+            its stride over the wanted one. None: none is.
+
+    Shape:
+        - feats: outputs of the source, each ``(N, C, H, W)``, ``(N, T, C)``
+          or ``(N, C)``
+        - out: L of ``(N, C, H', W')`` or ``(N, C)``
+
+    Raises:
+        ValueError: An unknown kind of ``tokens``, a scale that is not
+            positive or not one for each level, a level that is not there.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int] | None = None,
+        tokens: str | None = None,
+        num_extra: int = 1,
+        scales: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if tokens is not None and tokens not in TOKENS:
+            raise ValueError(
+                f'`tokens` must be one of {TOKENS} or None, but got '
+                f'{tokens!r}.'
+            )
+        if scales is not None and (
+            min(scales, default=0) <= 0
+            or (levels is not None and len(levels) != len(scales))
+        ):
+            raise ValueError(
+                '`scales` must hold a positive factor for each of the '
+                f'`levels` {levels}, but got {scales}.'
+            )
+        self.levels = None if levels is None else tuple(levels)
+        self.tokens = tokens
+        self.num_extra = num_extra
+        self.scales = None if scales is None else tuple(scales)
+
+    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The source's outputs as the distiller gets them."""
+        levels = range(len(feats)) if self.levels is None else self.levels
+        scales = self.scales or (1,) * len(levels)
+        if len(scales) != len(levels) or not all(
+            0 <= level < len(feats) for level in levels
+        ):
+            raise ValueError(
+                f'The connector asks for levels {list(levels)} with scales '
+                f'{list(scales)}, but its source puts out {len(feats)}. '
+                'Correct `source.connector`.'
+            )
+        return tuple(
+            self._resize(self._reshape(feats[level]), scale)
+            for level, scale in zip(levels, scales, strict=True)
+        )
+
+    def _reshape(self, feat: Tensor) -> Tensor:
+        if self.tokens == 'mean' and feat.dim() == 4:
+            return feat.mean((2, 3))
+        if self.tokens is None or feat.dim() != 3:
+            return feat
+        if self.tokens == 'map':
+            return tokens_to_map(feat, self.num_extra)
+        if self.tokens == 'mean':
+            return feat[:, self.num_extra :].mean(1)
+        return feat[:, 0]
+
+    @staticmethod
+    def _resize(feat: Tensor, scale: float) -> Tensor:
+        return feat if scale == 1 else resize(feat, scale)
+
+    def extra_repr(self) -> str:
+        """What it does, in one line."""
+        return ', '.join(self.steps()) or 'nothing'
+
+    def steps(self) -> list[str]:
+        """What it does, one sentence each, for the log."""
+        steps = []
+        if self.levels is not None:
+            steps.append(f'outputs {list(self.levels)}')
+        if self.tokens is not None:
+            made = dict(
+                map='put on their grid as a map',
+                mean='averaged over the places',
+            ).get(self.tokens, 'reduced to the class token')
+            steps.append(f'places {made}')
+        for level, scale in enumerate(self.scales or ()):
+            if scale != 1:
+                how = 'bilinear' if scale > 1 else 'mean of the cells'
+                steps.append(f'level {level} resized by {scale:g} ({how})')
+        return steps

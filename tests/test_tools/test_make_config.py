@@ -1,0 +1,523 @@
+"""Configs that make_config writes train at once, and bad input is said.
+
+The pairs are mmdet's and mmpretrain's own configs, cut down in width.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmpretrain.structures import DataSample
+
+from era_mm import cli
+from era_mm.core import Distillation
+from era_mm.engine.host_configs import (
+    class_names,
+    published_checkpoint,
+    read_host_config,
+)
+from era_mm.engine.make_config import LINE_LENGTH
+from era_mm.testing import detection_batch
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+RESNET = (
+    'backbone=dict(depth=18, base_channels=8, stem_channels=8, '
+    'frozen_stages=-1, norm_eval=False, init_cfg=None, '
+    "norm_cfg=dict(type='BN', requires_grad=True), style='pytorch'), "
+    'neck=dict(in_channels=[8, 16, 32, 64], out_channels=16{neck})'
+)
+DENSE = (
+    'bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, '
+    'num_classes={classes}{head})'
+)
+ROI = (
+    'rpn_head=dict(in_channels=16, feat_channels=16), roi_head=dict('
+    'bbox_roi_extractor=dict(out_channels=16), bbox_head=dict('
+    'in_channels=16, fc_out_channels=16, num_classes=3){masks})'
+)
+MASKS = (
+    ', mask_roi_extractor=dict(out_channels=16), mask_head=dict('
+    'in_channels=16, conv_out_channels=16, num_convs=1, num_classes=3)'
+)
+SWIN_DETECTOR = (
+    'backbone=dict(embed_dims=8, depths=[1, 1, 1, 1], '
+    'num_heads=[1, 1, 2, 2], init_cfg=None), '
+    'neck=dict(in_channels=[8, 16, 32, 64], out_channels=16)'
+)
+
+
+def dense(neck='', head='', classes=3):
+    return f'{RESNET.format(neck=neck)}, ' + DENSE.format(
+        classes=classes, head=head
+    )
+
+
+def retina(strides, neck, classes=3):
+    return dense(
+        f', num_outs={len(strides)}{neck}',
+        f', anchor_generator=dict(strides={strides})',
+        classes,
+    )
+
+
+MODELS_OF = {
+    'retinanet': ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', dense()),
+    'retinanet_3_levels': (
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        retina([8, 16, 32], ''),
+    ),
+    'retinanet_from_4': (
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        retina([4, 8, 16, 32], ', start_level=0'),
+    ),
+    'retinanet_coarse': (
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        retina([32, 64, 128], ', start_level=3'),
+    ),
+    'retinanet_5_classes': (
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        dense(classes=5),
+    ),
+    'retinanet_unpadded': (
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        f'data_preprocessor=dict(pad_size_divisor=1), {dense()}',
+    ),
+    'fcos': (
+        'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+        dense(head=", norm_cfg=dict(type='BN')"),
+    ),
+    'faster_rcnn': (
+        'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+        f'{RESNET.format(neck="")}, {ROI.format(masks="")}',
+    ),
+    'mask_rcnn_swin': (
+        'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+        f'{SWIN_DETECTOR}, {ROI.format(masks=MASKS)}',
+    ),
+    'resnet': (
+        'mmpretrain::resnet/resnet18_8xb32_in1k.py',
+        'backbone=dict(base_channels=8, stem_channels=8), '
+        'head=dict(in_channels=64, num_classes=3, topk=(1,))',
+    ),
+    'vit': (
+        'mmpretrain::vision_transformer/vit-base-p16_32xb128-mae_in1k.py',
+        'backbone=dict(arch=dict(_delete_=True, embed_dims=24, num_layers=2, '
+        'num_heads=2, feedforward_channels=32), init_cfg=None), '
+        'head=dict(in_channels=24, num_classes=3, loss=dict(num_classes=3)), '
+        'data_preprocessor=dict(num_classes=3)',
+    ),
+    'swin': (
+        'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
+        'backbone=dict(arch=dict(_delete_=True, embed_dims=8, '
+        'depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])), '
+        'head=dict(in_channels=64, num_classes=3), '
+        'data_preprocessor=dict(num_classes=3)',
+    ),
+}
+
+
+@pytest.fixture
+def host(tmp_path):
+    """Writes a user's own config that inherits a host's."""
+
+    def write(name):
+        base, model = MODELS_OF[name]
+        # By its path: 'mmdet::...' reads all metafiles of the host.
+        base = str(read_host_config(base).path)
+        path = tmp_path / 'own' / f'{name}.py'
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'_base_ = {base!r}\nmodel = dict({model})\n')
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def make(host, tmp_path, capsys):
+    """Runs the command; gives the written config and what was printed."""
+
+    def run(student, teacher, *args):
+        out = tmp_path / 'made' / f'{student}_{teacher}.py'
+        status = cli.run_make_config(
+            [
+                *('--student', host(student), '--teacher', host(teacher)),
+                *('--teacher-checkpoint', 'random', '--out', str(out), *args),
+            ]
+        )
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        assert len(out.read_text().splitlines()) <= 30
+        return Config.fromfile(out), printed.out
+
+    return run
+
+
+def build(config):
+    init_default_scope(config.default_scope)
+    model = config.model
+    if 'data_preprocessor' in config:
+        model.setdefault('data_preprocessor', config.data_preprocessor)
+    model = MODELS.build(model)
+    assert isinstance(model, Distillation)
+    model.init_weights()
+    return model
+
+
+def images(num=2, size=224):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randint(
+        0, 256, (num, 3, size, size), generator=generator
+    ).byte()
+    samples = [DataSample().set_gt_label(label) for label in range(num)]
+    return dict(inputs=list(inputs), data_samples=samples)
+
+
+def train_and_predict(model, batch):
+    """Two steps, for the checks that look back at the first; one pass."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for _ in range(2):
+        data = model.data_preprocessor(batch(), True)
+        losses = model(**data, mode='loss')
+        loss, _ = model.parse_losses(losses)
+        assert torch.isfinite(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    data = model.data_preprocessor(batch(), False)
+    with torch.no_grad():
+        predictions = model(**data, mode='predict')
+    assert len(predictions) == len(data['data_samples'])
+    return losses
+
+
+DETECTORS = {
+    # student, teacher: student's levels, teacher's, scales, head reused
+    ('retinanet', 'fcos'): (None, None, None, True),
+    ('retinanet', 'faster_rcnn'): ([0, 1, 2, 3], [1, 2, 3, 4], None, False),
+    ('retinanet', 'mask_rcnn_swin'): ([0, 1, 2, 3], [1, 2, 3, 4], None, False),
+    ('retinanet_3_levels', 'retinanet'): (
+        [0, 1, 2, 2, 2],
+        None,
+        [1, 1, 1, 0.5, 0.25],
+        True,
+    ),
+    ('retinanet', 'retinanet_from_4'): (
+        [0, 0, 1, 2],
+        None,
+        [2.0, 1, 1, 1],
+        True,
+    ),
+    ('retinanet_from_4', 'retinanet_coarse'): (
+        [3, 3, 3],
+        None,
+        [1, 0.5, 0.25],
+        True,
+    ),
+    ('retinanet', 'retinanet_5_classes'): (None, None, None, False),
+}
+
+
+@pytest.mark.parametrize(('student', 'teacher'), DETECTORS)
+def test_detectors__pair_by_stride_and_train(make, student, teacher):
+    own, theirs, scales, is_reused = DETECTORS[student, teacher]
+    config, printed = make(student, teacher)
+    distiller = config.model.distiller
+    connector = distiller.get('source', {}).get('connector', {})
+    assert connector.get('student', {}).get('levels') == own
+    assert connector.get('teacher', {}).get('levels') == theirs
+    assert connector.get('student', {}).get('scales') == scales
+    assert (distiller.get('twi_steps') == 'none') is not is_reused
+    assert ('head       reused' in printed) is is_reused
+    assert ('custom_hooks' in config) is is_reused
+    losses = train_and_predict(
+        build(config), lambda: detection_batch(2, size=128)
+    )
+    assert any('twi' in key for key in losses) is is_reused
+    assert losses['loss_era_align'] > 0
+
+
+def test_detectors__of_other_padding_are_cut_to_what_both_have(make):
+    config, printed = make('retinanet_3_levels', 'retinanet_unpadded')
+    assert 'pad_size_divisor 1 (student 32)' in printed
+    model = build(config)
+    # 100 pixels: the student pads to 128.
+    losses = train_and_predict(model, lambda: detection_batch(2, size=100))
+    assert losses['loss_era_align'] > 0
+
+
+def test_detectors__only_the_shared_strides_without_the_head(make):
+    config, printed = make('retinanet_3_levels', 'faster_rcnn')
+    connector = config.model.distiller.source.connector
+    assert 'student' not in connector
+    assert connector.teacher == dict(levels=[1, 2, 3])
+    assert (
+        'without partner: teacher neck[0] (stride 4); teacher neck[4] '
+        '(stride 64)' in printed
+    )
+    assert "the teacher's RoI head needs the student's proposals" in printed
+
+
+CLASSIFIERS = {
+    ('resnet', 'vit'): dict(
+        source=dict(student='neck', teacher='backbone'),
+        mbrnet=dict(norm_cfg=dict(type='LN')),
+        logit=dict(),
+    ),
+    ('resnet', 'swin'): dict(
+        mbrnet=dict(norm_cfg=dict(type='LN')), logit=dict()
+    ),
+    ('vit', 'resnet'): dict(
+        source=dict(student='backbone', teacher='neck'), logit=dict()
+    ),
+}
+
+
+@pytest.mark.parametrize(('student', 'teacher'), CLASSIFIERS)
+def test_classifiers__pair_what_feeds_the_head_and_train(
+    make, student, teacher
+):
+    config, _ = make(student, teacher)
+    expected = dict(type='era_mm.ERADistiller') | CLASSIFIERS[student, teacher]
+    assert config.model.distiller == expected
+    losses = train_and_predict(build(config), images)
+    assert losses['loss_era_twi_cls'] > 0
+    assert losses['loss_era_logit'] > 0
+
+
+def test_ie_kd__puts_the_tokens_of_a_vit_on_their_grid(make):
+    config, _ = make('resnet', 'vit', '--method', 'ie_kd')
+    assert config.model.distiller == dict(
+        type='era_mm.IEKDDistiller',
+        source=dict(
+            student='backbone',
+            teacher='backbone.ln1',
+            connector=dict(
+                student=dict(scales=[2.0]),
+                teacher=dict(tokens='map', num_extra=1),
+            ),
+        ),
+    )
+    losses = train_and_predict(build(config), images)
+    assert losses['loss_iekd_inherit'] > 0
+
+
+def test_residual_kd__trains_or_says_which_levels_are_alone(
+    make, host, tmp_path, capsys
+):
+    config, _ = make('retinanet', 'fcos', '--method', 'residual_kd')
+    train_and_predict(build(config), lambda: detection_batch(2, size=128))
+    error = fails(
+        capsys,
+        *('--student', host('retinanet'), '--teacher', host('faster_rcnn')),
+        *('--teacher-checkpoint', 'random', '--method', 'residual_kd'),
+        *('--out', str(tmp_path / 'o.py')),
+    )
+    assert 'same levels and strides' in error
+    assert 'student neck[4] (stride 128)' in error
+
+
+# -- the file -----------------------------------------------------------------
+
+
+def test_text__keeps_the_students_hooks_and_imports(host, tmp_path, capsys):
+    student = Path(host('retinanet'))
+    student.write_text(
+        student.read_text()
+        + "custom_imports = dict(imports=['mmdet.models'])\n"
+        + "custom_hooks = [dict(type='NumClassCheckHook')]\n"
+    )
+    out = tmp_path / 'deep' / 'er' / 'out.py'
+    status = cli.run_make_config(
+        [
+            *('--student', str(student), '--teacher', host('fcos')),
+            *('--teacher-checkpoint', 'random', '--out', str(out)),
+            *('--student-checkpoint', 'https://example.org/student.pth'),
+        ]
+    )
+    assert status == 0, capsys.readouterr().err
+    config = Config.fromfile(out)
+    assert [hook.type for hook in config.custom_hooks] == [
+        'NumClassCheckHook',
+        'era_mm.TWIHook',
+    ]
+    assert config.custom_hooks[1].modes == ['E0', 'T', 'ST']
+    assert config.custom_imports.imports == ['mmdet.models', 'era_mm']
+    assert config.load_from == 'https://example.org/student.pth'
+    assert "_base_ = '../../own/retinanet.py'" in out.read_text()
+    plain = Config.fromfile(student)
+    assert config.model.student == plain.model
+    for key in plain:
+        if key not in ('model', 'custom_hooks', 'custom_imports', 'load_from'):
+            assert config[key] == plain[key], key
+    assert [path.name for path in out.parent.iterdir()] == ['out.py']
+    for line in out.read_text().splitlines():
+        assert len(line) <= LINE_LENGTH or '://' in line or '/' in line
+
+
+def test_modes__are_not_reported_without_the_blend(make):
+    config, _ = make('retinanet_3_levels', 'retinanet')
+    # The student's own head does not read the resized levels.
+    assert config.custom_hooks == [
+        dict(type='era_mm.TWIHook', modes=['E0', 'T'])
+    ]
+
+
+# -- bad input ----------------------------------------------------------------
+
+
+def fails(capsys, *args):
+    """The one message of a command that fails."""
+    capsys.readouterr()
+    assert cli.run_make_config(list(args)) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith('\nerror: ')
+    assert 'Traceback' not in printed.err
+    assert not printed.out
+    return re.sub(r'\s+', ' ', printed.err)
+
+
+@pytest.fixture
+def refused(host, tmp_path, capsys):
+    """Runs the command with changed arguments; nothing may be written."""
+
+    def run(**changes):
+        arguments = dict(
+            student=host('retinanet'),
+            teacher=host('fcos'),
+            teacher_checkpoint='random',
+            out=str(tmp_path / 'out' / 'out.py'),
+        )
+        arguments |= changes
+        before = sorted(tmp_path.rglob('*'))
+        error = fails(
+            capsys,
+            *(
+                part
+                for key, value in arguments.items()
+                if value is not None
+                for part in (f'--{key.replace("_", "-")}', value)
+            ),
+        )
+        assert sorted(tmp_path.rglob('*')) == before
+        return error
+
+    return run
+
+
+def test_refused__names_that_do_not_resolve(refused):
+    error = refused(student='mmdet::retinanet/retinanet_r50_fpn_1x.py')
+    assert '--student' in error
+    assert 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py' in error
+    error = refused(teacher='mmdet::retinanet_r101_fpn_2x_coco')
+    assert 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py' in error
+    error = refused(teacher='mmdt::retinanet/retinanet_r50_fpn_1x_coco.py')
+    assert 'Did you mean mmdet::retinanet' in error
+    error = refused(teacher='own/none.py')
+    assert "'own/none.py' is neither" in error
+
+
+def test_refused__configs_that_do_not_build(refused, tmp_path):
+    broken = tmp_path / 'broken.py'
+    broken.write_text('model = dict(\n')
+    assert 'cannot be read: SyntaxError' in refused(teacher=str(broken))
+    broken.write_text("model = dict(type='NoSuchDetector')\n")
+    error = refused(teacher=str(broken))
+    assert 'cannot be built' in error
+    assert 'NoSuchDetector' in error
+    broken.write_text('optim_wrapper = dict()\n')
+    assert 'has no `model`' in refused(teacher=str(broken))
+
+
+def test_refused__a_detector_with_a_classifier(refused, host):
+    error = refused(teacher=host('resnet'))
+    assert 'is a detector, but the teacher' in error
+
+
+def test_refused__a_model_that_is_neither(refused):
+    error = refused(
+        teacher='mmpretrain::mae/mae_vit-base-p16_8xb512-amp-'
+        'coslr-300e_in1k.py'
+    )
+    assert 'expected a detector of mmdet or a classifier' in error
+
+
+def test_refused__the_students_own_file(refused, host, tmp_path):
+    error = refused(teacher=host('retinanet'))
+    assert "is the student's own config" in error
+    link = tmp_path / 'link.py'
+    link.symlink_to(host('retinanet'))
+    assert "is the student's own config" in refused(teacher=str(link))
+
+
+def test_refused__a_distillation(refused):
+    error = refused(student=str(CONFIGS / 'era_retinanet_r101_r50.py'))
+    assert '--student' in error
+    assert 'is a Distillation already' in error
+    error = refused(teacher=str(CONFIGS / 'era_retinanet_r101_r50.py'))
+    assert '--teacher' in error
+    assert 'is a Distillation' in error
+    error = refused(student=str(CONFIGS / 'ie_dml_retinanet_r50_r50.py'))
+    assert 'is a MutualDistillation already' in error
+
+
+def test_refused__a_student_without_data(refused, tmp_path):
+    bare = tmp_path / 'bare.py'
+    bare.write_text("_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'\n")
+    assert 'has no train_dataloader, train_cfg' in refused(student=str(bare))
+
+
+def test_refused__an_out_that_exists_or_is_no_config(refused, tmp_path):
+    taken = tmp_path / 'taken.py'
+    taken.write_text('# mine')
+    assert 'exists already' in refused(out=str(taken))
+    assert taken.read_text() == '# mine'
+    assert 'ends in .py' in refused(out=str(tmp_path / 'out.yaml'))
+
+
+def test_refused__an_unknown_method(refused):
+    error = refused(method='erra')
+    assert 'expected one of era, ie_kd, residual_kd' in error
+
+
+def test_refused__a_teacher_without_weights(refused, tmp_path):
+    error = refused(teacher_checkpoint=None)
+    assert '--teacher-checkpoint: expected the weights of' in error
+    error = refused(teacher_checkpoint=str(tmp_path / 'none.pth'))
+    assert 'model.teacher.checkpoint' in error
+    assert 'none.pth' in error
+
+
+# -- configs of the hosts -----------------------------------------------------
+
+
+def test_published_checkpoint__is_the_metafiles():
+    config = read_host_config('mmdet::retinanet/retinanet_r101_fpn_2x_coco')
+    assert published_checkpoint(config).endswith(
+        'retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth'
+    )
+
+
+def test_class_names__of_config_data_set_and_wrappers(host, tmp_path):
+    coco = class_names(read_host_config(host('retinanet')))
+    assert len(coco) == 80
+    assert coco[0] == 'person'
+    own = tmp_path / 'classes.py'
+    own.write_text(
+        textwrap.dedent("""
+        default_scope = 'mmdet'
+        model = dict(type='RetinaNet')
+        inner = dict(type='CocoDataset', metainfo=dict(classes=('a', 'b')))
+        train_dataloader = dict(
+            dataset=dict(type='RepeatDataset', times=2, dataset=inner)
+        )
+        """)
+    )
+    assert class_names(read_host_config(str(own))) == ('a', 'b')
+    own.write_text("model = dict(type='RetinaNet')\n")
+    assert class_names(read_host_config(str(own))) is None
