@@ -151,20 +151,20 @@ class Member:
         # Whatever the constructors of a host's models raise.
         except Exception as error:
             raise UserError(
-                f'--{self.role}: the model of {self.name} cannot be built: '
+                f'{self.role}: the model of {self.name} cannot be built: '
                 f'{type(error).__name__}: {error}. Correct the config; '
                 'tools/print_sources.py builds it alone.'
             ) from error
         self.kind = kind_of(self.model)
         if self.kind not in KINDS.values():
             raise UserError(
-                f'--{self.role}: expected a detector of mmdet or a classifier '
+                f'{self.role}: expected a detector of mmdet or a classifier '
                 f'of mmpretrain, but {self.name} is a {self.kind}. Give the '
                 'config of the model that it contains or was trained for.'
             )
         if not hasattr(self.model, 'backbone'):
             raise UserError(
-                f'--{self.role}: {self.name} is a {type(self.model).__name__}'
+                f'{self.role}: {self.name} is a {type(self.model).__name__}'
                 ', which has no module `backbone`: it wraps another model. '
                 'Give the config of that one.'
             )
@@ -350,7 +350,7 @@ class Pair:
         kinds = [member.kind for member in (self.student, self.teacher)]
         if kinds[0] != kinds[1]:
             raise UserError(
-                f'--teacher: the student ({self.student.name}) is a '
+                f'teacher: the student ({self.student.name}) is a '
                 f'{kinds[0]}, but the teacher ({self.teacher.name}) a '
                 f'{kinds[1]}. Their features and labels mean different '
                 f'things: give a {kinds[0]} as teacher.'
@@ -371,7 +371,7 @@ class Pair:
             return
         member, size, cause = problem
         raise UserError(
-            f'--{member.role}: {member.name} cannot run on an image of '
+            f'{member.role}: {member.name} cannot run on an image of '
             f'{size}x{size} (tried: {list(sizes)}): {type(cause).__name__}: '
             f'{cause}. Both models have to take the images of the '
             "student's pipeline."
@@ -486,7 +486,7 @@ class Pair:
             if name in member.feats
         }
         return UserError(
-            f'--{member.role}: expected {wanted} from neck or backbone of '
+            f'{member.role}: expected {wanted} from neck or backbone of '
             f'{member.name} ({type(member.model).__name__}), but on an image '
             f'of {self.input_size}x{self.input_size} got {found}. Such a '
             'model cannot be paired by itself; write the `source` by hand '

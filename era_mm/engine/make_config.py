@@ -179,7 +179,15 @@ def check_student(student: HostConfig) -> None:
     Raises:
         UserError: It is a distillation, or no config that can be trained.
     """
-    kind = str(student.cfg.model.get('type')).rpartition('.')[2]
+    kind = student.cfg.model.get('type')
+    if not isinstance(kind, str):
+        raise UserError(
+            f'--student: {student.reference} is a config of the new style, '
+            'with imported classes, which a text config cannot inherit. Give '
+            'one of the text style (`_base_ = ...`), as the hosts have of '
+            'each.'
+        )
+    kind = kind.rpartition('.')[2]
     if kind.endswith('Distillation'):
         raise UserError(
             f'--student: {student.reference} is a {kind} already. Give the '

@@ -196,7 +196,12 @@ class Run:
             feats = student.extract_feat(noise)
         for method in self.model.distillers.values():
             if method.student_sources[0] in ('backbone', 'neck'):
-                season(method, lambda net=method.mbrnet: net(feats))
+                season(
+                    method,
+                    lambda method=method: method.mbrnet(
+                        method.connected(feats)
+                    ),
+                )
         self.model.load_teachers()
         self.model.eval()
         self.file = str(folder / 'epoch_1.pth')
@@ -302,6 +307,21 @@ def test_detector__predicts_what_the_mode_predicts(tmp_path, head, neck, mode):
     with torch.no_grad():
         plain = run.model.student(inputs)[0][0]
         assert torch.equal(stock(inputs)[0][0], plain) == (mode == 'S')
+
+
+def test_detector__takes_its_connector_along(tmp_path):
+    connector = dict(student=dict(levels=[0, 1, 1], scales=[1, 1, 0.5]))
+    source = dict(student='neck', teacher='neck', connector=connector)
+    teacher = detector(add_extra_convs='on_input', num_outs=3, width=16)
+    run = Run(tmp_path, detector(), teacher, ERA | dict(source=source))
+    exported = run.export('T')
+    assert_same_boxes(run, 'T', exported, exact=True)
+    neck = Config.fromfile(exported.config).model.neck
+    kinds = ['FPN', 'era_mm.Connector', 'era_mm.MBRNet']
+    assert [part.type for part in neck] == kinds
+    with pytest.raises(UserError, match='a connector that resizes'):
+        run.export('E0')
+    assert_same_boxes(run, 'E0', run.export('E0', keep_align=True), exact=True)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.apis import init_detector
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
@@ -21,7 +22,12 @@ from era_mm.engine.host_configs import (
     read_host_config,
 )
 from era_mm.engine.make_config import LINE_LENGTH
-from era_mm.testing import detection_batch
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    run_config,
+    save_teacher,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 RESNET = (
@@ -368,6 +374,100 @@ def test_modes__are_not_reported_without_the_blend(make):
     ]
 
 
+def test_classes__of_other_names_leave_the_head_alone(host, tmp_path, capsys):
+    student = Path(host('retinanet'))
+    student.write_text(
+        student.read_text()
+        + 'train_dataloader = dict(dataset=dict(metainfo=dict('
+        + "classes=('person', 'kite', 'own'))))\n"
+    )
+    teacher = Path(host('fcos'))
+    teacher.write_text(
+        teacher.read_text()
+        + 'train_dataloader = dict(dataset=dict(metainfo=dict('
+        + "classes=('kite', 'person', 'book'))))\n"
+    )
+    out = tmp_path / 'out.py'
+    status = cli.run_make_config(
+        [
+            *('--student', str(student), '--teacher', str(teacher)),
+            *('--teacher-checkpoint', 'random', '--out', str(out)),
+        ]
+    )
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert '3 and 3, 2 of them in both' in printed.out
+    assert 'but other ones or another order' in printed.out
+    config = Config.fromfile(out)
+    assert config.model.distiller.twi_steps == 'none'
+    assert 'custom_hooks' not in config
+
+
+@pytest.mark.smoke
+def test_train__runs_the_file_at_once(tmp_path, coco, monkeypatch, capsys):
+    """The whole way: two configs and a checkpoint, then mim's entry."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in (
+        ('student', detector_config(head='FCOSHead')),
+        ('teacher', detector_config(width=16, channels=24)),
+    ):
+        config = run_config(
+            model,
+            coco,
+            'work',
+            train_cfg=dict(by_epoch=True, max_epochs=1, val_interval=1),
+        )
+        Config(config).dump(f'{name}.py')
+    save_teacher(model, 'teacher.pth')
+    arguments = ['--student', 'student.py', '--teacher', 'teacher.py']
+    arguments += ['--teacher-checkpoint', 'teacher.pth', '--out', 'era.py']
+    assert cli.run_make_config(arguments) == 0, capsys.readouterr().err
+    assert cli.run_train(['era.py']) == 0, capsys.readouterr().err
+    plain = init_detector('student.py', 'work/epoch_1.pth', device='cpu')
+    state = torch.load('work/epoch_1.pth', weights_only=False)['state_dict']
+    assert set(state) == set(plain.state_dict())
+
+
+# -- sources ------------------------------------------------------------------
+
+
+def test_print_sources__of_a_host_config(host, capsys):
+    assert cli.run_print_sources([host('retinanet')]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('model: RetinaNet, ')
+    assert lines[0].endswith('on 256x256')
+    rows = {line.split()[0]: line.split(None, 2)[1:] for line in lines[1:]}
+    assert rows['neck'] == [
+        'FPN',
+        '16x32x32 /8, 16x16x16 /16, 16x8x8 /32, 16x4x4 /64, 16x2x2 /128',
+    ]
+    assert rows['backbone.layer3'] == ['ResLayer', '32x16x16 /16']
+    # Containers are not called themselves.
+    assert 'neck.fpn_convs' not in rows
+    assert all(name.count('.') < 2 for name in rows)
+    assert cli.run_print_sources([host('retinanet'), '--depth', '1']) == 0
+    shallow = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shallow[1:]] == ['backbone', 'neck']
+
+
+def test_print_sources__of_a_distillation(make, tmp_path, capsys):
+    make('resnet', 'vit')
+    out = tmp_path / 'made' / 'resnet_vit.py'
+    assert cli.run_print_sources([str(out), '--input-size', '64']) == 0
+    student, teacher = capsys.readouterr().out.split('\n\n')
+    assert student.startswith('student: ImageClassifier')
+    assert 'on 64x64' in student
+    assert '64x2x2 /32' in student
+    assert teacher.startswith('teacher: ImageClassifier')
+    # A class token and 4 x 4 patches of 16 pixels.
+    assert re.search(r'backbone.ln1 +LayerNorm +17x24\n', teacher)
+
+
+def test_print_sources__says_what_it_cannot_run(tmp_path, capsys):
+    assert cli.run_print_sources(['mmdet::retinanet/retinanet_r50']) == 1
+    assert 'Nearest names' in capsys.readouterr().err
+
+
 # -- bad input ----------------------------------------------------------------
 
 
@@ -470,6 +570,14 @@ def test_refused__a_student_without_data(refused, tmp_path):
     bare = tmp_path / 'bare.py'
     bare.write_text("_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'\n")
     assert 'has no train_dataloader, train_cfg' in refused(student=str(bare))
+
+
+def test_refused__a_student_of_the_new_style(refused, tmp_path):
+    lazy = tmp_path / 'lazy.py'
+    lazy.write_text(
+        'from mmdet.models import RetinaNet\nmodel = dict(type=RetinaNet)\n'
+    )
+    assert 'of the new style' in refused(student=str(lazy))
 
 
 def test_refused__an_out_that_exists_or_is_no_config(refused, tmp_path):

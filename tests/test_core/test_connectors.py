@@ -1,0 +1,167 @@
+"""Connectors between the recorders and a method."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+from era_mm.core import BaseDistiller, base_distiller, student_config_of
+from era_mm.layers import Connector
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    distillation_config,
+)
+
+
+class Hearing(BaseDistiller):
+    """Keeps what it gets."""
+
+    def prepare(self, *, student_feats, teacher_feats, **pair):
+        self.prepared = student_feats, teacher_feats
+
+    def loss(self, *, student_feats, teacher_feats, data_samples):
+        self.heard = student_feats, teacher_feats
+        total = sum(feat.sum() for feat in student_feats['neck'])
+        return {'loss_hearing': 0 * total}
+
+
+MODELS.register_module(name='HearingForConnectors', module=Hearing)
+
+
+def build(distiller=None, **source):
+    """The teacher has one level more, and the student wants it resized."""
+    teacher = detector_config(width=16, channels=24)
+    teacher['neck'] = dict(teacher['neck'], num_outs=3)
+    teacher['bbox_head'] = copy.deepcopy(teacher['bbox_head'])
+    teacher['bbox_head']['anchor_generator']['strides'] = [8, 16, 32]
+    return MODELS.build(
+        distillation_config(
+            dict(distiller or dict(type='HearingForConnectors'))
+            | dict(source=dict(student='neck', teacher='neck', **source)),
+            teacher=teacher,
+        )
+    )
+
+
+COVER = dict(student=dict(levels=[0, 1, 1], scales=[1, 1, 0.5]))
+
+
+def test_connector__stands_before_prepare_and_loss():
+    model = build(connector=COVER)
+    hearing = model.distillers['distiller']
+    for feats in hearing.prepared:
+        assert [f.shape[2] for f in feats['neck']] == [8, 4, 2]
+    model.train()
+    data = model.data_preprocessor(detection_batch(), True)
+    model(**data, mode='loss')
+    student, teacher = hearing.heard
+    with torch.no_grad():
+        own = model.student.extract_feat(data['inputs'])
+        theirs = model.teachers['teacher'].model.extract_feat(data['inputs'])
+    torch.testing.assert_close(student['neck'][0], own[0])
+    torch.testing.assert_close(
+        student['neck'][2],
+        own[1].unflatten(2, (2, 2)).unflatten(4, (2, 2)).mean((3, 5)),
+    )
+    torch.testing.assert_close(teacher['neck'], theirs)
+    assert student['neck'][2].requires_grad
+
+
+def test_connector__has_no_part_in_the_files():
+    model = build(connector=COVER)
+    assert not list(model.distillers.state_dict())
+    plain = MODELS.build(detector_config())
+    assert set(model.state_dict()) == set(plain.state_dict())
+
+
+def test_connector__says_what_it_resizes(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        base_distiller, 'print_log', lambda text, **kwargs: said.append(text)
+    )
+    build(connector=COVER)
+    assert said == [
+        'Connector of the student: outputs [0, 1, 1].',
+        'Connector of the student: level 2 resized by 0.5 (mean of the '
+        'cells).',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('connector', 'message'),
+    [
+        (dict(student=dict(levels=[1, 0, 0])), 'all but the channels'),
+        (dict(student=dict(levels=[0, 5])), 'puts out 2'),
+        (dict(pupil=dict(levels=[0])), r'dict\(student='),
+    ],
+)
+def test_connector__that_does_not_fit_is_refused(connector, message):
+    with pytest.raises(ValueError, match=message):
+        build(connector=connector)
+
+
+def test_connector__takes_one_name_for_each():
+    with pytest.raises(ValueError, match='one module name each'):
+        MODELS.build(
+            distillation_config(
+                dict(
+                    type='HearingForConnectors',
+                    source=dict(
+                        student=['neck', 'backbone'],
+                        teacher='neck',
+                        connector=dict(student=dict(levels=[0])),
+                    ),
+                )
+            )
+        )
+
+
+def test_connector__with_nothing_to_connect_is_refused():
+    with pytest.raises(ValueError, match='nothing to connect'):
+        MODELS.build(
+            distillation_config(
+                dict(
+                    type='era_mm.ResidualKDDistiller',
+                    source=dict(
+                        student='neck',
+                        teacher='neck',
+                        connector=dict(student=dict(levels=[0, 1])),
+                    ),
+                )
+            )
+        )
+
+
+def test_era__predicts_through_the_connector_but_does_not_blend():
+    era = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=1))
+    model = build(era, connector=COVER).eval()
+    distiller = model.distillers['distiller']
+    assert distiller.inference_modes() == ('E0', 'T')
+    model.active_modes = ('T',)
+    data = model.data_preprocessor(detection_batch(), False)
+    with torch.no_grad():
+        model(**data, mode='predict')
+        own = model.student.extract_feat(data['inputs'])
+        estimate = distiller.mbrnet(Connector(**COVER['student'])(own))
+        expected = model.teachers['teacher'].model.bbox_head.predict(
+            estimate, data['data_samples'], rescale=True
+        )
+    found = model.mode_predictions['T']
+    assert len(expected[0].scores) > 0
+    for sample, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(sample.pred_instances.scores, want.scores)
+
+
+def test_student_config_of__does_not_mind():
+    config = dict(
+        type='era_mm.Distillation',
+        student=detector_config(),
+        teacher=dict(config=detector_config(), checkpoint='random'),
+        distiller=dict(
+            type='era_mm.ERADistiller',
+            source=dict(student='neck', teacher='neck', connector=COVER),
+        ),
+    )
+    assert student_config_of(config)[0].type == 'mmdet.RetinaNet'
