@@ -192,16 +192,17 @@ class Member:
             self.model, names, input_size, whole=is_query_based(self.model)
         ).outputs
 
-    def outputs(self, dim: int, *, tokens: bool = False) -> str | None:
+    def outputs(self, dim: int, *, inner: bool = False) -> str | None:
         """The source, neck before backbone, all of whose outputs are so.
 
         Args:
             dim: Dimensions of each output: 4 for maps, 2 for vectors.
-            tokens: Whether to look among the layers of the backbone as well,
-                from its end; for the tokens of a transformer.
+            inner: Whether to look among the layers of the backbone as well,
+                from its end: for the tokens of a transformer, and for a
+                backbone that puts out more than tensors.
         """
         names = [self.feeds_head, 'backbone']
-        if tokens:
+        if inner:
             names += [n for n in reversed(self.feats) if '.' in n]
         for name in names:
             feats = self.feats.get(name)
@@ -452,7 +453,11 @@ class Pair:
         source = member.outputs(2)
         connector: dict[str, Any] = {}
         if source is None:
-            source = member.outputs(4) or member.outputs(3, tokens=True)
+            source = (
+                member.outputs(4)
+                or member.outputs(3, inner=True)
+                or member.outputs(4, inner=True)
+            )
             if source is None:
                 raise self._nothing(member, 'vectors, maps or tokens')
             connector['tokens'] = 'mean'
@@ -468,7 +473,7 @@ class Pair:
         source = member.outputs(4)
         connector: dict[str, Any] = {}
         if source is None and not self.is_detector:
-            source = member.outputs(3, tokens=True)
+            source = member.outputs(3, inner=True)
             if source is not None:
                 extra = member.extra_tokens(member.feats[source][-1])
                 connector = dict(tokens='map', num_extra=extra)

@@ -53,6 +53,8 @@ def mismatch(student: nn.Module, teacher: nn.Module) -> str | None:
             'queries of a decoder, not the features that are approximated'
         )
     classes = [num_classes_of(model) for model in (student, teacher)]
+    if find_head(teacher) is not None and classes[1] is None:
+        return "the teacher's head does not say how many classes it has"
     if find_head(teacher) is not None and classes[0] != classes[1]:
         return (
             f'the teacher has {classes[1]} classes and the student '
