@@ -53,15 +53,13 @@ def mismatch(student: nn.Module, teacher: nn.Module) -> str | None:
             'queries of a decoder, not the features that are approximated'
         )
     classes = [num_classes_of(model) for model in (student, teacher)]
-    if find_head(teacher) is not None and classes[1] is None:
-        return "the teacher's head does not say how many classes it has"
-    if find_head(teacher) is not None and classes[0] != classes[1]:
-        return (
-            f'the teacher has {classes[1]} classes and the student '
-            f"{classes[0]}, so the ground truth does not fit the teacher's "
-            'head'
-        )
-    return None
+    if find_head(teacher) is None or classes[0] == classes[1]:
+        return None
+    shown = ['unknown' if number is None else number for number in classes]
+    return (
+        f'the teacher has {shown[1]} classes and the student {shown[0]}, so '
+        "the ground truth does not fit the teacher's head"
+    )
 
 
 def why_not_reused(student: nn.Module, teacher: nn.Module) -> str | None:
