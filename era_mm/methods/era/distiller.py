@@ -288,7 +288,8 @@ class ERADistiller(BaseDistiller):
                 f'{len(student_maps)} {[tuple(m.shape) for m in student_maps]}'
                 f' and the teacher {len(teacher_maps)} '
                 f'{[tuple(m.shape) for m in teacher_maps]}. Give both necks '
-                'the same `num_outs`.'
+                'the same `num_outs`, or let tools/make_config.py write a '
+                '`source.connector`.'
             )
         for level, (s, t) in enumerate(
             zip(student_maps, teacher_maps, strict=True)
@@ -297,7 +298,8 @@ class ERADistiller(BaseDistiller):
                 raise ValueError(
                     f'Level {level} has size {tuple(s.shape)} in the student '
                     f'and {tuple(t.shape)} in the teacher: all but the '
-                    'channels must agree. Choose sources of the same stride.'
+                    'channels must agree. Choose sources of the same stride, '
+                    'or let tools/make_config.py write a `source.connector`.'
                 )
         found = dict(
             in_channels=[m.shape[1] for m in student_maps],
