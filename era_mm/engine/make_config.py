@@ -75,7 +75,10 @@ class Code(str):
 
 
 def methods() -> dict[str, type[BaseDistiller]]:
-    """The methods by name: their module, or class where one has several."""
+    """The methods that learn from a teacher, by name.
+
+    The name is the module's, or the class's where a module has several.
+    """
     found: dict[str, type[BaseDistiller]] = {}
     for info in pkgutil.iter_modules(era_mm.methods.__path__):
         module = importlib.import_module(f'era_mm.methods.{info.name}')
@@ -84,6 +87,7 @@ def methods() -> dict[str, type[BaseDistiller]]:
             for cls in vars(module).values()
             if isinstance(cls, type)
             and issubclass(cls, BaseDistiller)
+            and cls.needs_teacher
             and cls.__module__.startswith(module.__name__)
         ]
         for cls in classes:
