@@ -82,3 +82,15 @@ def blank_sample(height: int, width: int) -> BaseDataElement:
             scale_factor=(1.0, 1.0),
         )
     )
+
+
+def num_classes_of(model: nn.Module) -> int | None:
+    """How many classes a model tells apart, if its head says so."""
+    owner = getattr(model, 'roi_head', model)
+    for name in ('bbox_head', 'head'):
+        head = getattr(owner, name, None)
+        if isinstance(head, nn.ModuleList):
+            head = head[-1]
+        if head is not None:
+            return getattr(head, 'num_classes', None)
+    return None

@@ -9,13 +9,13 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, HostModel
-from ...core.utils import evaluating
+from ...core.utils import evaluating, num_classes_of
 from ...layers import dist_loss, kl_loss
 from ...registry import MODELS, explain_unknown_keys
 from .export import export_estimate
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
-from .twi import find_head, is_query_based, num_classes_of, tower_sources
+from .twi import find_head, is_query_based, tower_sources
 from .twi_heads import StudentProposals, TWIHead, TwoStageTWIHead
 
 
@@ -481,6 +481,18 @@ class ERADistiller(BaseDistiller):
                 value = self.loss_terms.twi_weight * weight * value
                 losses[key] = losses.get(key, 0) + value
         return losses
+
+    def loss_weights(self) -> dict[str, float]:
+        """Of the two feature terms, the head's terms and the logits'."""
+        weights = {
+            'loss_era_align': self.loss_terms.align_weight,
+            'loss_era_residual': self.loss_terms.residual_weight,
+        }
+        if self.twi_steps != 'none':
+            weights['loss_era_twi_*'] = self.loss_terms.twi_weight
+        if self.logit is not None:
+            weights['loss_era_logit'] = self.logit.weight
+        return weights
 
     # -- inference ---------------------------------------------------------
 

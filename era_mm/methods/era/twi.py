@@ -20,18 +20,6 @@ def is_query_based(model: nn.Module) -> bool:
     return hasattr(model, 'forward_transformer')
 
 
-def num_classes_of(model: nn.Module) -> int | None:
-    """How many classes a model tells apart, if its head says so."""
-    owner = getattr(model, 'roi_head', model)
-    for name in ('bbox_head', 'head'):
-        head = getattr(owner, name, None)
-        if isinstance(head, nn.ModuleList):
-            head = head[-1]
-        if head is not None:
-            return getattr(head, 'num_classes', None)
-    return None
-
-
 def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
     """What TWI can use of a model; None if there is nothing.
 
