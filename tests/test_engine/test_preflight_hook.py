@@ -43,9 +43,12 @@ def many(tmp_path_factory):
 
 def make(root, work_dir, model, hook=True, **kwargs):
     kwargs = dict(log_level='INFO') | kwargs
-    runner = Runner.from_cfg(
-        Config(run_config(model, root, work_dir, **kwargs))
-    )
+    config = run_config(model, root, work_dir, **kwargs)
+    if config.val_dataloader is not None:
+        # So that reading an image of val draws random numbers.
+        flip = dict(type='RandomFlip', prob=0.5)
+        config.val_dataloader.dataset.pipeline.insert(3, flip)
+    runner = Runner.from_cfg(Config(config))
     if hook:
         add_preflight(runner, runner.cfg)
     return runner
