@@ -255,12 +255,12 @@ def _for_images(
     for number, item in enumerate(items):
         if item.get('outfile_prefix'):
             item['outfile_prefix'] = str(folder / f'out{number}')
-            item['format_only'] = False
+            item.pop('format_only', None)
         if item.get('out_file_path'):
             item['out_file_path'] = str(folder / f'out{number}.pkl')
         if item.get('ann_file'):
             content = mmengine.fileio.load(
-                item['ann_file'], backend_args=item.get('backend_args')
+                item['ann_file'], backend_args=item.pop('backend_args', None)
             )
             ids = {sample.img_id for sample in samples}
             content['images'] = [
@@ -275,7 +275,6 @@ def _for_images(
             file = folder / f'annotations{number}.json'
             file.write_text(json.dumps(content))
             item['ann_file'] = str(file)
-            item['backend_args'] = None
     return config, num_objects
 
 

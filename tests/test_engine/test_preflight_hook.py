@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -445,7 +446,7 @@ def test_ddp__all_ranks_stop_together(many, tmp_path, teacher_file):
             *('--launcher', 'pytorch'),
         ],
         cwd=ROOT,
-        env={'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PATH': ''},
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
         timeout=300,
