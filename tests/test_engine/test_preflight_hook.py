@@ -38,8 +38,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory):
-    """More objects than the least that is judged."""
+    """Images with one object each, too few to judge a teacher by."""
     return write_coco(tmp_path_factory.mktemp('many'), num_images=24)
+
+
+@pytest.fixture(scope='module')
+def enough(tmp_path_factory):
+    """As many objects as it takes."""
+    return write_coco(tmp_path_factory.mktemp('enough'), num_images=50)
 
 
 def make(root, work_dir, model, hook=True, **kwargs):
@@ -97,7 +103,6 @@ def test_run__is_the_same_with_it_and_without(many, teacher_file, tmp_path):
             model,
             hook,
             train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=1),
-            # A random teacher is near chance; here it is to be evaluated.
             preflight=dict(num_images=16),
         )
         recorder = LossRecorder()
@@ -324,10 +329,10 @@ def test_teachers__that_cannot_be_evaluated_stop_no_run(
 
 
 def test_teacher__near_chance_stops_before_the_first_step(
-    many, tmp_path, teacher_file
+    enough, tmp_path, teacher_file
 ):
     runner = make(
-        many,
+        enough,
         tmp_path / 'run',
         distillation_config(ERA, checkpoint=teacher_file),
     )
@@ -337,7 +342,7 @@ def test_teacher__near_chance_stops_before_the_first_step(
         runner.train()
     message = str(error.value)
     assert message.startswith('pre-flight: the teacher is near chance: coco/')
-    assert 'on 24 images of val with 24 objects' in message
+    assert 'on 50 images of val with 50 objects' in message
     assert teacher_file in message
     assert "'bgr_to_rgb': True" in message
     assert 'preflight=False' in message
@@ -359,7 +364,6 @@ def test_resume__evaluates_nothing_again(many, tmp_path, teacher_file):
     config = distillation_config(ERA, checkpoint=teacher_file)
     off = dict(preflight=dict(num_images=0))
     make(many, tmp_path / 'a', config, **off).train()
-    # The full check, which this teacher would not pass.
     make(
         many,
         tmp_path / 'b',
@@ -403,12 +407,12 @@ def test_plain_model__is_left_alone(many, tmp_path):
 
 
 def test_train__that_stops_leaves_the_former_runs_config(
-    many, tmp_path, teacher_file, capsys
+    enough, tmp_path, teacher_file, capsys
 ):
     work_dir = tmp_path / 'run'
     config = Config(
         run_config(
-            distillation_config(ERA, checkpoint=teacher_file), many, work_dir
+            distillation_config(ERA, checkpoint=teacher_file), enough, work_dir
         ).to_dict()
     )
     file = tmp_path / 'toy.py'
@@ -431,10 +435,10 @@ def test_train__that_stops_leaves_the_former_runs_config(
 
 
 @pytest.mark.slow
-def test_ddp__all_ranks_stop_together(many, tmp_path, teacher_file):
+def test_ddp__all_ranks_stop_together(enough, tmp_path, teacher_file):
     config = run_config(
         distillation_config(ERA, checkpoint=teacher_file),
-        many,
+        enough,
         tmp_path / 'run',
     )
     Config(config.to_dict()).dump(tmp_path / 'toy.py')

@@ -134,10 +134,11 @@ def test_fault__of_metrics():
     poor = {'coco/bbox_mAP': 0.001, 'coco/bbox_mAP_50': 0.004}
     assert 'coco/bbox_mAP_50 is 0.004 on 64 images' in fault(poor)
     assert 'with 100 objects' in fault(poor)
-    assert not fault({'coco/bbox_mAP': 0.005, 'coco/bbox_mAP_50': 0.02})
+    assert fault(poor, num_objects=50)
+    assert not fault({'coco/bbox_mAP': 0.005, 'coco/bbox_mAP_50': 0.06})
     assert fault({'pascal_voc/mAP': 0.0})
     # Too few objects, unknown ones, or no ground truth at all (-1).
-    assert not fault(poor, num_objects=19)
+    assert not fault(poor, num_objects=49)
     assert not fault(poor, num_objects=None)
     assert not fault({'coco/bbox_mAP_50': -1.0})
     # What is not known is not judged.
@@ -149,7 +150,7 @@ def test_fault__of_metrics():
 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory):
-    """More objects than the least that is judged."""
+    """Images with one object each."""
     return write_coco(tmp_path_factory.mktemp('many'), num_images=24)
 
 
