@@ -349,9 +349,7 @@ def _load_config(args: argparse.Namespace) -> 'Config':
     return cfg
 
 
-def _build_runner(cfg: 'Config') -> 'Runner':
-    from mmengine.runner import Runner
-
+def _build_runner(cfg: 'Config', runner_class: 'type[Runner]') -> 'Runner':
     from era_mm.engine.launch import prepare_launch
 
     prepare_launch(cfg)
@@ -359,12 +357,14 @@ def _build_runner(cfg: 'Config') -> 'Runner':
         from mmengine.registry import RUNNERS
 
         return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    return runner_class.from_cfg(cfg)
 
 
 def _train(args: argparse.Namespace) -> None:
     from era_mm.engine import preflight
     from era_mm.engine.launch import use_amp
+    from era_mm.engine.preflight_hook import add_preflight
+    from era_mm.engine.runner import TrainingRunner
 
     cfg = _load_config(args)
     if args.amp:
@@ -385,10 +385,14 @@ def _train(args: argparse.Namespace) -> None:
         cfg.load_from = args.resume
     preflight.check_checkpoints(cfg)
     preflight.check_data(cfg, ('train', 'val'))
-    _build_runner(cfg).train()
+    runner = _build_runner(cfg, TrainingRunner)
+    add_preflight(runner, cfg)
+    runner.train()
 
 
 def _test(args: argparse.Namespace) -> None:
+    from mmengine.runner import Runner
+
     from era_mm.engine import preflight
     from era_mm.engine.testing_options import add_outputs, add_show, use_tta
 
@@ -402,9 +406,9 @@ def _test(args: argparse.Namespace) -> None:
         add_show(cfg, args.show, args.show_dir, args.wait_time)
     if args.tta:
         use_tta(cfg)
-    preflight.check_checkpoints(cfg)
+    preflight.check_checkpoints(cfg, training=False)
     preflight.check_data(cfg, ('test',))
-    runner = _build_runner(cfg)
+    runner = _build_runner(cfg, Runner)
     if args.out is not None:
         add_outputs(runner, args.out)
     runner.test()

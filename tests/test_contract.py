@@ -5,6 +5,7 @@ test file, and a docstring with its source.
 """
 
 import copy
+import fnmatch
 import importlib
 import pkgutil
 from pathlib import Path
@@ -98,6 +99,26 @@ def test_method__trains_two_steps(name, cls, teacher_file):
         assert not any(m.training for m in teacher.model.modules())
         for k, value in teacher.model.state_dict().items():
             assert torch.equal(teachers[key][k], value)
+
+
+@each_method
+def test_method__tells_the_weights_of_its_losses(name, cls, teacher_file):
+    model = build(cls, teacher_file)
+    weights = model.distillers['distiller'].loss_weights()
+    if type(model.distillers['distiller']).loss_weights is (
+        BaseDistiller.loss_weights
+    ):
+        pytest.skip('a slot that the method leaves out')
+    data = model.data_preprocessor(detection_batch(4), True)
+    own = [
+        key
+        for key in model(**data, mode='loss')
+        if key not in ('loss_cls', 'loss_bbox') and 'loss' in key
+    ]
+    for pattern in weights:
+        assert fnmatch.filter(own, pattern), pattern
+    for key in own:
+        assert any(fnmatch.fnmatch(key, p) for p in weights), key
 
 
 @each_method

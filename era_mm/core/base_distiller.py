@@ -62,6 +62,7 @@ class BaseDistiller(BaseModule):
       only the inner module trains; the student stays as it is.
     - ``freeze_inner``: the inner module learns in that phase alone.
     - ``schedules``: a factor per loss term over the global step.
+    - :meth:`loss_weights`: the weight of each loss term, for the summary.
     - :meth:`choose_sources`: sources that depend on the pair.
     - :meth:`plan_for`: what ``tools/make_config.py`` writes for a pair.
     - :meth:`student_config`: a student that is more than the given model,
@@ -360,9 +361,7 @@ class BaseDistiller(BaseModule):
         data_samples: list,
     ) -> Tensor:
         """What the inner module minimises; a scalar."""
-        raise NotImplementedError(
-            f'{type(self).__name__} has an inner module but no `inner_loss`.'
-        )
+        raise NotImplementedError
 
     @property
     def inner(self) -> nn.Module | None:
@@ -378,6 +377,12 @@ class BaseDistiller(BaseModule):
         """Build the inner module; called by the core."""
         built = self.build_inner()
         if built is not None:
+            if type(self).inner_loss is BaseDistiller.inner_loss:
+                raise ValueError(
+                    f'{type(self).__name__} builds an inner module but has '
+                    'no `inner_loss` to train it. Define `inner_loss`, or '
+                    'leave `build_inner` out.'
+                )
             module, self._inner_optimizer = built
             self._inner = Unregistered(module)
         if self.pretrain_iters and self._inner is None:
@@ -475,7 +480,18 @@ class BaseDistiller(BaseModule):
             'for.'
         )
 
-    # -- schedules ---------------------------------------------------------
+    # -- weights and schedules ---------------------------------------------
+
+    def loss_weights(self) -> dict[str, float]:
+        """The constant weight of each loss term, for the summary.
+
+        Called after :meth:`prepare`.
+
+        Returns:
+            Weights by the key of a loss, in which ``*`` stands for anything;
+            all terms or, where the method does not say, none.
+        """
+        return {}
 
     def scheduled(self, losses: dict[str, Any], step: int) -> dict[str, Any]:
         """Apply the schedules to the terms of one step.

@@ -106,6 +106,15 @@ def student_config_of(model: Mapping) -> tuple[ConfigDict, str | None]:
         )
 
 
+def _shapes_of(
+    feats: Mapping[str, tuple[Tensor, ...]],
+) -> dict[str, list[tuple[int, ...]]]:
+    return {
+        source: [tuple(level.shape) for level in levels]
+        for source, levels in feats.items()
+    }
+
+
 def _learns(loss: Any) -> bool:
     """Whether a loss, a tensor or a list of them, has a gradient."""
     parts = loss if isinstance(loss, (list, tuple)) else [loss]
@@ -298,6 +307,13 @@ class Distillation(BaseModel):
             )
             if teacher.is_recorded:
                 teacher_feats[name] = teacher.extract(inputs, samples)
+        self.dry_run_size = size
+        #: What each source put out in the dry run, a shape per level.
+        self.student_shapes = _shapes_of(student_feats)
+        #: The same by teacher.
+        self.teacher_shapes = {
+            name: _shapes_of(feats) for name, feats in teacher_feats.items()
+        }
         for name, distiller in distillers.items():
             distiller.prepare(
                 **pairs[name],

@@ -42,6 +42,7 @@ class Peer(Teacher):
         self.checkpoint = 'random'
         self.dtype = None
         self.loaded_fingerprint = None
+        self.classes = None
         self._recorder = None
 
     def load(self) -> None:

@@ -75,6 +75,26 @@ class LossSchedule:
         self.ramp, self.initial, self.shape = ramp, initial, shape
         self.milestones, self.gamma = tuple(milestones), gamma
 
+    def __str__(self) -> str:
+        """In words, for the summary."""
+        parts = []
+        if self.ramp:
+            begin = self.scale * self.initial
+            parts.append(
+                f'{begin:g} to {self.scale:g} over {self.ramp} iterations '
+                f'({self.shape})'
+            )
+        else:
+            parts.append(f'times {self.scale:g}')
+        if self.start:
+            parts.append(f'from iteration {self.start}')
+        if self.stop is not None:
+            parts.append(f'until {self.stop}')
+        if self.milestones:
+            at = ', '.join(map(str, self.milestones))
+            parts.append(f'times {self.gamma:g} at {at}')
+        return ', '.join(parts)
+
     def __call__(self, step: int) -> float:
         """Factor at a global step."""
         if step < self.start or (self.stop is not None and step >= self.stop):

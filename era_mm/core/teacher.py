@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
-from .checkpoint import fingerprint, load_strictly, read_checkpoint
+from .checkpoint import fingerprint, load_strictly, read_with_meta
 from .recorder import Recorder
 from .utils import preserve_rng
 
@@ -88,6 +88,19 @@ def forward_until(
         model(inputs, data_samples, mode='tensor')
 
 
+def classes_of(meta: Mapping) -> tuple[str, ...] | None:
+    """The class names that a file's or a data set's meta data tell.
+
+    Files of mmengine keep the data set's meta data (``dataset_meta``), files
+    from before it the names alone (``CLASSES``).
+    """
+    meta = meta.get('dataset_meta') or meta
+    names = meta.get('classes') or meta.get('CLASSES')
+    if names is None:
+        return None
+    return (names,) if isinstance(names, str) else tuple(map(str, names))
+
+
 @explain_unknown_keys
 class Teacher:
     """A frozen model beside the trained one.
@@ -144,6 +157,8 @@ class Teacher:
         self.model.requires_grad_(False)
         self.model.eval()
         self.loaded_fingerprint: str | None = None
+        #: Names of its classes, where its file tells them.
+        self.classes: tuple[str, ...] | None = None
         self._brought: dict[str, Tensor] = {}
         self._recorder: Recorder | None = None
 
@@ -164,8 +179,9 @@ class Teacher:
         if self.is_loaded:
             return
         if self.checkpoint != 'random':
-            state_dict = read_checkpoint(self.checkpoint, self.sha256)
+            state_dict, meta = read_with_meta(self.checkpoint, self.sha256)
             load_strictly(self.model, state_dict, name=str(self.checkpoint))
+            self.classes = classes_of(meta)
         self._check_brought()
         self.loaded_fingerprint = self.fingerprint()
 
@@ -248,6 +264,20 @@ class Teacher:
             source: tuple(feat.float() for feat in maps)
             for source, maps in feats.items()
         }
+
+    @torch.no_grad()
+    def predict(self, batch: Any) -> list:
+        """Its own predictions of a raw batch.
+
+        In full precision: box operators of mmcv have no other on a CPU.
+
+        Args:
+            batch: What a dataloader gives.
+
+        Returns:
+            A data sample with predictions for each image.
+        """
+        return self.model.test_step(batch)
 
     def _autocast(self, inputs: Tensor) -> Any:
         if self.dtype is None:

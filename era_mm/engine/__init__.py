@@ -2,9 +2,11 @@
 
 from era_mm.engine.amp import CPUAmpOptimWrapper
 from era_mm.engine.ddp import DistillationDataParallel, MutualDataParallel
+from era_mm.engine.preflight_hook import PreflightHook
 
 __all__ = [
     'CPUAmpOptimWrapper',
     'DistillationDataParallel',
     'MutualDataParallel',
+    'PreflightHook',
 ]

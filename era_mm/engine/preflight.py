@@ -67,18 +67,29 @@ def _own_config_folders() -> list[Path]:
     return [folder for folder in candidates if folder.is_dir()]
 
 
-def check_checkpoints(cfg: Config) -> None:
+def check_checkpoints(cfg: Config, training: bool = True) -> None:
     """Stop if a checkpoint the config names is a local path to no checkpoint.
 
     Every ``checkpoint`` entry below ``model`` is looked at (teacher weights,
     ``init_cfg``), and ``load_from``, which ``--resume`` and the checkpoint
     argument of ``test`` set. A teacher's 'random' is no path.
 
+    Args:
+        cfg: A whole config.
+        training: Else only what a test reads: of the model a teacher's
+            weights, where modes that may use it are asked for.
+
     Raises:
         UserError: A file is missing, cut off or something else; all such
             files are named.
     """
-    wanted = list(_find_entries(cfg.get('model', {}), 'checkpoint', 'model'))
+    model = _as_dict(cfg.get('model'))
+    wanted: list[tuple[str, Any]] = []
+    if training:
+        wanted += _find_entries(model, 'checkpoint', 'model')
+    elif _asks_for_modes(cfg):
+        teacher = model.get('teacher')
+        wanted += _find_entries(teacher, 'checkpoint', 'model.teacher')
     wanted.append(('load_from', cfg.get('load_from')))
     problems = [
         f'  {key} = {value!r}: {problem}'
@@ -92,6 +103,19 @@ def check_checkpoints(cfg: Config) -> None:
             + '\nWhat to do: correct the path (it is relative to the folder '
             'the command runs in), give a URL, or train that model first.'
         )
+
+
+def _asks_for_modes(cfg: Config) -> bool:
+    """Whether predictions other than the student's own are asked for."""
+    if _as_dict(cfg.get('model')).get('inference_mode'):
+        return True
+    for hook in map(_as_dict, cfg.get('custom_hooks') or []):
+        kind = str(hook.get('type')).rpartition('.')[2]
+        # Without `modes`, TWIHook has some of its own.
+        modes = hook.get('modes', ('T',))
+        if kind in ('ModesHook', 'TWIHook') and set(modes) - {'S'}:
+            return True
+    return False
 
 
 def _find_fault_among(value: Any) -> str:

@@ -177,6 +177,19 @@ def test_schedule__values_by_hand():
     assert [steps(t) for t in (1, 2, 4, 5, 9)] == [2, 1, 1, 0.5, 0.5]
 
 
+def test_schedule__says_itself_in_words():
+    assert str(LossSchedule()) == 'times 1'
+    assert str(LossSchedule(scale=0.5, start=3, stop=9)) == (
+        'times 0.5, from iteration 3, until 9'
+    )
+    assert str(LossSchedule(scale=0.1, initial=10, ramp=4)) == (
+        '1 to 0.1 over 4 iterations (linear)'
+    )
+    assert str(LossSchedule(milestones=[2, 5], gamma=0.5)) == (
+        'times 1, times 0.5 at 2, 5'
+    )
+
+
 def test_recorder__listens_only_inside_its_block():
     net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
     recorder = Recorder(net, ['0', '1'], owner='student')

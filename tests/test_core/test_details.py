@@ -357,6 +357,20 @@ def test_pretraining__without_an_inner_module_is_refused():
         Hollow().set_up_inner()
 
 
+def test_inner__without_its_loss_is_refused_when_built():
+    class Mute(BaseDistiller):
+        needs_teacher = False
+
+        def build_inner(self):
+            return nn.Linear(1, 1), None
+
+        def loss(self, **kwargs):
+            return {}
+
+    with pytest.raises(ValueError, match='no `inner_loss` to train it'):
+        Mute().set_up_inner()
+
+
 def test_schedule__unknown_key_shows_the_nearest():
     config = distillation_config(
         dict(ERA, schedules=dict(loss_era_align=dict(strat=1)))

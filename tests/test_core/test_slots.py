@@ -227,6 +227,54 @@ def test_schedule__scales_a_term_by_the_global_step(teacher_file):
     ]
 
 
+def test_schedule__goes_on_where_a_resumed_run_does(
+    make_runner, teacher_file, tmp_path
+):
+    """Every kind of schedule, by the factors of a whole and a resumed run."""
+    kinds = {
+        'loss_era_align': dict(scale=0.5),
+        'loss_era_residual': dict(ramp=6),
+        'loss_era_twi_cls': dict(start=2, stop=7, ramp=6, shape='cosine'),
+        'loss_era_twi_bbox': dict(milestones=[3, 6], gamma=0.5),
+    }
+    config = distillation_config(
+        dict(type='era_mm.ERADistiller', schedules=kinds),
+        checkpoint=teacher_file,
+    )
+
+    def factors(work_dir, **kwargs):
+        runner = make_runner(
+            copy.deepcopy(config), work_dir=work_dir, **kwargs
+        )
+        distiller = runner.model.distillers['distiller']
+        seen = {}
+
+        def spy(losses, step):
+            seen[step] = [
+                type(distiller).scheduled(
+                    distiller, dict.fromkeys(kinds, 1.0), step
+                )[key]
+                for key in kinds
+            ]
+            return type(distiller).scheduled(distiller, losses, step)
+
+        distiller.scheduled = spy
+        runner.train()
+        return seen
+
+    whole = factors(tmp_path / 'a')
+    resumed = factors(
+        tmp_path / 'b',
+        resume=True,
+        load_from=str(tmp_path / 'a' / 'epoch_1.pth'),
+    )
+    assert list(whole) == list(range(8))
+    assert resumed == {step: whole[step] for step in range(4, 8)}
+    # By hand at iteration 4: 5 of 6, (1 - cos(pi / 2)) / 2, one milestone.
+    assert resumed[4] == pytest.approx([0.5, 5 / 6, 0.5, 0.5])
+    assert resumed[7] == pytest.approx([0.5, 1.0, 0.0, 0.25])
+
+
 def test_schedule__patterns_meet_several_terms_and_multiply():
     distiller = MODELS.build(
         dict(
@@ -293,7 +341,8 @@ def test_two_teachers__at_half_weight_are_one(teacher_file):
     expected = one(**data, mode='loss')
     assert len(found) == 4
     for key, value in found.items():
-        torch.testing.assert_close(value, expected[key])
+        # Halves are exact in binary: no rounding to allow for.
+        assert torch.equal(value, expected[key]), key
 
 
 def test_loss_name__that_the_student_has_is_refused(teacher_file):

@@ -138,6 +138,39 @@ def test_check_checkpoints__tells_a_cut_off_file_from_another() -> None:
     check_checkpoints(cfg)
 
 
+@pytest.mark.parametrize(
+    ('extra', 'needed'),
+    [
+        (dict(), False),
+        (dict(custom_hooks=[dict(type='EMAHook')]), False),
+        (dict(custom_hooks=[dict(type='era_mm.TWIHook', modes=['S'])]), False),
+        (dict(custom_hooks=[dict(type='era_mm.TWIHook')]), True),
+        (dict(custom_hooks=[dict(type='era_mm.TWIHook', modes=['T'])]), True),
+        (dict(inference_mode='T'), True),
+    ],
+)
+def test_check_checkpoints__of_a_test_wants_a_teacher_for_modes_alone(
+    extra: dict, needed: bool
+) -> None:
+    torch.save({}, 'student.pth')
+    model = dict(
+        teacher=dict(checkpoint='teacher.pth'),
+        # Read when a training begins, and never by a test.
+        student=dict(backbone=dict(init_cfg=dict(checkpoint='no.pth'))),
+    )
+    if 'inference_mode' in extra:
+        model |= extra
+    cfg = Config(dict(model=model, load_from='student.pth', **extra))
+    if needed:
+        with pytest.raises(UserError, match=r'teacher\.pth') as caught:
+            check_checkpoints(cfg, training=False)
+        assert 'no.pth' not in str(caught.value)
+    else:
+        check_checkpoints(cfg, training=False)
+    with pytest.raises(UserError, match=r'no\.pth'):
+        check_checkpoints(cfg)
+
+
 def test_check_checkpoints__names_a_missing_resume_file() -> None:
     with pytest.raises(UserError, match=r"load_from = 'epoch_9\.pth'"):
         check_checkpoints(Config(dict(load_from='epoch_9.pth')))

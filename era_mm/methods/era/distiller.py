@@ -528,6 +528,18 @@ class ERADistiller(BaseDistiller):
                 losses[key] = losses.get(key, 0) + value
         return losses
 
+    def loss_weights(self) -> dict[str, float]:
+        """Of the two feature terms, the head's terms and the logits'."""
+        weights = {
+            'loss_era_align': self.loss_terms.align_weight,
+            'loss_era_residual': self.loss_terms.residual_weight,
+        }
+        if self.twi_steps != 'none':
+            weights['loss_era_twi_*'] = self.loss_terms.twi_weight
+        if self.logit is not None:
+            weights['loss_era_logit'] = self.logit.weight
+        return weights
+
     # -- inference ---------------------------------------------------------
 
     def inference_modes(self) -> tuple[str, ...]:

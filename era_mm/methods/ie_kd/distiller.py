@@ -312,6 +312,13 @@ class IEKDDistiller(BaseDistiller):
                 losses[key] = torch.stack(values).mean()
         return losses
 
+    def loss_weights(self) -> dict[str, float]:
+        """Of the parts that have channels."""
+        return {
+            f'loss_iekd_{part}': getattr(self.loss_terms, f'{part}_weight')
+            for part in self._parts
+        }
+
 
 def on_common_grid(
     *, student_feat: Tensor, teacher_feat: Tensor

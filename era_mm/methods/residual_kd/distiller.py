@@ -309,3 +309,10 @@ class ResidualKDDistiller(BaseDistiller):
             'residual_kd_mse_student': student.detach(),
             'residual_kd_mse_pair': pair.detach(),
         }
+
+    def loss_weights(self) -> dict[str, float]:
+        """Of both terms."""
+        return {
+            'loss_residual_kd_student': self.student_weight,
+            'loss_residual_kd_assistant': self.assistant_weight,
+        }

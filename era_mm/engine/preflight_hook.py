@@ -1,0 +1,124 @@
+"""What is looked at when everything is built and nothing has trained yet."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, get_rank
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from era_mm.core import Distillation, MutualDistillation
+from era_mm.core.teacher import classes_of
+from era_mm.core.utils import preserve_rng
+from era_mm.engine.summary import summary_of
+from era_mm.engine.teacher_check import check_teacher, compare_classes
+from era_mm.errors import UserError
+from era_mm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class PreflightHook(Hook):
+    """Shows what will be trained, and stops a run whose teacher knows nothing.
+
+    Before the first step, on one rank: a summary is logged; the class names
+    of each teacher are compared with the data's; each teacher is evaluated on
+    some images of val, by the run's own evaluator. The run's random state and
+    the student stay as they are.
+
+    ``train`` adds it to every run; ``preflight = False`` in the config leaves
+    it out, ``preflight = dict(num_images=...)`` gives it arguments. A run
+    that goes on (``--resume``) has been evaluated when it began, so that is
+    not done again. Random teachers, teachers of other classes, and runs
+    without val data are not evaluated; the log says so.
+
+    Source: ours.
+
+    Args:
+        num_images: How many images of val a teacher is evaluated on. 0: none.
+        seconds: After which no further batch of them begins.
+
+    Raises:
+        UserError: A teacher is near chance
+            (:func:`~era_mm.engine.teacher_check.find_fault`), or has the
+            data's classes in another order.
+    """
+
+    # After what the run's own hooks set up and check.
+    priority = 'LOWEST'
+
+    def __init__(self, num_images: int = 64, seconds: float = 60.0) -> None:
+        self.num_images = num_images
+        self.seconds = seconds
+
+    def before_train(self, runner: Runner) -> None:
+        """Look, on one rank, and stop all of them if need be."""
+        model = runner.model
+        model = model.module if is_model_wrapper(model) else model
+        if not isinstance(model, (Distillation, MutualDistillation)):
+            return
+        problem = ['']
+        if get_rank() == 0:
+            with preserve_rng():
+                try:
+                    self._look(runner, model)
+                except UserError as error:
+                    problem[0] = str(error)
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise UserError(problem[0])
+
+    def _look(
+        self, runner: Runner, model: Distillation | MutualDistillation
+    ) -> None:
+        runner.logger.info(
+            'What will be trained:\n' + summary_of(model, _one_image(runner))
+        )
+        metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
+        classes = classes_of(metainfo)
+        teachers = model.teachers if isinstance(model, Distillation) else {}
+        for teacher in teachers.values():
+            remark = compare_classes(classes, teacher.classes, teacher.name)
+            if remark:
+                runner.logger.warning(remark)
+            if self.num_images and runner.iter == 0:
+                runner.logger.info(
+                    check_teacher(
+                        teacher,
+                        runner,
+                        classes,
+                        self.num_images,
+                        self.seconds,
+                    )
+                )
+
+
+def _one_image(runner: Runner) -> Any:
+    """The first image of val as its dataloader gives it, if it does."""
+    if runner.val_loop is None:
+        return None
+    try:
+        loader = runner.val_dataloader
+        return loader.collate_fn([loader.dataset[0]])
+    except Exception:
+        # A loop of another kind, or data that only validation should meet.
+        return None
+
+
+def add_preflight(runner: Runner, cfg: Config) -> None:
+    """Give a runner the hook, as the config's ``preflight`` says.
+
+    Raises:
+        UserError: ``preflight`` is neither true, false nor a dict.
+    """
+    options = cfg.get('preflight', True)
+    if not isinstance(options, (bool, Mapping)):
+        raise UserError(
+            'preflight: expected True, False, or a dict with arguments of '
+            f'era_mm.PreflightHook, but got {options!r}.'
+        )
+    has_one = any(isinstance(h, PreflightHook) for h in runner.hooks)
+    if options is not False and not has_one:
+        arguments = dict(options) if isinstance(options, Mapping) else {}
+        runner.register_hook(PreflightHook(**arguments))

@@ -1,0 +1,378 @@
+"""Looks at the teachers before they teach: class names and a short test.
+
+A teacher with the wrong file, the wrong class order or the wrong
+preprocessing trains a student without any error, to nothing.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mmengine.fileio
+from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+
+from era_mm.core import Teacher
+from era_mm.core.pairing import num_classes_of
+from era_mm.errors import UserError
+
+#: Share of the way from chance to perfect that a useful teacher has made.
+USEFUL = 0.2
+#: How unlikely an outcome is that is taken for impossible.
+UNLIKELY = 0.01
+#: AP at IoU 0.5 below which a detector cannot teach. With the classes of a
+#: good one (0.85) in the wrong order it is 0.04, without normalisation 0.01.
+MIN_AP = 0.05
+#: Fewer objects than this are no test of a detector.
+MIN_OBJECTS = 50
+
+TURN_OFF = (
+    'If it is what you want, preflight=False in the config (--cfg-options '
+    'preflight=False) turns these checks off.'
+)
+
+
+def compare_classes(
+    student: Sequence[str] | None, teacher: Sequence[str] | None, name: str
+) -> str:
+    """Compare the names of the student's classes with a teacher's.
+
+    Args:
+        student: Of the data that the student trains on.
+        teacher: Of the teacher's checkpoint.
+        name: The teacher's name.
+
+    Returns:
+        How they differ; '' where they agree or one side does not tell.
+
+    Raises:
+        UserError: The same names stand in another order.
+    """
+    if student is None or teacher is None:
+        return ''
+    pairs = list(zip(map(_plain, student), map(_plain, teacher), strict=False))
+    differing = [i for i, (own, their) in enumerate(pairs) if own != their]
+    if len(student) != len(teacher):
+        return (
+            f'The {name} knows {len(teacher)} classes and the data has '
+            f'{len(student)}'
+            + _example(differing, student, teacher)
+            + '. Its features can teach, its predictions cannot.'
+        )
+    if not differing:
+        return ''
+    theirs = {their for _, their in pairs}
+    moved = [i for i in differing if pairs[i][0] in theirs]
+    if len(moved) > 1:
+        raise UserError(
+            f'pre-flight: the {name} has the classes of the data in another '
+            f'order, {len(moved)} of {len(student)} stand elsewhere'
+            + _example(moved, student, teacher)
+            + '. What it predicts would be taken for other classes. Set the '
+            "data's `metainfo.classes` in the order that the "
+            f'{name} was trained with, or give a {name} of this order. '
+            + TURN_OFF
+        )
+    return (
+        f'{len(differing)} of {len(student)} classes have another name in '
+        f'the {name}' + _example(differing, student, teacher) + '.'
+    )
+
+
+def _plain(name: str) -> str:
+    """Spelling aside: 'Traffic_light' is 'traffic light'."""
+    return re.sub(r'[\W_]+', ' ', name).strip().lower()
+
+
+def _example(
+    indices: list[int], student: Sequence[str], teacher: Sequence[str]
+) -> str:
+    if not indices:
+        return ''
+    first = indices[0]
+    return (
+        f' (first, class {first}: {student[first]!r} in the data, '
+        f'{teacher[first]!r} in the teacher)'
+    )
+
+
+def has_classes_of(
+    student: Sequence[str] | None, teacher: Sequence[str] | None
+) -> bool:
+    """Whether a teacher can be tested on the data.
+
+    True unless the numbers differ or most names do.
+    """
+    if student is None or teacher is None:
+        return True
+    if len(student) != len(teacher):
+        return False
+    pairs = zip(map(_plain, student), map(_plain, teacher), strict=True)
+    return 2 * sum(own == their for own, their in pairs) >= len(student)
+
+
+def is_near_chance(right: int, total: int, num_classes: int) -> bool:
+    """Whether so many right answers are those of a classifier that guesses.
+
+    Only if both hold, at 1 % each: chance alone, ``p = 1 / num_classes``,
+    gives as many; and a classifier that has made a fifth of the way from
+    chance to perfect would have more. So a few images decide nothing.
+
+    Source: ours.
+    """
+    chance = 1 / num_classes
+    useful = chance + USEFUL * (1 - chance)
+    by_chance = 1 - _binomial(right - 1, total, chance)
+    by_skill = _binomial(right, total, useful)
+    return by_chance > UNLIKELY and by_skill < UNLIKELY
+
+
+def _binomial(most: int, total: int, p: float) -> float:
+    """P(X <= most) of X right answers among ``total``."""
+    return math.fsum(
+        math.comb(total, k) * p**k * (1 - p) ** (total - k)
+        for k in range(most + 1)
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the run's val evaluator says of a teacher.
+
+    Args:
+        metrics: By the names that the evaluator gives them.
+        num_images: How many images it saw.
+        num_objects: How many objects these show; None: not known.
+        seconds: What it took.
+    """
+
+    metrics: Mapping[str, float]
+    num_images: int
+    num_objects: int | None
+    seconds: float
+
+
+def evaluate_teacher(
+    teacher: Teacher, runner: Runner, num_images: int, seconds: float
+) -> Evaluation:
+    """Test a teacher on some images of val with the run's own evaluator.
+
+    The images are drawn by a generator of its own from the whole split, so a
+    sorted one is no trap. They are read in this process: a data loader's
+    workers would change the run's random state.
+
+    Args:
+        teacher: The teacher.
+        runner: The run, of which val pipeline and evaluator are used. Its
+            evaluator itself, which may hold state, is not.
+        num_images: How many images.
+        seconds: After which no further batch begins.
+    """
+    loader = runner.val_dataloader
+    dataset = loader.dataset
+    number = min(num_images, len(dataset))
+    indices = random.Random(0).sample(range(len(dataset)), number)
+    size = loader.batch_size or 1
+    began = time.monotonic()
+    batches: list[dict] = []
+    samples: list[list] = []
+    for start in range(0, number, size):
+        if batches and time.monotonic() - began > seconds:
+            break
+        batch = loader.collate_fn(
+            [dataset[index] for index in indices[start : start + size]]
+        )
+        found = [sample.cpu() for sample in teacher.predict(batch)]
+        # Images are large, and evaluators have no use for them.
+        batches.append({k: v for k, v in batch.items() if k != 'inputs'})
+        samples.append(found)
+    images = [sample for found in samples for sample in found]
+    with TemporaryDirectory() as folder, _silence():
+        config, num_objects = _for_images(
+            runner.cfg.val_evaluator, images, Path(folder)
+        )
+        evaluator = runner.build_evaluator(config)
+        evaluator.dataset_meta = runner.val_evaluator.dataset_meta
+        for batch, found in zip(batches, samples, strict=True):
+            evaluator.process(data_samples=found, data_batch=batch)
+        metrics = {}
+        for metric in evaluator.metrics:
+            # Not `evaluate`, which gathers from all ranks: one is at work.
+            for key, value in metric.compute_metrics(metric.results).items():
+                name = f'{metric.prefix}/{key}' if metric.prefix else key
+                metrics[name] = value
+    if num_objects is None and all('gt_instances' in s for s in images):
+        num_objects = sum(len(sample.gt_instances) for sample in images)
+    return Evaluation(
+        {k: v for k, v in metrics.items() if isinstance(v, (int, float))},
+        len(images),
+        num_objects,
+        time.monotonic() - began,
+    )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the tables of an evaluator to itself: they look like the run's."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # Not `logging.disable`: mmengine's loggers remember what is enabled.
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(is_error)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.removeFilter(is_error)
+
+
+def _for_images(
+    config: Any, samples: Sequence[Any], folder: Path
+) -> tuple[Any, int | None]:
+    """An evaluator's config for some images of its split, and their objects.
+
+    COCO-like metrics score all images of their annotation file, so they get
+    one of these images alone. Files that metrics write go to the folder.
+    """
+    config = copy.deepcopy(config)
+    if isinstance(config, (list, tuple)):
+        items = list(config)
+    else:
+        items = [config, *config.get('metrics', [])]
+    num_objects = None
+    for number, item in enumerate(items):
+        if item.get('outfile_prefix'):
+            item['outfile_prefix'] = str(folder / f'out{number}')
+            item.pop('format_only', None)
+        if item.get('out_file_path'):
+            item['out_file_path'] = str(folder / f'out{number}.pkl')
+        if item.get('ann_file'):
+            content = mmengine.fileio.load(
+                item['ann_file'], backend_args=item.pop('backend_args', None)
+            )
+            ids = {sample.img_id for sample in samples}
+            content['images'] = [
+                image for image in content['images'] if image['id'] in ids
+            ]
+            content['annotations'] = [
+                entry
+                for entry in content['annotations']
+                if entry['image_id'] in ids
+            ]
+            num_objects = len(content['annotations'])
+            file = folder / f'annotations{number}.json'
+            file.write_text(json.dumps(content))
+            item['ann_file'] = str(file)
+    return config, num_objects
+
+
+def find_fault(evaluation: Evaluation, num_classes: int | None) -> str:
+    """Say what an evaluation shows to be next to nothing; '' if nothing.
+
+    Top-1 accuracy is judged by :func:`is_near_chance`; the box AP of COCO,
+    LVIS and VOC metrics at IoU 0.5 by ``MIN_AP``, if there are
+    ``MIN_OBJECTS``. Other metrics are not judged.
+    """
+    for key, value in evaluation.metrics.items():
+        total = evaluation.num_images
+        if key == 'accuracy/top1' and num_classes is not None:
+            if is_near_chance(round(value / 100 * total), total, num_classes):
+                return (
+                    f'{key} is {value:.1f} on {total} images of val, and '
+                    f'guessing among {num_classes} classes gives '
+                    f'{100 / num_classes:.1f}'
+                )
+    for pattern in ('bbox_mAP_50', 'bbox_AP50', 'AP50', 'mAP'):
+        for key, value in evaluation.metrics.items():
+            if not re.search(rf'(^|/){pattern}$', key):
+                continue
+            objects = evaluation.num_objects or 0
+            if 0 <= value < MIN_AP and objects >= MIN_OBJECTS:
+                return (
+                    f'{key} is {value:.3f} on {evaluation.num_images} images '
+                    f'of val with {objects} objects'
+                )
+            return ''
+    return ''
+
+
+def check_teacher(
+    teacher: Teacher,
+    runner: Runner,
+    classes: Sequence[str] | None,
+    num_images: int,
+    seconds: float,
+) -> str:
+    """Evaluate a teacher and say how it did, in one line.
+
+    Args:
+        teacher: The teacher.
+        runner: The run.
+        classes: Names of the data's classes, None if not known.
+        num_images: See :func:`evaluate_teacher`.
+        seconds: Likewise.
+
+    Raises:
+        UserError: The teacher is near chance.
+    """
+    name = teacher.name
+    if teacher.checkpoint == 'random':
+        return f'{name}: random weights, not evaluated'
+    if runner.val_loop is None:
+        return f'{name}: not evaluated, the config has no val_dataloader'
+    if not has_classes_of(classes, teacher.classes):
+        return f'{name}: not evaluated, its classes are not those of the data'
+    known = num_classes_of(teacher.model)
+    if known is not None and classes is not None and known != len(classes):
+        return (
+            f'{name}: not evaluated, its head has {known} classes and the '
+            f'data {len(classes)}'
+        )
+    try:
+        found = evaluate_teacher(teacher, runner, num_images, seconds)
+    except Exception as error:
+        # A run that would train must not fail because its teacher cannot be
+        # tested: it may lack a head, the evaluator may need the whole split.
+        return (
+            f'{name}: not evaluated, this raised {type(error).__name__}: '
+            f'{_first_line(error)}'
+        )
+    fault = find_fault(found, known or (len(classes) if classes else None))
+    if fault:
+        settings = getattr(teacher, 'config', {}).get('data_preprocessor')
+        raise UserError(
+            f'pre-flight: the {name} is near chance: {fault}. It would teach '
+            'noise. What usually causes this:\n'
+            f'  - the checkpoint is not that of the config, or not of the '
+            f'end of a training: {teacher.checkpoint}\n'
+            f'  - its classes are in another order than those of the data\n'
+            f'  - it was trained with another preprocessing than\n'
+            f'    {dict(settings) if settings else "the default"}\n'
+            f'What to do: test the {name} alone with its own config. '
+            + TURN_OFF
+        )
+    shown = ', '.join(
+        f'{key} {value:g}' for key, value in list(found.metrics.items())[:2]
+    )
+    return (
+        f'{name}: {shown or "no metric"} on {found.num_images} images of val '
+        f'({found.seconds:.1f} s)'
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else 'no details'

@@ -1,0 +1,461 @@
+"""The hook that looks before the first step, in real runs."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.analysis import get_model_complexity_info
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+
+from era_mm import cli
+from era_mm.core import BaseDistiller
+from era_mm.engine import preflight_hook, summary
+from era_mm.engine.preflight_hook import PreflightHook, add_preflight
+from era_mm.engine.summary import summary_of
+from era_mm.errors import UserError
+from era_mm.registry import MODELS as ERA_MODELS
+from era_mm.testing import (
+    classifier_config,
+    detection_batch,
+    detector_config,
+    distillation_config,
+    run_config,
+    write_coco,
+)
+from era_mm.testing.toy import CLASSES
+
+ERA = dict(type='era_mm.ERADistiller')
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    """Images with one object each, too few to judge a teacher by."""
+    return write_coco(tmp_path_factory.mktemp('many'), num_images=24)
+
+
+@pytest.fixture(scope='module')
+def enough(tmp_path_factory):
+    """As many objects as it takes."""
+    return write_coco(tmp_path_factory.mktemp('enough'), num_images=50)
+
+
+def make(root, work_dir, model, hook=True, **kwargs):
+    kwargs = dict(log_level='INFO') | kwargs
+    config = run_config(model, root, work_dir, **kwargs)
+    if config.val_dataloader is not None:
+        # So that reading an image of val draws random numbers.
+        flip = dict(type='RandomFlip', prob=0.5)
+        config.val_dataloader.dataset.pipeline.insert(3, flip)
+    runner = Runner.from_cfg(Config(config))
+    if hook:
+        add_preflight(runner, runner.cfg)
+    return runner
+
+
+def log_of(work_dir):
+    (file,) = Path(work_dir).glob('*/*.log')
+    return file.read_text()
+
+
+class LossRecorder(Hook):
+    """Keeps all that the model returns in every iteration."""
+
+    def __init__(self):
+        self.losses = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+        self.losses.append({k: float(v) for k, v in outputs.items()})
+
+
+class Dropping(BaseDistiller):
+    """Draws a random number of torch's in every step."""
+
+    def loss(self, *, student_feats, teacher_feats, data_samples):
+        feat = torch.dropout(student_feats['neck'][0], 0.5, True)
+        return {'loss_dropping': feat.square().mean()}
+
+
+ERA_MODELS.register_module(name='_Dropping', module=Dropping, force=True)
+
+
+# -- it changes nothing -----------------------------------------------------
+
+
+def test_run__is_the_same_with_it_and_without(many, teacher_file, tmp_path):
+    found = []
+    for name, hook in (('with', True), ('without', False)):
+        model = distillation_config(
+            dict(era=ERA, dropping=dict(type='era_mm._Dropping')),
+            checkpoint=teacher_file,
+        )
+        runner = make(
+            many,
+            tmp_path / name,
+            model,
+            hook,
+            train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=1),
+            preflight=dict(num_images=16),
+        )
+        recorder = LossRecorder()
+        runner.register_hook(recorder)
+        runner.train()
+        found.append((recorder.losses, runner.model.state_dict()))
+    (losses, state), (expected, expected_state) = found
+    assert len(losses) == 24
+    assert losses == expected
+    for key, value in expected_state.items():
+        assert torch.equal(state[key], value), key
+    log = log_of(tmp_path / 'with')
+    assert 'What will be trained' in log
+    assert 'teacher: coco/bbox_mAP' in log
+    assert 'on 16 images of val' in log
+    assert 'What will be trained' not in log_of(tmp_path / 'without')
+
+
+def test_summary__leaves_the_model_as_it_was(teacher_file):
+    model = MODELS.build(distillation_config(ERA, checkpoint=teacher_file))
+    model.train()
+    before = copy.deepcopy(model.student.state_dict())
+    teacher = model.teachers['teacher']
+    fingerprint = teacher.fingerprint()
+    random = torch.get_rng_state()
+    summary_of(model, detection_batch(1))
+    assert torch.equal(torch.get_rng_state(), random)
+    for key, value in model.student.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert teacher.fingerprint() == fingerprint
+    assert all(module.training for module in model.student.modules())
+    for owner in (model.student, teacher.model):
+        assert not any(m._forward_hooks for m in owner.modules())
+        assert 'forward' not in vars(owner)
+
+
+# -- the summary ------------------------------------------------------------
+
+
+def test_summary__of_a_detector():
+    schedules = {'loss_era_twi_*': dict(start=300, ramp=450)}
+    config = distillation_config(dict(ERA, schedules=schedules))
+    model = MODELS.build(config)
+    lines = summary_of(model, detection_batch(1)).splitlines()
+    count = sum(p.numel() for p in model.student.parameters())
+    assert lines[0].split()[:4] == [
+        'student',
+        'RetinaNet',
+        f'{count / 1e6:.2f}',
+        'M',
+    ]
+    plain = MODELS.build(detector_config()).eval()
+    flops = get_model_complexity_info(
+        plain, (3, 64, 64), show_table=False, show_arch=False
+    )['flops']
+    assert lines[0].endswith(f'  {flops / 1e9:.2f} GFLOPs for 64 x 64')
+    assert lines[1].split()[:2] == ['teacher', 'RetinaNet']
+    count = sum(p.numel() for p in model.distillers.parameters())
+    assert f'{count / 1e6:.2f} M parameters in training only' in lines[2]
+    assert lines[3:] == [
+        'sources, for an image of 64 x 64',
+        f'  {"student neck":<30} 16x8x8 16x4x4',
+        f'  {"teacher neck":<30} 24x8x8 24x4x4',
+        'losses, with their weights',
+        f'  {"bbox_head.loss_cls":<30} 1',
+        f'  {"bbox_head.loss_bbox":<30} 1',
+        f'  {"loss_era_align":<30} 5',
+        f'  {"loss_era_residual":<30} 1',
+        f'  {"loss_era_twi_*":<30} 1  0 to 1 over 450 iterations (linear), '
+        'from iteration 300',
+    ]
+    assert all(len(line) < 100 for line in lines)
+
+
+def test_summary__counts_at_the_size_of_the_configs_images(many, tmp_path):
+    # The val pipeline resizes to 64; the padding divides by 32.
+    runner = make(many, tmp_path, distillation_config(ERA))
+    for transform in runner.val_dataloader.dataset.pipeline.transforms:
+        if type(transform).__name__ == 'Resize':
+            transform.scale = (80, 80)
+    text = summary_of(runner.model, preflight_hook._one_image(runner))
+    assert text.splitlines()[0].endswith('GFLOPs for 96 x 96')
+
+
+def test_summary__says_why_flops_are_not_counted(monkeypatch):
+    model = MODELS.build(distillation_config(ERA))
+
+    def fail(self, module_name=''):
+        raise RuntimeError('no such\noperator')
+
+    monkeypatch.setattr(summary.FlopAnalyzer, 'total', fail)
+    line = summary_of(model, detection_batch(1)).splitlines()[0]
+    assert line.endswith('GFLOPs not counted (RuntimeError: no such)')
+    large = detection_batch(1, size=544)
+    line = summary_of(model, large).splitlines()[0]
+    assert 'not counted (an image of 544 x 544 takes too long' in line
+
+
+def test_summary__of_other_models():
+    # No teacher and no data; several distillers; weights that are not told.
+    methods = dict(
+        x=dict(type='era_mm._Dropping', schedules={'*': dict(scale=2)}),
+        y=dict(type='era_mm.IEKDDistiller'),
+    )
+    config = dict(
+        type='era_mm.MutualDistillation',
+        students=dict(a=detector_config(), b=detector_config(width=16)),
+        distiller=dict(a=methods, b=methods),
+    )
+    lines = summary_of(MODELS.build(config)).splitlines()
+    assert [line.split()[0] for line in lines[:4]] == [
+        'a',
+        'x',
+        'y',
+        'sources,',
+    ]
+    assert lines[0].endswith('GFLOPs for 64 x 64')
+    assert '  x.Dropping does not tell its weights' in lines
+    assert f'  x.{"*":<30}    times 2' in lines
+    assert f'  y.{"loss_iekd_explore":<30} 50' in lines
+    assert sum(line.startswith('b ') for line in lines) == 1
+    inherits = distillation_config(None) | dict(inherit=['bbox_head'])
+    inherits['student'] = detector_config(channels=24)
+    text = summary_of(MODELS.build(inherits))
+    assert 'sources' not in text
+    classifier = dict(
+        type='era_mm.Distillation',
+        student=classifier_config(),
+        teacher=dict(config=classifier_config(width=16), checkpoint='random'),
+        distiller=dict(ERA, logit=dict(weight=3)),
+        input_size=32,
+    )
+    text = summary_of(MODELS.build(classifier))
+    assert 'GFLOPs for 32 x 32' in text
+    assert f'  {"student neck":<30} 64' in text
+    assert f'  {"head.loss_module":<30} 1' in text
+    assert f'  {"loss_era_logit":<30} 3' in text
+
+
+# -- which teachers it evaluates --------------------------------------------
+
+
+def messages(many, tmp_path, model, **kwargs):
+    runner = make(many, tmp_path / 'run', model, **kwargs)
+    said: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: said.append(record.getMessage())
+    runner.logger.addHandler(handler)
+    hook = next(h for h in runner.hooks if isinstance(h, PreflightHook))
+    if hasattr(runner.model, 'load_teachers'):
+        runner.model.load_teachers()
+    # Built by `train` before the hooks are called; they say things, too.
+    assert runner.train_loop is not runner.val_loop
+    said.clear()
+    hook.before_train(runner)
+    runner.logger.removeHandler(handler)
+    return [line for line in said if 'What will be' not in line]
+
+
+def test_teachers__that_are_random_or_of_other_classes_are_not_evaluated(
+    many, tmp_path, teacher_file
+):
+    config = distillation_config(ERA)
+    assert messages(many, tmp_path, config) == [
+        'teacher: random weights, not evaluated'
+    ]
+    coco = dict(config['teacher'], checkpoint=teacher_file)
+    wide = copy.deepcopy(coco['config'])
+    wide['bbox_head']['num_classes'] = 5
+    state = MODELS.build(wide).state_dict()
+    for name, meta in (('five', {}), ('named', {'CLASSES': tuple('abcde')})):
+        file = tmp_path / f'{name}.pth'
+        torch.save({'meta': meta, 'state_dict': state}, file)
+        config['teacher'] = dict(config=wide, checkpoint=str(file))
+        said = messages(many, tmp_path, config)
+        if name == 'five':
+            assert said == [
+                'teacher: not evaluated, its head has 5 classes and the data 3'
+            ]
+        else:
+            assert said[0].startswith('The teacher knows 5 classes')
+            assert "class 0: 'square' in the data, 'a' in the" in said[0]
+            assert said[1:] == [
+                'teacher: not evaluated, its classes are not those of the data'
+            ]
+
+
+def test_teachers__each_is_evaluated_and_none_need_be_there(
+    many, tmp_path, teacher_file
+):
+    config = distillation_config(dict(ERA, teacher='a'))
+    entry = dict(config['teacher'], checkpoint=teacher_file)
+    # The second is there for the start alone.
+    config['teacher'] = dict(a=entry, b=copy.deepcopy(entry))
+    config['student'] = detector_config(channels=24)
+    config['inherit'] = dict(bbox_head='b')
+    config['input_size'] = 64
+    said = messages(
+        many, tmp_path, config, preflight=dict(num_images=4, seconds=9)
+    )
+    assert [line[:2] for line in said] == ['a:', 'b:']
+    assert all('on 4 images of val' in line for line in said)
+    mutual = dict(
+        type='era_mm.MutualDistillation',
+        students=dict(a=detector_config(), b=detector_config(width=16)),
+        distiller=dict(type='era_mm.IEKDDistiller'),
+    )
+    assert messages(many, tmp_path, mutual) == []
+
+
+def test_teachers__that_cannot_be_evaluated_stop_no_run(
+    many, tmp_path, teacher_file
+):
+    config = distillation_config(ERA, checkpoint=teacher_file)
+    no_val = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
+    assert messages(many, tmp_path, config, **no_val) == [
+        'teacher: not evaluated, the config has no val_dataloader'
+    ]
+    evaluator = dict(
+        type='CocoMetric', ann_file=f'{many}/annotations.json', metric='segm'
+    )
+    (said,) = messages(many, tmp_path, config, val_evaluator=evaluator)
+    assert said.startswith('teacher: not evaluated, this raised ')
+
+
+def test_teacher__near_chance_stops_before_the_first_step(
+    enough, tmp_path, teacher_file
+):
+    runner = make(
+        enough,
+        tmp_path / 'run',
+        distillation_config(ERA, checkpoint=teacher_file),
+    )
+    recorder = LossRecorder()
+    runner.register_hook(recorder)
+    with pytest.raises(UserError) as error:
+        runner.train()
+    message = str(error.value)
+    assert message.startswith('pre-flight: the teacher is near chance: coco/')
+    assert 'on 50 images of val with 50 objects' in message
+    assert teacher_file in message
+    assert "'bgr_to_rgb': True" in message
+    assert 'preflight=False' in message
+    assert not recorder.losses
+
+
+def test_teacher__whose_classes_are_in_another_order_stops_the_run(
+    many, tmp_path, teacher_file
+):
+    content = torch.load(teacher_file, weights_only=False)
+    content['meta'] = {'dataset_meta': {'classes': CLASSES[::-1]}}
+    torch.save(content, tmp_path / 'turned.pth')
+    config = distillation_config(ERA, checkpoint=str(tmp_path / 'turned.pth'))
+    with pytest.raises(UserError, match='2 of 3 stand elsewhere'):
+        messages(many, tmp_path, config)
+
+
+def test_resume__evaluates_nothing_again(many, tmp_path, teacher_file):
+    config = distillation_config(ERA, checkpoint=teacher_file)
+    off = dict(preflight=dict(num_images=0))
+    make(many, tmp_path / 'a', config, **off).train()
+    make(
+        many,
+        tmp_path / 'b',
+        config,
+        resume=True,
+        load_from=str(tmp_path / 'a' / 'epoch_1.pth'),
+    ).train()
+    log = log_of(tmp_path / 'b')
+    assert 'What will be trained' in log
+    assert 'images of val' not in log
+    assert (tmp_path / 'b' / 'epoch_2.pth').is_file()
+
+
+# -- how it comes into a run ------------------------------------------------
+
+
+def hooks_of(many, tmp_path, **kwargs):
+    runner = make(many, tmp_path, distillation_config(ERA), **kwargs)
+    return [h for h in runner.hooks if isinstance(h, PreflightHook)]
+
+
+def test_key__turns_it_off_and_gives_it_arguments(many, tmp_path):
+    (hook,) = hooks_of(many, tmp_path)
+    assert (hook.num_images, hook.seconds) == (64, 60)
+    (hook,) = hooks_of(many, tmp_path, preflight=True)
+    (hook,) = hooks_of(many, tmp_path, preflight=dict(num_images=5))
+    assert (hook.num_images, hook.seconds) == (5, 60)
+    assert not hooks_of(many, tmp_path, preflight=False)
+    # One that the config lists, for another launcher, is not doubled.
+    listed = [dict(type='era_mm.PreflightHook', num_images=3)]
+    (hook,) = hooks_of(many, tmp_path, custom_hooks=listed)
+    assert hook.num_images == 3
+    with pytest.raises(UserError, match='expected True, False, or a dict'):
+        hooks_of(many, tmp_path, preflight='no')
+    with pytest.raises(TypeError, match="Did you mean 'num_images'"):
+        hooks_of(many, tmp_path, preflight=dict(num_image=3))
+
+
+def test_plain_model__is_left_alone(many, tmp_path):
+    assert messages(many, tmp_path, detector_config()) == []
+
+
+def test_train__that_stops_leaves_the_former_runs_config(
+    enough, tmp_path, teacher_file, capsys
+):
+    work_dir = tmp_path / 'run'
+    config = Config(
+        run_config(
+            distillation_config(ERA, checkpoint=teacher_file), enough, work_dir
+        ).to_dict()
+    )
+    file = tmp_path / 'toy.py'
+    config.dump(file)
+    work_dir.mkdir()
+    (work_dir / 'toy.py').write_text('former = True\n')
+    assert cli.run_train([str(file)]) == 1
+    printed = capsys.readouterr().err
+    assert 'error: pre-flight: the teacher is near chance' in printed
+    assert 'Traceback' not in printed
+    assert (work_dir / 'toy.py').read_text() == 'former = True\n'
+    assert not list(work_dir.glob('*.pth'))
+
+    options = ['--cfg-options', 'preflight=False', 'train_cfg.max_epochs=1']
+    assert cli.run_train([str(file), *options]) == 0
+    dumped = Config.fromfile(work_dir / 'toy.py')
+    assert dumped.train_cfg.max_epochs == 1
+    assert dumped.preflight is False
+    assert (work_dir / 'epoch_1.pth').is_file()
+
+
+@pytest.mark.slow
+def test_ddp__all_ranks_stop_together(enough, tmp_path, teacher_file):
+    config = run_config(
+        distillation_config(ERA, checkpoint=teacher_file),
+        enough,
+        tmp_path / 'run',
+    )
+    Config(config.to_dict()).dump(tmp_path / 'toy.py')
+    done = subprocess.run(
+        [
+            *(sys.executable, '-m', 'torch.distributed.run'),
+            *('--standalone', '--nproc-per-node=2'),
+            *('tools/train.py', str(tmp_path / 'toy.py')),
+            *('--launcher', 'pytorch'),
+        ],
+        cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert output.count('error: pre-flight: the teacher is near') == 2, output
+    assert not list((tmp_path / 'run').glob('*.pth'))

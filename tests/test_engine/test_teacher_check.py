@@ -1,0 +1,263 @@
+"""Class names and the short test of a teacher before the first step."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData
+
+from era_mm.engine import teacher_check
+from era_mm.engine.teacher_check import (
+    Evaluation,
+    compare_classes,
+    evaluate_teacher,
+    find_fault,
+    has_classes_of,
+    is_near_chance,
+)
+from era_mm.errors import UserError
+from era_mm.testing import (
+    distillation_config,
+    run_config,
+    write_coco,
+)
+
+ERA = dict(type='era_mm.ERADistiller')
+
+
+# -- class names ------------------------------------------------------------
+
+
+def test_classes__that_agree_or_are_not_told_say_nothing():
+    assert compare_classes(['a', 'b'], ['a', 'b'], 'teacher') == ''
+    assert compare_classes(None, ['a'], 'teacher') == ''
+    assert compare_classes(['a'], None, 'teacher') == ''
+    # Spelling is no difference.
+    own, theirs = ['traffic light', 'cat'], ['Traffic_Light', 'cat']
+    assert compare_classes(own, theirs, 'teacher') == ''
+
+
+def test_classes__in_another_order_stop_the_run():
+    with pytest.raises(UserError) as error:
+        compare_classes(['a', 'b', 'c'], ['a', 'c', 'b'], 'big')
+    message = str(error.value)
+    assert '2 of 3 stand elsewhere' in message
+    assert "first, class 1: 'b' in the data, 'c' in the teacher" in message
+    assert 'preflight=False' in message
+    # Shifted by one, with one class that the other side does not have.
+    with pytest.raises(UserError, match='3 of 4 stand elsewhere'):
+        compare_classes(list('abcd'), list('xabc'), 'big')
+
+
+def test_classes__of_another_name_or_number_are_told():
+    remark = compare_classes(
+        ['airplane', 'cat'], ['aeroplane', 'cat'], 'teacher'
+    )
+    assert remark.startswith('1 of 2 classes have another name')
+    assert "class 0: 'airplane' in the data, 'aeroplane'" in remark
+    remark = compare_classes(['a', 'c'], ['a', 'b', 'c'], 'teacher')
+    assert remark.startswith('The teacher knows 3 classes and the data has 2')
+    assert "class 1: 'c' in the data, 'b'" in remark
+
+
+def test_classes__decide_whether_a_teacher_can_be_tested():
+    assert has_classes_of(None, ['a'])
+    assert has_classes_of(['a', 'b'], ['a', 'x'])
+    assert not has_classes_of(['a', 'b', 'c'], ['a', 'x', 'y'])
+    assert not has_classes_of(['a', 'b'], ['a', 'b', 'c'])
+
+
+# -- near chance ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('right', 'total', 'num_classes', 'expected'),
+    [
+        # 1 of 1000: P(X >= 1) = 6 %, P(X >= 2) = 0.2 %.
+        (0, 64, 1000, True),
+        (1, 64, 1000, True),
+        (2, 64, 1000, False),
+        # 1 of 10; useful is 0.28: P(X <= 9) = 0.8 %, P(X <= 10) = 1.9 %.
+        (6, 64, 10, True),
+        (9, 64, 10, True),
+        (10, 64, 10, False),
+        (40, 64, 10, False),
+        # Two classes cannot be told from a weak classifier by 64 images.
+        (32, 64, 2, False),
+        (5, 64, 2, True),
+        # A few images decide nothing, unless all are wrong:
+        # 0.8 ** 20 = 1.2 %, 0.8 ** 21 = 0.9 %.
+        (0, 4, 3, False),
+        (0, 20, 1000, False),
+        (0, 21, 1000, True),
+    ],
+)
+def test_near_chance__by_the_binomial(right, total, num_classes, expected):
+    assert is_near_chance(right, total, num_classes) is expected
+
+
+def test_near_chance__is_rare_for_a_teacher_of_any_use():
+    """The share of stopped runs, summed over all outcomes."""
+
+    def stopped(p, num_classes, total=64):
+        from math import comb
+
+        return sum(
+            comb(total, k) * p**k * (1 - p) ** (total - k)
+            for k in range(total + 1)
+            if is_near_chance(k, total, num_classes)
+        )
+
+    for num_classes in (2, 3, 10, 100, 1000):
+        chance = 1 / num_classes
+        assert stopped(chance + 0.2 * (1 - chance), num_classes) < 0.01
+        assert stopped(chance + 0.5 * (1 - chance), num_classes) < 1e-5
+    assert stopped(1 / 10, 10) > 0.8
+    assert stopped(1 / 1000, 1000) > 0.99
+
+
+def fault(metrics, num_images=64, num_objects=100, num_classes=10):
+    return find_fault(
+        Evaluation(metrics, num_images, num_objects, 1.0), num_classes
+    )
+
+
+def test_fault__of_metrics():
+    assert 'accuracy/top1 is 9.4 on 64' in fault({'accuracy/top1': 9.375})
+    assert '10 classes gives 10.0' in fault({'accuracy/top1': 9.375})
+    assert not fault({'accuracy/top1': 60.0})
+    assert not fault({'accuracy/top1': 9.375}, num_classes=None)
+    # The AP at IoU 0.5 counts, where there is one.
+    poor = {'coco/bbox_mAP': 0.001, 'coco/bbox_mAP_50': 0.004}
+    assert 'coco/bbox_mAP_50 is 0.004 on 64 images' in fault(poor)
+    assert 'with 100 objects' in fault(poor)
+    assert fault(poor, num_objects=50)
+    assert not fault({'coco/bbox_mAP': 0.005, 'coco/bbox_mAP_50': 0.06})
+    assert fault({'pascal_voc/mAP': 0.0})
+    # Too few objects, unknown ones, or no ground truth at all (-1).
+    assert not fault(poor, num_objects=49)
+    assert not fault(poor, num_objects=None)
+    assert not fault({'coco/bbox_mAP_50': -1.0})
+    # What is not known is not judged.
+    assert not fault({'multi-label/mAP_x': 0.0, 'coco/AR@100': 0.0})
+
+
+# -- the evaluation ---------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    """Images with one object each."""
+    return write_coco(tmp_path_factory.mktemp('many'), num_images=24)
+
+
+def knows(teacher, which=lambda img_id: True):
+    """Make a teacher find all objects of some images, and nothing else."""
+
+    def predict(inputs, data_samples, mode):
+        for sample in data_samples:
+            truth = sample.gt_instances
+            number = len(truth) if which(sample.img_id) else 0
+            sample.pred_instances = InstanceData(
+                # In pixels of the original image, as predictions are.
+                bboxes=truth.bboxes[:number],
+                labels=truth.labels[:number],
+                scores=torch.ones(number),
+            )
+        return data_samples
+
+    teacher.model.forward = predict
+
+
+def make(root, tmp_path, model=None, **kwargs):
+    config = run_config(
+        model or distillation_config(ERA), root, tmp_path / 'run', **kwargs
+    )
+    return Runner.from_cfg(Config(config))
+
+
+def test_evaluation__of_all_images_is_that_of_the_runs_own_loop(
+    many, tmp_path
+):
+    runner = make(many, tmp_path)
+    teacher = runner.model.teachers['teacher']
+    knows(teacher, lambda img_id: img_id % 3 > 0)
+    found = evaluate_teacher(teacher, runner, 100, 60)
+    runner.model = teacher.model
+    expected = runner.val_loop.run()
+    assert 0.5 < expected['coco/bbox_mAP'] < 0.8
+    assert found.metrics == expected
+    assert (found.num_images, found.num_objects) == (24, 24)
+
+
+def test_evaluation__of_some_images_is_not_held_against_the_rest(
+    many, tmp_path, capsys
+):
+    runner = make(many, tmp_path)
+    teacher = runner.model.teachers['teacher']
+    knows(teacher)
+    assert runner.val_loop is not None
+    capsys.readouterr()
+    found = evaluate_teacher(teacher, runner, 5, 60)
+    assert found.metrics['coco/bbox_mAP'] == 1.0
+    # Tables of COCO would be taken for the run's.
+    assert capsys.readouterr().out == ''
+    assert (found.num_images, found.num_objects) == (5, 5)
+
+
+def test_evaluation__stops_between_batches_when_the_time_is_up(
+    many, tmp_path, monkeypatch
+):
+    runner = make(many, tmp_path)
+    teacher = runner.model.teachers['teacher']
+    knows(teacher)
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(teacher_check.time, 'monotonic', lambda: next(now))
+    # Batches of two, ten seconds each: begun at 0, 10 and 20.
+    assert evaluate_teacher(teacher, runner, 20, 25).num_images == 6
+
+
+def test_evaluation__reads_images_from_all_over_the_split(
+    many, tmp_path, monkeypatch
+):
+    runner = make(many, tmp_path)
+    teacher = runner.model.teachers['teacher']
+    seen = []
+    knows(teacher, lambda img_id: seen.append(img_id) or True)
+    evaluate_teacher(teacher, runner, 8, 60)
+    assert len(set(seen)) == 8
+    assert min(seen) < 8
+    assert max(seen) >= 16
+
+
+def test_evaluation__writes_no_file_of_the_runs(many, tmp_path):
+    evaluator = dict(
+        type='CocoMetric',
+        ann_file=f'{many}/annotations.json',
+        outfile_prefix=str(tmp_path / 'out/results'),
+    )
+    runner = make(many, tmp_path, val_evaluator=evaluator)
+    teacher = runner.model.teachers['teacher']
+    knows(teacher)
+    before = json.loads(Path(many, 'annotations.json').read_text())
+    found = evaluate_teacher(teacher, runner, 4, 60)
+    assert found.metrics['coco/bbox_mAP'] == 1.0
+    assert not (tmp_path / 'out').exists()
+    assert json.loads(Path(many, 'annotations.json').read_text()) == before
+    assert evaluator['outfile_prefix'] == str(tmp_path / 'out/results')
+
+
+def test_evaluation__leaves_the_teacher_as_it_is(many, tmp_path):
+    model = distillation_config(ERA)
+    # Box operators refuse half precision on a CPU.
+    model['teacher'] |= dict(dtype='bfloat16')
+    runner = make(many, tmp_path, model)
+    teacher = runner.model.teachers['teacher']
+    before = teacher.fingerprint()
+    found = evaluate_teacher(teacher, runner, 4, 60)
+    assert found.metrics['coco/bbox_mAP'] < 0.5
+    assert teacher.fingerprint() == before
+    assert not any(module.training for module in teacher.model.modules())
