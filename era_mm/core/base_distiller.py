@@ -8,7 +8,7 @@ saved is the core's business.
 
 import fnmatch
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
 from .phase import Phase
+from .rerun import Rerun
 from .schedule import LossSchedule
 from .utils import Unregistered
 
@@ -37,6 +38,27 @@ class HostModel(NamedTuple):
     module: nn.Module
 
 
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """One step of an inner optimiser, gradients averaged over the ranks.
+
+    Args:
+        optimizer: The optimiser of these parameters.
+        parameters: What it moves.
+        gradients: Their gradients on this rank.
+    """
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        all_reduce(gradient)
+        parameter.grad = gradient / get_world_size()
+    optimizer.step()
+    optimizer.zero_grad()
+    # Autocast keeps low-precision copies of the weights from before.
+    torch.clear_autocast_cache()
+
+
 @explain_unknown_keys
 class BaseDistiller(BaseModule):
     """One paper's method: trainable extras and losses on features.
@@ -51,7 +73,8 @@ class BaseDistiller(BaseModule):
     - :meth:`build_inner`, :meth:`inner_loss`: an *inner module* with its own
       optimiser, which takes its own step in every training iteration, before
       the student's. It is in none of the run's optimiser groups nor DDP
-      buckets; its gradients are averaged over the ranks.
+      buckets; its gradients are averaged over the ranks. ``rerun`` gives that
+      step the student's losses and features at other weights.
     - ``pretrain_iters``: for so many iterations from the start of the run
       only the inner module trains; the student stays as it is.
     - ``freeze_inner``: the inner module learns in that phase alone.
@@ -89,6 +112,8 @@ class BaseDistiller(BaseModule):
     has_phases = False
     #: The run's global iteration; the core sets it before :meth:`loss`.
     step = 0
+    #: Within :meth:`inner_step` of a training step: the student once more.
+    rerun: Rerun | None = None
 
     def __init__(
         self,
@@ -273,13 +298,7 @@ class BaseDistiller(BaseModule):
                 data_samples=data_samples,
             )
             gradients = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            all_reduce(gradient)
-            parameter.grad = gradient / get_world_size()
-        self._inner_optimizer.step()
-        self._inner_optimizer.zero_grad()
-        # Autocast keeps low-precision copies of the weights from before.
-        torch.clear_autocast_cache()
+        take_step(self._inner_optimizer, parameters, gradients)
         return loss.detach()
 
     # -- inference ---------------------------------------------------------
