@@ -22,6 +22,7 @@ from ..layers import Connector, crop_to_common
 from ..registry import MODELS, explain_unknown_keys
 from .pairing import Pair, Plan
 from .phase import Phase
+from .rerun import Rerun
 from .schedule import LossSchedule
 from .utils import Unregistered
 
@@ -43,6 +44,27 @@ class HostModel(NamedTuple):
     module: nn.Module
 
 
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """One step of an inner optimiser, gradients averaged over the ranks.
+
+    Args:
+        optimizer: The optimiser of these parameters.
+        parameters: What it moves.
+        gradients: Their gradients on this rank.
+    """
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        all_reduce(gradient)
+        parameter.grad = gradient / get_world_size()
+    optimizer.step()
+    optimizer.zero_grad()
+    # Autocast keeps low-precision copies of the weights from before.
+    torch.clear_autocast_cache()
+
+
 @explain_unknown_keys
 class BaseDistiller(BaseModule):
     """One paper's method: trainable extras and losses on features.
@@ -57,7 +79,8 @@ class BaseDistiller(BaseModule):
     - :meth:`build_inner`, :meth:`inner_loss`: an *inner module* with its own
       optimiser, which takes its own step in every training iteration, before
       the student's. It is in none of the run's optimiser groups nor DDP
-      buckets; its gradients are averaged over the ranks.
+      buckets; its gradients are averaged over the ranks. ``rerun`` gives that
+      step the student's losses and features at other weights.
     - ``pretrain_iters``: for so many iterations from the start of the run
       only the inner module trains; the student stays as it is.
     - ``freeze_inner``: the inner module learns in that phase alone.
@@ -100,6 +123,8 @@ class BaseDistiller(BaseModule):
     has_phases = False
     #: The run's global iteration; the core sets it before :meth:`loss`.
     step = 0
+    #: Within :meth:`inner_step` of a training step: the student once more.
+    rerun: Rerun | None = None
 
     def __init__(
         self,
@@ -417,13 +442,7 @@ class BaseDistiller(BaseModule):
                 data_samples=data_samples,
             )
             gradients = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            all_reduce(gradient)
-            parameter.grad = gradient / get_world_size()
-        self._inner_optimizer.step()
-        self._inner_optimizer.zero_grad()
-        # Autocast keeps low-precision copies of the weights from before.
-        torch.clear_autocast_cache()
+        take_step(self._inner_optimizer, parameters, gradients)
         return loss.detach()
 
     # -- inference ---------------------------------------------------------

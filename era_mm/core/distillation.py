@@ -20,6 +20,7 @@ from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .data_preprocessor import DistillationDataPreprocessor
 from .phase import Phase, resting
 from .recorder import Recorder
+from .rerun import Rerun
 from .teacher import Teacher, forward_until, resolve_model_config
 from .utils import blank_sample, evaluating, preserve_rng
 
@@ -484,7 +485,11 @@ class Distillation(BaseModel):
                 and not distiller.freeze_inner
                 and self.training
             ):
+                distiller.rerun = Rerun(
+                    self.student, self._student_recorder, inputs, data_samples
+                )
                 distiller.inner_step(**feats, data_samples=data_samples)
+                distiller.rerun = None
             terms = distiller.scheduled(
                 distiller.loss(**feats, data_samples=data_samples), step
             )

@@ -1,0 +1,55 @@
+"""The student once more on the batch of a step, with other weights."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .recorder import Recorder
+from .utils import preserve_rng
+
+
+class Rerun:
+    """Runs the student again on a step's batch and leaves no trace.
+
+    The weights are put in place for the call alone; norms' statistics, the
+    random state and the data samples stay as they are.
+
+    Args:
+        student: The student.
+        recorder: What listens to it.
+        inputs: The batch.
+        data_samples: Its ground truth.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        recorder: Recorder,
+        inputs: Tensor,
+        data_samples: list,
+    ) -> None:
+        self.student = student
+        self._recorder = recorder
+        self._batch = (inputs, data_samples)
+
+    def __call__(
+        self, parameters: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, ...]]]:
+        """The student's own losses, and features by source.
+
+        Args:
+            parameters: In place of its own, by name; the others stay.
+        """
+        inputs, data_samples = self._batch
+        state = {k: v.clone() for k, v in self.student.named_buffers()}
+        with preserve_rng(), self._recorder as recorder:
+            losses = functional_call(
+                self.student,
+                state | dict(parameters),
+                (inputs, copy.deepcopy(data_samples)),
+                {'mode': 'loss'},
+            )
+        return dict(losses), recorder.pop()

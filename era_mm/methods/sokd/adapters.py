@@ -1,0 +1,97 @@
+"""Phi: from the student's features to the teacher's space."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import mse_loss
+
+from .dam import full_precision
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+def below(owner: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a module, under its own names."""
+    start = f'{owner}.'
+    return {
+        key.removeprefix(start): value
+        for key, value in values.items()
+        if key.startswith(start)
+    }
+
+
+def check_shapes(student: Shapes, teacher: Shapes) -> None:
+    """Refuse levels that do not belong together.
+
+    Raises:
+        ValueError: Another number of levels or other sizes; features that
+            are neither maps nor vectors.
+    """
+    own, theirs = (
+        [(len(shape), shape[2:]) for shape in shapes]
+        for shapes in (student, teacher)
+    )
+    if own != theirs or any(dim not in (2, 4) for dim, _ in own):
+        raise ValueError(
+            'SoKD needs maps (N, C, H, W) or vectors (N, C) that agree in all '
+            f'but the channels, but the student has {list(student)} and the '
+            f'teacher {list(teacher)}. Choose sources of the same levels and '
+            'strides for `base`.'
+        )
+
+
+class Adapters(nn.ModuleList):
+    """A 1x1 convolution at each level (a linear layer for vectors).
+
+    Source: an adapter to the teacher's space is SoKD's [paper, by readers'
+    notes]; its form is [inference].
+
+    Args:
+        student: Shapes of the student's features, by level.
+        teacher: The same of the teacher.
+    """
+
+    def __init__(self, student: Shapes, teacher: Shapes) -> None:
+        super().__init__(
+            nn.Linear(s[1], t[1])
+            if len(s) == 2
+            else nn.Conv2d(s[1], t[1], kernel_size=1)
+            for s, t in zip(student, teacher, strict=True)
+        )
+
+    def forward(
+        self,
+        feats: Sequence[Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Phi(F_s) by level.
+
+        Args:
+            feats: F_s by level.
+            weights: In place of its own, by name; for a look ahead.
+        """
+        return [
+            functional_call(adapter, below(str(level), weights or {}), (feat,))
+            for level, (adapter, feat) in enumerate(
+                zip(self, feats, strict=True)
+            )
+        ]
+
+    def fit(
+        self,
+        feats: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """How far Phi is from the teacher; its gradient reaches Phi alone.
+
+        mean over l of mean (Phi_l(sg F_sl) - F_tl)^2
+        """
+        adapted = self([feat.detach() for feat in feats], weights)
+        terms = [
+            mse_loss(full_precision(a), full_precision(t))
+            for a, t in zip(adapted, targets, strict=True)
+        ]
+        return torch.stack(terms).mean()

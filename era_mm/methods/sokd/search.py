@@ -1,0 +1,388 @@
+"""The search: the policy's own step in each iteration, first or second order.
+
+Legend: F_t teacher's and F_s student's feature, F_t' what the policy makes of
+the former, Phi(F_s) the latter in the teacher's space.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.logging import MessageHub
+from mmengine.registry import OPTIMIZERS
+from torch import Tensor, nn
+
+from ...core import BaseDistiller, Features, Unregistered
+from ...core.base_distiller import take_step
+from ...core.utils import preserve_rng
+from .adapters import Adapters, below
+from .dafa import DAFA, consistency_loss
+from .wrapper import WrappingDistiller
+
+
+def unrolled_gradients(
+    *,
+    upper: Callable[[Mapping[str, Tensor]], Tensor],
+    lower: Callable[[Mapping[str, Tensor]], Tensor],
+    weights: Mapping[str, Tensor],
+    policy: Sequence[Tensor],
+    lr: float,
+    radius: float = 0.01,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of the policy through one step of the weights.
+
+        theta' = theta - lr * d lower(theta, chi) / d theta
+        v      = d upper(theta', chi) / d theta'
+        h      = radius / ||v||
+        g      = d upper(theta', chi) / d chi
+                 - lr * [d lower(theta + h v) / d chi
+                         - d lower(theta - h v) / d chi] / (2 h)
+
+    theta are ``weights``, chi is ``policy``, which both functions use beside
+    what they are given.
+
+    Source: DARTS, arXiv 1806.09055; the radius 0.01 is theirs and [DADA
+    code]'s.
+
+    Args:
+        upper: The policy's loss at some weights.
+        lower: The weights' loss at some weights.
+        weights: theta; leaves without history.
+        policy: chi.
+        lr: Length of the step.
+        radius: See above.
+
+    Returns:
+        ``upper`` at theta', and the gradients.
+    """
+
+    def leaves(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.detach().requires_grad_() for k, v in values.items()}
+
+    def moved(direction: Mapping[str, Tensor], step: float):
+        return leaves({k: v + step * direction[k] for k, v in weights.items()})
+
+    def gradients(loss: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+        found = torch.autograd.grad(loss, of, allow_unused=True)
+        return [
+            torch.zeros_like(value) if g is None else g
+            for value, g in zip(of, found, strict=True)
+        ]
+
+    start = leaves(weights)
+    slope = gradients(lower(start), list(start.values()))
+    ahead = moved(dict(zip(start, slope, strict=True)), -lr)
+    loss = upper(ahead)
+    found = gradients(loss, [*ahead.values(), *policy])
+    direction = dict(zip(ahead, found[: len(ahead)], strict=True))
+    result = found[len(ahead) :]
+    norm = torch.stack([v.norm() for v in direction.values()]).norm()
+    # At v = 0 the passes are made all the same: with several ranks the
+    # others wait for them.
+    h = float(radius / norm.clamp(min=1e-12))
+    sides = [
+        gradients(lower(moved(direction, step)), policy) for step in (h, -h)
+    ]
+    for index, (plus, minus) in enumerate(zip(*sides, strict=True)):
+        result[index] = result[index] - lr * (plus - minus) / (2 * h)
+    return loss.detach(), result
+
+
+def total(losses: Mapping[str, Any]) -> Tensor:
+    """The sum that mmengine makes of a model's losses."""
+    parts = [
+        part.mean()
+        for key, value in losses.items()
+        if 'loss' in key
+        for part in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    return torch.stack(parts).sum()
+
+
+class Optimizers:
+    """The policy's optimiser and that of the wrapped distiller, saved as one.
+
+    Args:
+        optimizers: By name.
+    """
+
+    def __init__(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    def state_dict(self) -> dict[str, dict]:
+        """Each optimiser's own."""
+        return {k: v.state_dict() for k, v in self.optimizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, dict]) -> None:
+        """Hand each optimiser its own."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+
+
+class SearchingDistiller(WrappingDistiller):
+    """Keeps a policy, refines the teacher's features and lets it learn.
+
+    A subclass sets ``adapters`` and the policy in ``prepare``, and defines
+    :meth:`_terms`.
+
+    Args:
+        base: The wrapped distiller.
+        search_share: See ``SoKDDistiller``.
+        optimizer: Likewise.
+        unroll_lr: Likewise.
+        schedules: See ``BaseDistiller``.
+        init_cfg: As in mmengine.
+    """
+
+    def __init__(
+        self,
+        base: BaseDistiller,
+        search_share: float,
+        optimizer: dict | None,
+        unroll_lr: float | None,
+        schedules: dict[str, dict] | None,
+        init_cfg: dict | None,
+    ) -> None:
+        super().__init__(base, schedules, init_cfg)
+        if not 0 < search_share <= 1:
+            raise ValueError(
+                '`search_share` is a share of the run, above 0 and up to 1, '
+                f'but got {search_share}. For no policy set dafa=False.'
+            )
+        if unroll_lr is not None and (unroll_lr <= 0 or base.has_phases):
+            raise ValueError(
+                '`unroll_lr` must be above 0, and the wrapped distiller must '
+                f'have no phases, but got {unroll_lr} with '
+                f'{type(base).__name__}. Use None for first order.'
+            )
+        self.search_share = search_share
+        self.unroll_lr = unroll_lr
+        self._optimizer_cfg = optimizer or dict(
+            type='Adam', lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
+        )
+        self._policy: Unregistered | None = None
+        self.adapters: Adapters | None = None
+
+    def _levels(
+        self, student_feats: Features, teacher_feats: Features
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The features that belong together, of student and teacher.
+
+        Distillers name their features first, then what else they record of
+        the student, such as logits.
+        """
+        sources = self.student_sources[: len(self.teacher_sources)]
+        return (
+            [feat for source in sources for feat in student_feats[source]],
+            [
+                feat
+                for source in self.teacher_sources
+                for feat in teacher_feats[source]
+            ],
+        )
+
+    def _adapt(
+        self,
+        feats: list[Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> list[Tensor]:
+        if self.adapters is None:
+            return feats
+        return self.adapters(feats, weights)
+
+    def _terms(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        refined_feats: Features,
+        data_samples: list,
+        adapter_weights: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """All losses but the student's own.
+
+        Args:
+            student_feats: F_s by source.
+            teacher_feats: F_t by source.
+            refined_feats: F_t' by source.
+            data_samples: Ground truth.
+            adapter_weights: See ``Adapters``.
+        """
+        raise NotImplementedError
+
+    @property
+    def policy(self) -> DAFA | None:
+        """The policy; None where the teacher's features stay as they are."""
+        if self._policy is None:
+            return None
+        assert isinstance(self._policy.module, DAFA)
+        return self._policy.module
+
+    def set_up_inner(self) -> None:
+        """Build the wrapped distiller's inner module and the policy's."""
+        self.base.set_up_inner()
+        super().set_up_inner()
+
+    def build_inner(
+        self,
+    ) -> tuple[nn.Module, torch.optim.Optimizer] | None:
+        """The policy, beside the wrapped distiller's inner module."""
+        modules: dict[str, nn.Module] = {}
+        optimizers: dict[str, torch.optim.Optimizer] = {}
+        if self.base.inner is not None:
+            assert self.base.inner_optimizer is not None
+            modules['base'] = self.base.inner
+            optimizers['base'] = self.base.inner_optimizer
+        if self.policy is not None:
+            modules['policy'] = self.policy
+            optimizers['policy'] = OPTIMIZERS.build(
+                dict(
+                    self._optimizer_cfg, params=list(self.policy.parameters())
+                )
+            )
+        if not modules:
+            return None
+        return nn.ModuleDict(modules), Optimizers(optimizers)
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the policy learns at ``self.step``."""
+        if self.policy is None or self.step < self.pretrain_iters:
+            return False
+        iters = MessageHub.get_current_instance().get_info('max_iters')
+        if iters is None:
+            return True
+        length = self.search_share * (iters - self.pretrain_iters)
+        return self.step < self.pretrain_iters + length
+
+    def _refine(self, teacher_feats: Features) -> Features:
+        """F_t' of this step's draw, by source."""
+        if self.policy is None:
+            return teacher_feats
+        flat = [
+            feat
+            for source in self.teacher_sources
+            for feat in teacher_feats[source]
+        ]
+        refined = iter(self.policy(flat, self.step))
+        return {
+            source: tuple(next(refined) for _ in teacher_feats[source])
+            for source in self.teacher_sources
+        }
+
+    @staticmethod
+    def _consistency(maps: list[Tensor], refined: list[Tensor]) -> Tensor:
+        terms = [
+            consistency_loss(student_feat=s, refined_feat=t)
+            for s, t in zip(maps, refined, strict=True)
+        ]
+        return torch.stack(terms).mean()
+
+    def inner_loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> Tensor:
+        """L_aug, the mean over levels; the student is a constant."""
+        maps, refined = self._levels(
+            student_feats, self._refine(teacher_feats)
+        )
+        with torch.no_grad():
+            maps = self._adapt([feat.detach() for feat in maps])
+        return self._consistency(maps, refined)
+
+    def inner_step(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> Tensor:
+        """The wrapped distiller's inner step, then the policy's.
+
+        The former sees the teacher's own features, as in its pre-training.
+        """
+        batch: dict[str, Any] = dict(
+            student_feats=student_feats,
+            teacher_feats=teacher_feats,
+            data_samples=data_samples,
+        )
+        base, losses = self.base, []
+        # In pre-training the step has not been set yet: it is 0.
+        if base.inner is not None and (
+            self.step < self.pretrain_iters or not base.freeze_inner
+        ):
+            losses.append(base.inner_step(**batch))
+        if self.is_searching:
+            losses.append(self._search(**batch))
+        return torch.stack(losses).sum() if losses else torch.zeros(())
+
+    def _search(self, **batch: Any) -> Tensor:
+        assert self.policy is not None
+        assert isinstance(self.inner_optimizer, Optimizers)
+        parameters = list(self.policy.parameters())
+        with torch.enable_grad():
+            if self.unroll_lr is None:
+                loss = self.inner_loss(**batch)
+                gradients = list(torch.autograd.grad(loss, parameters))
+            else:
+                loss, gradients = self._unrolled(parameters, **batch)
+        take_step(
+            self.inner_optimizer.optimizers['policy'], parameters, gradients
+        )
+        self.policy.project()
+        return loss.detach()
+
+    def _unrolled(
+        self,
+        policy: list[nn.Parameter],
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Second order: student and adapters take the step looked ahead."""
+        assert self.rerun is not None
+        rerun = self.rerun
+        modules: dict[str, nn.Module] = {'student': rerun.student}
+        if self.adapters is not None:
+            modules['adapters'] = self.adapters
+        weights = {
+            f'{owner}.{name}': parameter.detach()
+            for owner, module in modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+        def upper(values: Mapping[str, Tensor]) -> Tensor:
+            _, feats = rerun(below('student', values))
+            maps, refined = self._levels(feats, self._refine(teacher_feats))
+            adapted = self._adapt(maps, below('adapters', values))
+            return self._consistency(adapted, refined)
+
+        def lower(values: Mapping[str, Tensor]) -> Tensor:
+            losses, feats = rerun(below('student', values))
+            terms = self._terms(
+                student_feats=feats,
+                teacher_feats=teacher_feats,
+                refined_feats=self._refine(teacher_feats),
+                data_samples=data_samples,
+                adapter_weights=below('adapters', values),
+            )
+            return total(losses) + total(self.scheduled(terms, self.step))
+
+        buffers = {k: v.clone() for k, v in self.named_buffers()}
+        with preserve_rng():
+            found = unrolled_gradients(
+                upper=upper,
+                lower=lower,
+                weights=weights,
+                policy=policy,
+                lr=self.unroll_lr or 0.0,
+            )
+        # Norms of connectors have counted passes that did not happen.
+        for name, buffer in self.named_buffers():
+            buffer.copy_(buffers[name])
+        return found
