@@ -426,8 +426,10 @@ def test_train__that_stops_leaves_the_former_runs_config(
     assert (work_dir / 'toy.py').read_text() == 'former = True\n'
     assert not list(work_dir.glob('*.pth'))
 
-    options = ['--cfg-options', 'preflight=False', 'train_cfg.max_epochs=1']
-    assert cli.run_train([str(file), *options]) == 0
+    options = ['preflight=False', 'train_cfg.max_epochs=1']
+    # Two steps, and no validation.
+    options += ['train_cfg.val_interval=9', 'train_dataloader.batch_size=25']
+    assert cli.run_train([str(file), '--cfg-options', *options]) == 0
     dumped = Config.fromfile(work_dir / 'toy.py')
     assert dumped.train_cfg.max_epochs == 1
     assert dumped.preflight is False
