@@ -44,8 +44,8 @@ def read_run(work_dir: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
     """What a run logged.
 
     Args:
-        work_dir: Work dir of an mmengine run; of several runs in it the last
-            counts.
+        work_dir: Work dir of an mmengine run, of training or of a test; of
+            several runs in it the last counts.
         keys: Patterns of logged values.
 
     Returns:
@@ -58,12 +58,14 @@ def read_run(work_dir: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
             that matches nothing.
     """
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    # What mmengine's LoggerHook leaves of a test.
+    logs = logs or sorted(work_dir.glob('*/*.json'))
     configs = sorted(work_dir.glob('*.py'))
     if not logs or len(configs) != 1:
         raise UserError(
             f'{work_dir}: expected the work dir of one run, with one config '
-            f'and */vis_data/scalars.json, but found {len(configs)} configs '
-            f'and {len(logs)} logs.'
+            f'and a log, but found {len(configs)} configs and {len(logs)} '
+            'logs.'
         )
     records = [json.loads(line) for line in logs[-1].open()]
     # Only evaluations have metrics, and only metrics have a prefix.

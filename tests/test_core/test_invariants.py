@@ -371,28 +371,6 @@ def test_teacher__equal_preprocessor_shares_the_students_tensors(teacher_file):
     assert 'teacher_inputs' not in data
 
 
-def test_teacher__other_preprocessor_under_batch_augments_is_refused(
-    teacher_file,
-):
-    student = detector_config()
-    student['data_preprocessor'] |= dict(
-        batch_augments=[
-            dict(type='BatchSyncRandomResize', random_size_range=(64, 96))
-        ]
-    )
-    teacher = detector_config(width=16, channels=24)
-    teacher['data_preprocessor'] |= dict(mean=[0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match='batch_augments'):
-        MODELS.build(
-            distillation_config(
-                ERA,
-                student=student,
-                teacher=teacher,
-                checkpoint=teacher_file,
-            )
-        )
-
-
 # -- 5. everything declared takes part ---------------------------------------
 
 

@@ -43,6 +43,16 @@ def test_run__is_its_last_evaluation_and_the_ends_of_its_values(tmp_path):
     )
 
 
+def test_run__of_a_test_has_its_metrics(tmp_path):
+    folder = write_run(tmp_path / 'a', 7, 0.5, 0.25, 0.4)
+    log = next(folder.glob('*/vis_data/scalars.json'))
+    log.unlink()
+    log.parents[1].joinpath('20260101_000000.json').write_text(
+        '{"coco/bbox_mAP": 0.3}'
+    )
+    assert tool.read_run(folder)['metrics'] == {'coco/bbox_mAP': 0.3}
+
+
 def test_interval__of_three_values():
     # Mean 2, variance ((-1)^2 + 0 + 1^2) / 2 = 1; t(0.975, 2) = 4.30265,
     # and 4.30265 * sqrt(1 / 3) = 2.48414.
