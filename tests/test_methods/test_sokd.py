@@ -581,7 +581,12 @@ def test_peaks__neighbours_do_not_count_and_never_more_than_asked():
     assert scores[0].tolist() == [1.0, 0.5, 0.0]
     assert index[0, :2].tolist() == [12, 4]
     assert find_peaks(heat, 100)[0].shape == (1, 25)
-    flat = Prediction(*(torch.zeros(1, c, 3, 3) - 200 for c in (1, 2, 2)))
+    # No score at all, but boxes that would cover the map.
+    flat = Prediction(
+        torch.full((1, 1, 3, 3), -200.0),
+        torch.full((1, 2, 3, 3), 3.0),
+        torch.zeros(1, 2, 3, 3),
+    )
     areas = AreaDecoder(topk=3)(student=flat, teacher=flat)
     assert areas.masks.shape == (1, 3, 3, 3)
     assert areas.masks.sum() == 0
