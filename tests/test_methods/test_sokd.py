@@ -655,11 +655,24 @@ def test_box_targets__by_hand():
     Box (8, 16)-(40, 32): 32 x 16 pixels, side 22.6: 2.8 cells of the first
     level, so there; centre (24, 24), that is (3, 3) in cells, size (4, 2).
     Box (0, 0)-(64, 64): side 64, 4 cells of the second level, so there;
-    centre (2, 2), size (4, 4).
+    centre (2, 2), size (4, 4). Box (16, 16)-(64, 64): side 48, 6 cells of the
+    first level and 3 of the second, so of the first; centre (5, 5), size
+    (6, 6).
+    The last has no width.
     """
-    boxes = [torch.tensor([[8.0, 16, 40, 32], [0, 0, 64, 64], [5, 5, 5, 9]])]
+    boxes = [
+        torch.tensor(
+            [
+                [8.0, 16, 40, 32],
+                [0, 0, 64, 64],
+                [16, 16, 64, 64],
+                [5, 5, 5, 9],
+            ]
+        )
+    ]
     first, second = box_targets(boxes, (64, 64), [(8, 8), (4, 4)])
-    assert cells(first.weight[0, 0]) == [(3, 3)]
+    assert cells(first.weight[0, 0]) == [(3, 3), (5, 5)]
+    assert first.size[0, :, 5, 5].tolist() == [6, 6]
     assert first.size[0, :, 3, 3].tolist() == [4, 2]
     assert first.offset[0, :, 3, 3].tolist() == [0, 0]
     assert first.heatmap[0, 0, 3, 3] == 1

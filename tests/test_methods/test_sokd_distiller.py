@@ -636,6 +636,31 @@ def test_unrolled__is_the_gradient_through_the_students_step(teacher_file):
         )
 
 
+def test_unrolled__leaves_the_norms_of_the_wrapped_distiller(teacher_file):
+    model = build(teacher_file, base=BASES['iekd'], unroll_lr=0.01)
+    distiller = model.distillers['distiller']
+    search, seen = distiller._search, []
+
+    def spy(**batch):
+        before = copy.deepcopy(dict(distiller.named_buffers()))
+        loss = search(**batch)
+        seen.append(equal(before, dict(distiller.named_buffers())))
+        return loss
+
+    distiller._search = spy
+    before = copy.deepcopy(dict(distiller.named_buffers()))
+    total(losses_of(model)).backward()
+    assert seen == [True]
+    # The loss itself has counted once.
+    assert not equal(before, dict(distiller.named_buffers()))
+    counts = {
+        value.item()
+        for name, value in distiller.named_buffers()
+        if name.endswith('num_batches_tracked')
+    }
+    assert counts == {1}
+
+
 # -- the file --------------------------------------------------------------
 
 
