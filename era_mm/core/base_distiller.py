@@ -261,6 +261,15 @@ class BaseDistiller(BaseModule):
             teacher_feats={**teacher_feats, theirs: teacher},
         )
 
+    def connect_like(
+        self, teacher_feats: Features, student_feats: Features
+    ) -> Features:
+        """Further features of the student, as beside the same teacher's."""
+        feats = self.connect(
+            student_feats=student_feats, teacher_feats=teacher_feats
+        )
+        return feats['student_feats']
+
     def _check_connected(
         self,
         *,

@@ -1,6 +1,7 @@
 """The model that mmengine trains: a student, teachers, and distillers."""
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -472,9 +473,8 @@ class Distillation(BaseModel):
             self._has_extras = True
         idle = []
         for name, distiller in self.distillers.items():
-            feats = distiller.connect(
-                **self._feats_of(distiller, student_feats, teacher_feats)
-            )
+            recorded = self._feats_of(distiller, student_feats, teacher_feats)
+            feats = distiller.connect(**recorded)
             if is_learning and not any(
                 _learns(maps) for maps in feats['student_feats'].values()
             ):
@@ -486,7 +486,13 @@ class Distillation(BaseModel):
                 and self.training
             ):
                 distiller.rerun = Rerun(
-                    self.student, self._student_recorder, inputs, data_samples
+                    self.student,
+                    self._student_recorder,
+                    inputs,
+                    data_samples,
+                    connect=functools.partial(
+                        distiller.connect_like, recorded['teacher_feats']
+                    ),
                 )
                 distiller.inner_step(**feats, data_samples=data_samples)
                 distiller.rerun = None

@@ -1,7 +1,7 @@
 """The student once more on the batch of a step, with other weights."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class Rerun:
         recorder: What listens to it.
         inputs: The batch.
         data_samples: Its ground truth.
+        connect: What the distiller's connectors make of the features.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class Rerun:
         recorder: Recorder,
         inputs: Tensor,
         data_samples: list,
+        connect: Callable[[dict[str, Any]], Any],
     ) -> None:
         self.student = student
+        self._connect = connect
         self._recorder = recorder
         self._batch = (inputs, data_samples)
 
@@ -52,4 +55,4 @@ class Rerun:
                 (inputs, copy.deepcopy(data_samples)),
                 {'mode': 'loss'},
             )
-        return dict(losses), recorder.pop()
+        return dict(losses), self._connect(recorder.pop())

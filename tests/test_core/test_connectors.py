@@ -165,3 +165,23 @@ def test_student_config_of__does_not_mind():
         ),
     )
     assert student_config_of(config)[0].type == 'mmdet.RetinaNet'
+
+
+def test_sokd__hears_what_its_base_connects():
+    base = dict(
+        type='era_mm.FeatureImitationDistiller',
+        source=dict(student='neck', teacher='neck', connector=COVER),
+    )
+    teacher = detector_config(width=16, channels=24)
+    teacher['neck'] = dict(teacher['neck'], num_outs=3)
+    model = MODELS.build(
+        distillation_config(
+            dict(type='era_mm.SoKDDistiller', base=base, dam=False),
+            teacher=teacher,
+        )
+    )
+    model.train()
+    data = model.data_preprocessor(detection_batch(), True)
+    losses = model(**data, mode='loss')
+    assert len(model.distillers['distiller'].base.connectors) == 3
+    assert losses['loss_sokd_adapter'] > 0

@@ -9,6 +9,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, Unregistered
+from ...core.pairing import Pair, Plan
 from ...registry import MODELS
 from .adapters import Adapters, check_shapes
 from .areas import Areas
@@ -127,6 +128,13 @@ class SoKDDistiller(SearchingDistiller):
         )
         self._check_masks()
         self.dam: DAM | None = None
+
+    @classmethod
+    def plan_for(cls, pair: Pair) -> Plan:
+        """Around FitNet, on maps, also in a classifier."""
+        match = pair.match(maps=True)
+        base = dict(type='era_mm.FeatureImitationDistiller', **match.config())
+        return Plan(dict(type='era_mm.SoKDDistiller', base=base), match)
 
     @staticmethod
     def _arguments(value: dict | bool) -> dict | None:
