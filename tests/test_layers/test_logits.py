@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from era_mm.layers import dist_loss, kl_loss
+from era_mm.layers import (
+    bernoulli_kl_loss,
+    dist_loss,
+    kl_loss,
+    rows_of_levels,
+    top_rows,
+)
 
 
 def logits(*shape, seed=0):
@@ -80,3 +86,36 @@ def test_loss__is_zero_for_equal_logits_and_has_right_gradients(loss):
         ),
         logits(4, 6, seed=1).requires_grad_(),
     )
+
+
+def test_bernoulli_kl__by_hand():
+    # q = .75 against sigmoid(0) = .5: .75 ln 1.5 + .25 ln .5 = .13081.
+    # Two classes, the other in agreement; T = 2: times 4, mean of two rows.
+    target = torch.tensor([[0.75, 0.5], [0.5, 0.5]])
+    found = bernoulli_kl_loss(
+        student_logits=torch.zeros(2, 2), target=target, temperature=2.0
+    )
+    assert found.item() == pytest.approx(4 * 0.130812 / 2, rel=1e-4)
+    # sigmoid(2 ln 3 / 2) = .75 agrees; targets of 0 and 1 are finite.
+    logits = torch.tensor([[2 * math.log(3), 0.0]])
+    agreed = bernoulli_kl_loss(
+        student_logits=logits, target=target[:1], temperature=2.0
+    )
+    assert agreed.item() == pytest.approx(0, abs=1e-6)
+    hard = bernoulli_kl_loss(
+        student_logits=torch.zeros(1, 2), target=torch.tensor([[0.0, 1.0]])
+    )
+    assert hard.item() == pytest.approx(2 * math.log(2))
+
+
+def test_rows__are_anchors_of_places_and_the_best_are_taken():
+    # One image, two classes, two anchors by place: level 0 has 1 x 2 places,
+    # level 1 has one. Channels are anchor 0's classes, then anchor 1's.
+    first = torch.arange(8.0).reshape(1, 4, 1, 2)
+    second = torch.tensor([9.0, -1, -1, 20]).reshape(1, 4, 1, 1)
+    rows = rows_of_levels([first, second], 2)
+    expected = [[0, 2], [4, 6], [1, 3], [5, 7], [9, -1], [-1, 20]]
+    assert rows.tolist() == [expected]
+    index = top_rows(rows, 3)
+    assert rows[index].tolist() == [[[-1, 20], [9, -1], [5, 7]]]
+    assert rows[top_rows(rows, 99)].shape == (1, 6, 2)

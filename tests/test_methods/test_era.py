@@ -525,6 +525,131 @@ def test_distiller__refuses(kwargs, error, message):
         build(**kwargs)
 
 
+# -- the logits of dense heads ------------------------------------------------
+
+BINARY = dict(kind='binary', weight=3.0, temperature=2.0, topk=7)
+
+
+@pytest.mark.parametrize('head', ['RetinaHead', 'FCOSHead', 'GFLHead'])
+def test_logit__of_a_dense_head_against_a_slow_reference(head, tmp_path):
+    teacher_config = detector_config(width=16, channels=24, head=head)
+    model = build(
+        save_teacher(teacher_config, tmp_path / 'teacher.pth'),
+        student=detector_config(head=head),
+        teacher=teacher_config,
+        logit=BINARY,
+        twi_steps='none',
+    )
+    model.load_teachers()
+    data = model.data_preprocessor(detection_batch(4), True)
+    student = copy.deepcopy(model.student)
+    teacher = copy.deepcopy(model.teachers['teacher'].model)
+    found = model(**data, mode='loss')['loss_era_logit']
+    # An FCOS head in eval mode puts out pixels; its scores are the same.
+    with torch.no_grad():
+        levels = [
+            (scores, targets)
+            for scores, targets in zip(
+                student.bbox_head(student.extract_feat(data['inputs']))[0],
+                teacher.bbox_head(teacher.extract_feat(data['inputs']))[0],
+                strict=True,
+            )
+        ]
+    total, rows = 0.0, 0
+    for image in range(4):
+        anchors = [
+            (t[image, c : c + 3, y, x], s[image, c : c + 3, y, x])
+            for s, t in levels
+            for y in range(s.shape[2])
+            for x in range(s.shape[3])
+            for c in range(0, s.shape[1], 3)
+        ]
+        anchors.sort(key=lambda pair: -pair[0].max().item())
+        for t, s in anchors[:7]:
+            rows += 1
+            for q, p in zip(
+                (t.double() / 2).sigmoid(),
+                (s.double() / 2).sigmoid(),
+                strict=True,
+            ):
+                total += q * (q / p).log()
+                total += (1 - q) * ((1 - q) / (1 - p)).log()
+    expected = 3.0 * 2.0**2 * total / rows
+    assert rows == 28
+    assert expected > 1e-4
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_logit__of_a_dense_head_reaches_the_students_own_head():
+    model = build(logit=dict(kind='binary'))
+    losses = losses_of(model)
+    assert reached(losses['loss_era_logit'], model) == {'backbone', 'head'}
+    # The regression branch of the head hears nothing of it.
+    model.zero_grad()
+    losses['loss_era_logit'].backward()
+    assert model.student.bbox_head.retina_cls.weight.grad.any()
+    assert model.student.bbox_head.retina_reg.weight.grad is None
+    teacher = model.teachers['teacher'].model
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_logit__of_dense_estimates_is_half_of_both_targets():
+    # One estimate alone (no branch weighs): half of the head's own losses.
+    options = dict(
+        mbrnet=dict(num_branches=1), loss=dict(scales=[0.0]), logit=BINARY
+    )
+    labels = losses_of(build(**options))
+    both = build(twi_targets='both', **options)
+    era = both.distillers['distiller']
+    net = copy.deepcopy(era.mbrnet)
+    student = copy.deepcopy(both.student)
+    torch.manual_seed(0)
+    losses = losses_of(both)
+    assert set(losses) - set(labels) == {'loss_era_twi_logit'}
+    data = both.data_preprocessor(detection_batch(4), True)
+    maps = student.extract_feat(data['inputs'])
+    teacher = both.teachers['teacher'].model
+    expected = era.logit(
+        student_logits=teacher.bbox_head(tuple(net.align(maps)))[0],
+        teacher_logits=teacher.bbox_head(teacher.extract_feat(data['inputs']))[
+            0
+        ],
+        num_classes=3,
+    )
+    torch.testing.assert_close(losses['loss_era_twi_logit'], expected / 2)
+    assert reached(losses['loss_era_twi_logit'], both) == {'backbone', 'align'}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            dict(
+                anchor_generator=dict(
+                    type='AnchorGenerator',
+                    ratios=[0.5, 1.0],
+                    octave_base_scale=2,
+                    scales_per_octave=1,
+                    strides=[8, 16],
+                )
+            ),
+            'anchors and classes must agree',
+        ),
+        (dict(num_classes=7), 'teacher has 7 classes and the student 3'),
+        (
+            dict(loss_cls=dict(type='CrossEntropyLoss')),
+            "teacher's RetinaHead has no sigmoid scores",
+        ),
+    ],
+)
+def test_logit__dense_heads_that_differ_are_refused(change, message):
+    teacher = detector_config(width=16, channels=24)
+    teacher['bbox_head'] |= change
+    with pytest.raises(ValueError, match=message) as error:
+        build(teacher=teacher, logit=dict(kind='binary'), twi_steps='none')
+    assert 'Remove `logit`' in str(error.value)
+
+
 # -- TWI on the heads ---------------------------------------------------------
 
 HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']

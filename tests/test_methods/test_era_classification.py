@@ -172,7 +172,7 @@ def test_logit__of_a_detector_is_refused():
     init_default_scope('mmdet')
     config = distillation_config(dict(type='era_mm.ERADistiller', logit={}))
     config['distiller']['logit'] = dict(source='bbox_head.retina_cls')
-    with pytest.raises(ValueError, match='logits of classifiers'):
+    with pytest.raises(ValueError, match="it is 'kl' and the teacher a Ret"):
         MODELS.build(config | dict(student=detector_config()))
 
 
@@ -180,6 +180,7 @@ def test_logit__of_a_detector_is_refused():
     ('kwargs', 'error', 'message'),
     [
         (dict(logit=dict(kind='mse')), ValueError, 'kind'),
+        (dict(logit=dict(kind='binary')), ValueError, "it is 'binary'"),
         (dict(logit=dict(wieght=1.0)), TypeError, "'weight'"),
         (dict(twi_targets='both'), ValueError, 'which is None'),
         (dict(twi_targets='some'), ValueError, 'twi_targets'),

@@ -20,7 +20,6 @@ from era_mm.engine.export import export_student
 from era_mm.methods.trunk_to_branch import (
     DensePeerBranch,
     PeerBranch,
-    bernoulli_kl_loss,
     mean_squared_correlation,
     mean_squared_cosine,
     ramp_factor,
@@ -244,26 +243,6 @@ def test_distil__ensemble_and_branch_by_hand():
     )
     for value in single.values():
         assert value.item() == pytest.approx(1.1773, abs=1e-4)
-
-
-def test_bernoulli_kl__by_hand():
-    # q = .75 against sigmoid(0) = .5: .75 ln 1.5 + .25 ln .5 = .13081.
-    # Two classes, the other in agreement; T = 2: times 4, mean of two rows.
-    target = torch.tensor([[0.75, 0.5], [0.5, 0.5]])
-    found = bernoulli_kl_loss(
-        student_logits=torch.zeros(2, 2), target=target, temperature=2.0
-    )
-    assert found.item() == pytest.approx(4 * 0.130812 / 2, rel=1e-4)
-    # sigmoid(2 ln 3 / 2) = .75 agrees; targets of 0 and 1 are finite.
-    logits = torch.tensor([[2 * math.log(3), 0.0]])
-    agreed = bernoulli_kl_loss(
-        student_logits=logits, target=target[:1], temperature=2.0
-    )
-    assert agreed.item() == pytest.approx(0, abs=1e-6)
-    hard = bernoulli_kl_loss(
-        student_logits=torch.zeros(1, 2), target=torch.tensor([[0.0, 1.0]])
-    )
-    assert hard.item() == pytest.approx(2 * math.log(2))
 
 
 # -- classifiers -------------------------------------------------------------

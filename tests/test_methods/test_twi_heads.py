@@ -624,7 +624,7 @@ def test_classes__that_differ_in_a_roi_head_turn_twi_off(said):
             'faster_rcnn',
             'faster_rcnn',
             dict(logit=dict(source='rpn_head.rpn_cls')),
-            'FasterRCNN is a detector',
+            "it is 'kl' and the teacher a FasterRCNN",
         ),
     ],
 )

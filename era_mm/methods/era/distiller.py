@@ -1,7 +1,7 @@
 """ERADistiller: the residual approximation and TWI, put together."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,37 +11,66 @@ from torch import Tensor, nn
 from ...core import BaseDistiller, Features, HostModel
 from ...core.pairing import Pair, Plan, is_query_based
 from ...core.utils import evaluating, preserve_rng
-from ...layers import dist_loss, kl_loss
+from ...layers import (
+    bernoulli_kl_loss,
+    dist_loss,
+    kl_loss,
+    rows_of_levels,
+    top_rows,
+)
 from ...registry import MODELS, explain_unknown_keys
 from .export import export_estimate
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
 from .twi import find_head, mismatch, tower_sources, why_not_reused
-from .twi_heads import StudentProposals, TWIHead, TwoStageTWIHead
+from .twi_heads import (
+    DenseTWIHead,
+    StudentProposals,
+    TWIHead,
+    TwoStageTWIHead,
+)
 
 
 @explain_unknown_keys
 class LogitTerm:
-    """ERA's distillation of class logits, for classifiers.
+    """ERA's distillation of class logits.
+
+        'kl', 'dist'   weight * loss of the (N, K) logits; classifiers
+        'binary'       weight * tau^2 / R * sum_r sum_c
+                           KL(sigmoid(z_t / tau) || sigmoid(z_s / tau));
+                       dense detectors
+
+    where r are the ``topk`` anchors of each image that the teacher scores
+    highest: most of an image is background, on which both agree.
+
+    'binary' is [ours]: a detection form was never released, and with one loss
+    on logits less the student's own head hears nothing of the teacher.
 
     Args:
-        kind: 'kl' or 'dist'.
+        kind: 'kl', 'dist' or 'binary'.
         weight: Its weight. 2 is [official code].
         temperature: tau. 1 is [official code].
-        source: The student's module that puts out the logits.
+        source: The student's module that puts out the logits. None: 'head'
+            of a classifier, 'bbox_head' of a detector.
+        topk: Anchors per image, for 'binary'.
 
     Raises:
         ValueError: An unknown kind.
     """
 
-    KINDS: ClassVar[dict[str, Callable]] = {'kl': kl_loss, 'dist': dist_loss}
+    KINDS: ClassVar[dict[str, Callable]] = {
+        'kl': kl_loss,
+        'dist': dist_loss,
+        'binary': bernoulli_kl_loss,
+    }
 
     def __init__(
         self,
         kind: str = 'kl',
         weight: float = 2.0,
         temperature: float = 1.0,
-        source: str = 'head',
+        source: str | None = None,
+        topk: int = 100,
     ) -> None:
         if kind not in self.KINDS:
             raise ValueError(
@@ -49,15 +78,60 @@ class LogitTerm:
                 f'{kind!r}.'
             )
         self.kind, self.weight = kind, weight
-        self.temperature, self.source = temperature, source
+        self.temperature, self.topk = temperature, topk
+        self.is_dense = kind == 'binary'
+        self.source = source or ('bbox_head' if self.is_dense else 'head')
+
+    def problem(
+        self, student_logits: Any, teacher_logits: Any, head: nn.Module
+    ) -> str | None:
+        """Why the logits of a pair cannot be compared, if so."""
+        if not self.is_dense:
+            return None
+        if not getattr(getattr(head, 'loss_cls', None), 'use_sigmoid', False):
+            return f"the teacher's {type(head).__name__} has no sigmoid scores"
+        shapes = [
+            [tuple(level.shape[1:]) for level in logits]
+            for logits in (
+                student_logits[: len(teacher_logits)],
+                teacher_logits,
+            )
+        ]
+        if shapes[0] != shapes[1]:
+            return (
+                f'the student scores {shapes[0]} at {self.source!r} and the '
+                f'teacher {shapes[1]}: anchors and classes must agree'
+            )
+        return None
 
     def __call__(
-        self, *, student_logits: Tensor, teacher_logits: Tensor
+        self, *, student_logits: Any, teacher_logits: Any, num_classes: int
     ) -> Tensor:
-        """The weighted loss of ``(N, K)`` logits."""
-        return self.weight * self.KINDS[self.kind](
-            student_logits=_full(student_logits),
-            teacher_logits=_full(teacher_logits),
+        """The weighted loss.
+
+        Args:
+            student_logits: ``(N, K)``; of a dense head one
+                ``(N, A * K, H, W)`` per level, and what else it puts out.
+            teacher_logits: The same.
+            num_classes: K.
+        """
+        if not self.is_dense:
+            return self.weight * self.KINDS[self.kind](
+                student_logits=_full(student_logits),
+                teacher_logits=_full(teacher_logits),
+                temperature=self.temperature,
+            )
+        student, teacher = (
+            _full(rows_of_levels(logits, num_classes))
+            for logits in (
+                student_logits[: len(teacher_logits)],
+                teacher_logits,
+            )
+        )
+        best = top_rows(teacher, self.topk)
+        return self.weight * bernoulli_kl_loss(
+            student_logits=student[best].flatten(0, 1),
+            target=(teacher[best] / self.temperature).sigmoid().flatten(0, 1),
             temperature=self.temperature,
         )
 
@@ -104,8 +178,9 @@ class ERADistiller(BaseDistiller):
             classifier they would be the same.
         detach: Keep the branches' losses from the student: they see its
             feature detached. False is what the published script uses.
-        logit: Arguments of ``LogitTerm`` to distil class logits as well, for
-            classifiers: ``{}`` is [official code]. None: not at all.
+        logit: Arguments of ``LogitTerm`` to distil class logits as well: for
+            classifiers ``{}`` is [official code]; for dense detectors
+            ``dict(kind='binary')``. None: not at all.
         twi_targets: What the teacher's head compares estimates with:
             'labels', the ground truth [official code]; or 'both', the
             teacher's logits too by the ``logit`` term, each of the two
@@ -321,6 +396,18 @@ class ERADistiller(BaseDistiller):
         # Refuses what does not fit now, not in the first step.
         self.loss_terms.branch_weights(self.mbrnet.num_branches)
         self._try_out(student_maps, teacher_maps)
+        if self.logit is not None:
+            with torch.no_grad():
+                problem = self.logit.problem(
+                    self._student_logits(student_feats),
+                    self._head_logits(teacher_maps),
+                    self._head.head,
+                )
+            if problem:
+                raise ValueError(
+                    f'`logit` cannot be distilled: {problem}. Remove `logit`, '
+                    'or give both heads the same anchors.'
+                )
 
     @torch.no_grad()
     def _try_out(
@@ -344,7 +431,7 @@ class ERADistiller(BaseDistiller):
         problem = self.twi_head.problem(
             teacher_maps, training=self.twi_steps != 'none'
         )
-        if problem and self.twi_steps == 'none':
+        if problem and self.twi_steps == 'none' and self.logit is None:
             self.twi_head = None
         elif problem:
             raise ValueError(
@@ -387,13 +474,52 @@ class ERADistiller(BaseDistiller):
                 level=logging.WARNING,
             )
         self.twi_head = head
-        if self.logit is not None and type(head) is not TWIHead:
-            raise ValueError(
-                '`logit` distils the logits of classifiers, but '
-                f'{type(teacher).__name__} is a detector. Remove `logit`.'
+        if self.logit is not None:
+            fits = (
+                isinstance(head, DenseTWIHead)
+                if self.logit.is_dense
+                else type(head) is TWIHead
             )
+            if not fits:
+                raise ValueError(
+                    "`logit` of kind 'kl' or 'dist' distils the logits of "
+                    "classifiers, of kind 'binary' those of dense detectors, "
+                    f'but it is {self.logit.kind!r} and the teacher a '
+                    f'{type(teacher).__name__}. Change or remove `logit`.'
+                )
+
+    @property
+    def _head(self) -> TWIHead:
+        assert self.twi_head is not None
+        return self.twi_head
+
+    def _head_logits(self, feats: Sequence[Tensor]) -> Any:
+        """What the teacher's head scores of a feature, for the logit term."""
+        assert self.logit is not None
+        outs = self._head(feats)
+        # Scores come first in every dense head.
+        return outs[0] if self.logit.is_dense else outs
+
+    def _student_logits(self, feats: Features) -> Any:
+        assert self.logit is not None
+        found = feats[self.logit.source]
+        return found if self.logit.is_dense else found[0]
+
+    def _compare_logits(
+        self, student_logits: Any, teacher_logits: Any
+    ) -> Tensor:
+        assert self.logit is not None
+        return self.logit(
+            student_logits=student_logits,
+            teacher_logits=teacher_logits,
+            num_classes=getattr(self._head.head, 'cls_out_channels', 0),
+        )
 
     def _turn_off(self, reason: str) -> None:
+        if self.logit is not None:
+            raise ValueError(
+                f'`logit` cannot be distilled: {reason}. Remove `logit`.'
+            )
         print_log(
             f'ERA without TWI: {reason}.',
             logger='current',
@@ -465,12 +591,10 @@ class ERADistiller(BaseDistiller):
         )
         teacher_logits = None
         if self.logit is not None:
-            assert self.twi_head is not None
             with torch.no_grad():
-                teacher_logits = self.twi_head(targets_of)
-            losses['loss_era_logit'] = self.logit(
-                student_logits=student_feats[self.logit.source][0],
-                teacher_logits=teacher_logits,
+                teacher_logits = self._head_logits(targets_of)
+            losses['loss_era_logit'] = self._compare_logits(
+                self._student_logits(student_feats), teacher_logits
             )
         if self.twi_steps != 'none':
             steps = [list(step) for step in zip(*estimates, strict=True)]
@@ -487,7 +611,7 @@ class ERADistiller(BaseDistiller):
         self,
         steps: list[list[Tensor]],
         data_samples: list,
-        teacher_logits: Tensor | None,
+        teacher_logits: Any,
     ) -> dict[str, Tensor]:
         assert self.twi_head is not None
         weights = self.loss_terms.step_weights(len(steps) - 1)
@@ -515,11 +639,8 @@ class ERADistiller(BaseDistiller):
                 ).items()
             }
             if self.twi_targets == 'both':
-                assert self.logit is not None
-                assert teacher_logits is not None
-                terms['logit'] = self.logit(
-                    student_logits=self.twi_head(step),
-                    teacher_logits=teacher_logits,
+                terms['logit'] = self._compare_logits(
+                    self._head_logits(step), teacher_logits
                 )
                 terms = {name: value / 2 for name, value in terms.items()}
             for name, value in terms.items():

@@ -9,7 +9,6 @@ ramp), ``heads`` (what classifiers and dense detectors do differently),
 from .distiller import TrunkToBranchDistiller
 from .heads import ClassifierPeers, DensePeers
 from .losses import (
-    bernoulli_kl_loss,
     mean_squared_correlation,
     mean_squared_cosine,
     ramp_factor,
@@ -24,7 +23,6 @@ __all__ = [
     'PeerBranch',
     'SemanticPermeation',
     'TrunkToBranchDistiller',
-    'bernoulli_kl_loss',
     'mean_squared_correlation',
     'mean_squared_cosine',
     'ramp_factor',

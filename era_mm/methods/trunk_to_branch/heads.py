@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core import Features, Unregistered
-from ...layers import kl_loss
-from .losses import bernoulli_kl_loss
+from ...layers import (
+    bernoulli_kl_loss,
+    kl_loss,
+    rows_of_levels,
+    top_rows,
+)
 from .peers import DensePeerBranch, PeerBranch, SemanticPermeation, joined
 from .stages import as_feature
 
@@ -396,14 +400,7 @@ class DensePeers(_Peers):
 
     def _rows(self, scores: Sequence[Tensor]) -> Tensor:
         """Logits of all levels, ``(N, R, classes)``."""
-        classes = self._head.module.num_classes
-        return torch.cat(
-            [
-                level.permute(0, 2, 3, 1).reshape(len(level), -1, classes)
-                for level in scores
-            ],
-            dim=1,
-        ).float()
+        return rows_of_levels(scores, self._head.module.num_classes).float()
 
     def _top(
         self,
@@ -424,9 +421,7 @@ class DensePeers(_Peers):
                 for scores in logits
             ]
         )
-        best = peers.mean(dim=0).amax(dim=2)
-        index = best.topk(min(self.topk, best.shape[1]), dim=1).indices
-        rows = torch.arange(len(index), device=index.device)[:, None]
+        rows, index = top_rows(peers.mean(dim=0), self.topk)
         return trunk[rows, index].flatten(0, 1), peers[:, rows, index].flatten(
             1, 2
         )

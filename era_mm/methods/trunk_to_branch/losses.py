@@ -1,4 +1,4 @@
-"""Decorrelation, distillation between dense scores, and the ramp.
+"""Decorrelation, and the ramp.
 
 Legend: N samples over all ranks, K peers, D numbers of an embedding.
 """
@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits,
-    cosine_similarity,
-)
+from torch.nn.functional import cosine_similarity
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -137,30 +134,6 @@ MEASURES = {
     'correlation': mean_squared_correlation,
     'cosine': mean_squared_cosine,
 }
-
-
-def bernoulli_kl_loss(
-    *, student_logits: Tensor, target: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """KL from sigmoid scores to their targets, class by class.
-
-        T^2 / R * sum_r sum_c KL(q_rc || sigmoid(z_rc / T))
-
-    The binary cross-entropy less the target's entropy: equal in gradient, and
-    0 where both agree.
-
-    Source: [ours], for dense heads.
-
-    Shape:
-        - student_logits, target: ``(R, classes)``
-        - out: scalar
-    """
-    logits, target = _full(student_logits), _full(target)
-    cross = binary_cross_entropy_with_logits(
-        logits / temperature, target, reduction='none'
-    )
-    entropy = torch.special.entr(target) + torch.special.entr(1 - target)
-    return temperature**2 * (cross - entropy).sum(dim=1).mean()
 
 
 def ramp_factor(step: float, length: float) -> float:
