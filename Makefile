@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# Tests that run side by side; each takes up to 2 GB.
+JOBS ?= 2
 # The file hides the GPU where mmcv could not be built for it.
 RUN = env $$(cat $(VENV)/era_mm-setup/environment) $(VENV)/bin/python
 
@@ -19,7 +21,7 @@ demo: setup
 	$(RUN) tools/demo.py
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -10,6 +10,11 @@ from mmengine.runner import Runner
 from era_mm import testing
 
 
+def pytest_collection_modifyitems(items):
+    # One file, minutes long: begun last, it would run alone at the end.
+    items.sort(key=lambda item: 'packaging' not in item.keywords)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_fresh_hub(request):
     torch.set_num_threads(1)
