@@ -190,3 +190,7 @@ class FeatureImitationDistiller(BaseDistiller):
         ]
         loss = self.loss_weight * torch.stack(terms).mean()
         return {'loss_imitation': loss}
+
+    def loss_weights(self) -> dict[str, float]:
+        """Of the one term."""
+        return {'loss_imitation': self.loss_weight}

@@ -279,6 +279,15 @@ class DAM(nn.Module):
             centres = centres + target.weight.sum()
         return self.anchor_weight * total / centres.clamp(min=1)
 
+    def loss_weights(self) -> dict[str, float]:
+        """Of the terms that are on."""
+        weights = {
+            'agree': self.agree_weight,
+            'anchor': self.anchor_weight if self.anchor else 0.0,
+            'area': self.area_weight,
+        }
+        return {f'loss_sokd_{k}': w for k, w in weights.items() if w}
+
     def losses(
         self,
         *,

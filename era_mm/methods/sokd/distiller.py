@@ -315,6 +315,17 @@ class SoKDDistiller(SearchingDistiller):
             losses |= self._policy_log(student_feats, teacher_feats, refined)
         return losses
 
+    def loss_weights(self) -> dict[str, float]:
+        """Of the wrapped distiller's terms, the adapter's and DAM's."""
+        weights = dict(self.base.loss_weights())
+        if self.adapters is not None:
+            weights['loss_sokd_adapter'] = self.adapter_weight
+        if self.dam is not None:
+            weights |= self.dam.loss_weights()
+            if self.areas_for != 'term':
+                weights.pop('loss_sokd_area', None)
+        return weights
+
     @torch.no_grad()
     def _policy_log(
         self,

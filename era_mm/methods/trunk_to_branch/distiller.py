@@ -224,6 +224,21 @@ class TrunkToBranchDistiller(BaseDistiller):
 
     # -- losses ------------------------------------------------------------
 
+    def loss_weights(self) -> dict[str, float]:
+        """Of the branches' terms; the distillation's before the ramp."""
+        if self.peers is None:
+            return {}
+        weights = {
+            'peers': self.peer_weight,
+            **self.distil_weights,
+            'decorrelation': self.decorrelation_weight,
+        }
+        return {
+            f'loss_t2b_{name}': weight
+            for name, weight in weights.items()
+            if weight or name == 'peers'
+        }
+
     def ramp_now(self) -> float:
         """w(t) at ``self.step``."""
         # RuntimeInfoHook writes it at the start of every run.
