@@ -186,7 +186,10 @@ def _make_config_parser() -> argparse.ArgumentParser:
         "publishes for a teacher given as 'mmdet::...')",
     )
     parser.add_argument(
-        '--method', default='era', help='how to distil (default: era)'
+        '--method',
+        default='era',
+        help='how to distil: era (default), feature_imitation, ie_kd, '
+        'residual_kd, sokd',
     )
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='where to write, a .py'

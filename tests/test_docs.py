@@ -7,6 +7,8 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
+from era_mm.cli import _make_config_parser
+from era_mm.engine.make_config import methods
 from era_mm.testing import detection_batch, distillation_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,14 @@ def test_add_a_method__the_dummy_method_trains(teacher_file):
         losses['loss_channel_mean'].backward()
         optimizer.step()
     assert values[-1] < values[0]
+
+
+def test_make_config__doc_and_help_name_all_methods():
+    help_text = ' '.join(_make_config_parser().format_help().split())
+    text = (ROOT / 'docs/make_config.md').read_text()
+    for name in methods():
+        assert name in help_text
+        assert f'`{name}`' in text
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
