@@ -408,6 +408,14 @@ def _report_connectors(match: Match) -> str:
     return '; '.join(steps) or 'none needed'
 
 
+#: What the hosts' preprocessors call things, for people.
+_LABELS = {
+    'channel_conversion': 'channels turned round',
+    'pad_size_divisor': 'padded to multiples of',
+    'pad_value': 'padded with',
+}
+
+
 def _report_input(pair: Pair) -> str:
     found = differences(
         pair.student.model.data_preprocessor,
@@ -416,13 +424,15 @@ def _report_input(pair: Pair) -> str:
     if not found:
         return 'both preprocess alike'
     shown = ', '.join(
-        f'{key} {_short(theirs)} (student {_short(own)})'
+        f'{_LABELS.get(key, key)} {_short(theirs)} (student {_short(own)})'
         for key, (own, theirs) in found.items()
     )
     return f'the teacher preprocesses by itself: {shown}'
 
 
 def _short(value: Any) -> Any:
+    if isinstance(value, bool):
+        return 'yes' if value else 'no'
     if isinstance(value, type):
         return value.__name__
     return [round(v, 2) for v in value] if isinstance(value, list) else value

@@ -250,7 +250,7 @@ def test_detectors__pair_by_stride_and_train(make, student, teacher):
 
 def test_detectors__of_other_padding_are_cut_to_what_both_have(make):
     config, printed = make('retinanet_3_levels', 'retinanet_unpadded')
-    assert 'pad_size_divisor 1 (student 32)' in printed
+    assert 'padded to multiples of 1 (student 32)' in printed
     model = build(config)
     # 100 pixels: the student pads to 128.
     losses = train_and_predict(model, lambda: detection_batch(2, size=100))
