@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(
             f'--num-{split}',
             type=int,
-            default=default.num_scenes(split),
+            default=default.num_images(split),
             help=f'scenes in the {split} split',
         )
     parser.add_argument(

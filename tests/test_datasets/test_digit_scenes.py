@@ -122,11 +122,11 @@ def test_annotations__share_no_digit_and_no_photo_pixel(annotations):
 def test_annotations__are_valid_coco(root, split):
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(root / 'annotations' / f'{split}.json'))
-    assert len(coco.getImgIds()) == PARAMS.num_scenes(split)
+    assert len(coco.getImgIds()) == PARAMS.num_images(split)
     assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == list(
         CLASSES
     )
-    assert len(coco.getAnnIds()) > PARAMS.num_scenes(split)
+    assert len(coco.getAnnIds()) > PARAMS.num_images(split)
     for image in coco.loadImgs(coco.getImgIds()):
         with Image.open(root / split / image['file_name']) as picture:
             assert picture.size == (image['width'], image['height'])
@@ -148,7 +148,7 @@ def test_compose_scene__boxes_are_tight_around_the_visible_ink():
             assert inside.sum() == digit.ink.sum()
             for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
                 assert edge.any()
-            assert digit.visible >= digit_scenes._MIN_VISIBLE
+            assert digit.visible >= digit_scenes.MIN_VISIBLE
 
 
 def test_compose_scene__ink_differs_from_what_it_covers():
