@@ -5,13 +5,12 @@ python tools/make_digit_scenes.py --contact-sheet sheet.png
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
+from make_data import main
 from PIL import Image
-from tqdm import tqdm
 
 from era_mm.datasets.digit_scenes import (
     CLASSES,
@@ -20,37 +19,6 @@ from era_mm.datasets.digit_scenes import (
     make_digit_scenes,
 )
 from era_mm.visualization.panels import Panel, save_grid
-
-
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    default = SceneParams()
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument('--out', type=Path, default='data/digit_scenes')
-    parser.add_argument('--seed', type=int, default=default.seed)
-    for split in SPLITS:
-        parser.add_argument(
-            f'--num-{split}',
-            type=int,
-            default=default.num_images(split),
-            help=f'scenes in the {split} split',
-        )
-    parser.add_argument(
-        '--image-size',
-        type=int,
-        default=default.image_size,
-        help='side of the square images in pixels',
-    )
-    parser.add_argument(
-        '--contact-sheet',
-        type=Path,
-        metavar='PNG',
-        help='also draw the first scenes of each split with their boxes',
-    )
-    return parser.parse_args()
 
 
 def save_contact_sheet(
@@ -86,31 +54,11 @@ def save_contact_sheet(
     save_grid(rows, path, scale=2)
 
 
-def main() -> None:
-    """Make the data set and, if asked for, its contact sheet."""
-    args = parse_args()
-    try:
-        params = SceneParams(
-            args.seed,
-            args.num_train,
-            args.num_val,
-            args.num_test,
-            args.image_size,
-        )
-        with tqdm(desc='scenes', unit='scene', leave=False) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            written = make_digit_scenes(args.out, params, progress)
-    except (FileExistsError, ValueError) as error:
-        raise SystemExit(f'{Path(__file__).name}: {error}') from None
-    print(f'{args.out}: {"written" if written else "already there"}')
-    if args.contact_sheet:
-        save_contact_sheet(args.out, args.contact_sheet)
-        print(f'{args.contact_sheet}: written')
-
-
 if __name__ == '__main__':
-    main()
+    main(
+        __doc__.splitlines()[0],
+        'data/digit_scenes',
+        SceneParams,
+        make_digit_scenes,
+        save_contact_sheet,
+    )
