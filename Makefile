@@ -1,6 +1,8 @@
-# make demo   teach a small detector with ERA and show what it gained
-# make test   lint, types, tests, packaging
-# Both set up what they need first. Other goals: setup lint clean.
+# make demo                  teach a small detector with ERA and show what it
+#                            gained
+# make demo-classification   the same for a small classifier
+# make test                  lint, types, tests, packaging
+# Each sets up what it needs first. Other goals: setup lint clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,10 +17,13 @@ export MKL_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo test lint setup clean
+.PHONY: demo demo-classification test lint setup clean
 
 demo: setup
 	$(RUN) tools/demo.py
+
+demo-classification: setup
+	$(RUN) tools/demo_classification.py
 
 test: lint
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     file.stem: file
     for file in sorted((ROOT / 'configs').glob('*.py'))
-    if 'digits' not in file.stem
+    if 'digit' not in file.stem
 }
 ERA = [stem for stem in FILES if stem.startswith('era_')]
 PLAIN = [stem for stem in FILES if stem.startswith('plain_')]

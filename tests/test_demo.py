@@ -24,6 +24,10 @@ def load_tool(name):
 
 stages = load_tool('demo_stages')
 report = load_tool('demo_report')
+models = load_tool('demo_models')
+load_tool('demo_base')
+demo = load_tool('demo')
+demo_classification = load_tool('demo_classification')
 
 
 class Work:
@@ -196,29 +200,39 @@ def test_screen__resumed_stage_is_timed_from_where_it_went_on(monkeypatch):
     assert shown[-1] == pytest.approx(10.0)
 
 
-def records(**stock):
-    metrics = {'coco/bbox_mAP': 0.312, 'coco/bbox_mAP_50': 0.5}
-    modes = {
-        f'{mode}/{key}': value + 0.1
-        for mode in ('T', 'ST')
+@pytest.fixture
+def detection():
+    return demo.DetectionDemo.table
+
+
+@pytest.fixture
+def classification():
+    return demo_classification.ClassificationDemo.table
+
+
+STOCK = {'missing': [], 'unexpected': [], 'AP': 0.312}
+
+
+def records(metrics, *modes):
+    variants = ('teacher', 'plain', 'era_S', *(f'era_{m}' for m in modes))
+    of_modes = {
+        f'{mode}/{key}': value * (1.1 + 0.1 * number)
+        for number, mode in enumerate(modes)
         for key, value in metrics.items()
     }
-    variants = ('teacher', 'plain', 'era_S', 'era_T', 'era_ST')
-    measured = {
-        'stock': {'missing': [], 'unexpected': [], 'AP': 0.312, **stock},
-        'num_images': 10,
-        'image_size': 128,
-        'timed_images': 200,
-        'variants': {
-            name: {'parameters': 250_000, 'ms_per_image': 9.87}
-            for name in variants
-        },
-    }
     results = {
-        'test_teacher': metrics,
-        'test_plain': metrics,
-        'test_era': metrics | modes,
-        'measure': measured,
+        'test_teacher': {key: 2 * value for key, value in metrics.items()},
+        'test_plain': {key: value / 2 for key, value in metrics.items()},
+        'test_era': metrics | of_modes,
+        'measure': {
+            'num_images': 10,
+            'image_size': 128,
+            'timed_images': 200,
+            'variants': {
+                name: {'parameters': 250_000, 'ms_per_image': 9.876}
+                for name in variants
+            },
+        },
     }
     return {
         name: {'result': result, 'seconds': 30.0, 'resumed': False}
@@ -226,38 +240,111 @@ def records(**stock):
     }
 
 
-def test_report__writes_the_table(tmp_path, capsys):
-    report.report(records(), tmp_path)
+AP = {'coco/bbox_mAP': 0.312, 'coco/bbox_mAP_50': 0.5}
+
+
+def test_report__writes_the_table(tmp_path, capsys, detection):
+    report.report(records(AP, 'T', 'ST'), STOCK, tmp_path, detection)
     table = json.loads((tmp_path / 'table.json').read_text())
     assert table['minutes'] == 2.0
-    assert [row['AP'] for row in table['rows']] == [
-        31.2,
-        31.2,
-        31.2,
-        41.2,
-        41.2,
+    assert table['stock_mmdet'] == STOCK
+    assert [(row['detector'], row['AP']) for row in table['rows']] == [
+        ('teacher', 62.4),
+        ('plain student', 15.6),
+        ('ERA student, S', 31.2),
+        ('ERA student, T', 34.3),
+        ('ERA student, ST', 37.4),
     ]
     lines = (tmp_path / 'table.md').read_text().splitlines()
-    assert '| ERA student, T | 41.2 | 60.0 | 0.25 M | 9.9 |' in lines
-    assert 'no missing keys' in capsys.readouterr().out
+    assert '| ERA student, T | 34.3 | 55.0 | 0.25 M | 9.9 |' in lines
+    assert lines[-1].startswith('COCO AP on the 10 test scenes, one seed.')
+    out = capsys.readouterr().out
+    assert 'no missing keys' in out
+    assert 'AP 31.2 (mode S above: 31.2)' in out
 
 
 @pytest.mark.parametrize('what', ['missing', 'unexpected'])
-def test_report__keys_that_stock_mmdet_refuses_are_an_error(tmp_path, what):
+def test_report__keys_that_stock_mmdet_refuses_are_an_error(
+    tmp_path, what, detection
+):
     with pytest.raises(stages.StageError, match='neck_extra'):
-        report.report(records(**{what: ['neck_extra']}), tmp_path)
+        report.report(
+            records(AP),
+            STOCK | {what: ['neck_extra']},
+            tmp_path,
+            detection,
+        )
+
+
+def test_report__takes_the_metrics_of_classification(
+    tmp_path, capsys, classification
+):
+    found = records({'accuracy/top1': 50.0}, 'E0', 'T')
+    stock = {'missing': [], 'unexpected': [], 'top1': 0.5}
+    report.report(found, stock, tmp_path, classification)
+    lines = (tmp_path / 'table.md').read_text().splitlines()
+    assert lines[0] == '| classifier | top1 | parameters | ms per image |'
+    assert [line.split(' | ')[:2] for line in lines[2:7]] == [
+        ['| teacher', '100.0'],
+        ['| plain student', '25.0'],
+        ['| ERA student, S', '50.0'],
+        ['| ERA student, E0', '55.0'],
+        ['| ERA student, T', '60.0'],
+    ]
+    assert lines[6].endswith('| 0.25 M | 9.88 |')
+    assert 'Top-1 accuracy in percent on the 10 test crops' in lines[-1]
+    out = capsys.readouterr().out
+    assert 'Stock mmpretrain' in out
+    assert 'top1 50.0 (mode S above: 50.0)' in out
+
+
+def test_time_all__median_of_turns_without_the_first(monkeypatch):
+    """Each variant takes its turn on an image; reading is not timed."""
+    now = [0.0]
+    monkeypatch.setattr(models.time, 'perf_counter', lambda: now[0])
+    calls = []
+
+    def variant(name, seconds):
+        def predict(data):
+            calls.append((name, data))
+            late = 100 if len(calls) <= 2 * models.WARM_UP else 0
+            now[0] += seconds + late
+
+        return predict
+
+    def read(file):
+        now[0] += 7
+        return file
+
+    told = []
+    times = models.time_all(
+        {'a': variant('a', 0.001), 'b': variant('b', 0.003)},
+        ['x', 'y', 'z'],
+        read,
+        told.append,
+    )
+    assert times == pytest.approx({'a': 1.0, 'b': 3.0})
+    assert calls[:6] == [(name, file) for file in 'xyz' for name in ('a', 'b')]
+    assert told == sorted(told)
 
 
 @pytest.mark.slow
 @pytest.mark.smoke
-def test_demo__quick_run_from_data_to_table(tmp_path):
-    command = [sys.executable, str(ROOT / 'tools' / 'demo.py'), '--quick']
+@pytest.mark.parametrize(
+    ('tool', 'num_stages', 'files'),
+    [
+        ('demo', 8, ('table.json', 'table.md', 'detections.png')),
+        ('demo_classification', 9, ('table.json', 'table.md')),
+    ],
+)
+def test_demo__quick_run_from_data_to_table(tmp_path, tool, num_stages, files):
+    command = [sys.executable, str(ROOT / 'tools' / f'{tool}.py'), '--quick']
     command += ['--threads', '1', '--work-dir', str(tmp_path / 'demo')]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     assert 'no missing keys, no unexpected keys' in first.stdout
-    for name in ('table.json', 'table.md', 'detections.png'):
+    for name in files:
         assert (tmp_path / 'demo' / name).stat().st_size > 0
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count('unchanged') == 8
+    assert second.stdout.count('unchanged') == num_stages

@@ -6,22 +6,54 @@ import contextlib
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from demo_stages import StageError, console, write_json
-from rich.table import Table
+from rich.table import Table as RichTable
 
+TITLES = {
+    'teacher': 'teacher',
+    'plain': 'plain student',
+    'era': 'ERA student',
+}
 PACKAGES = (
     'torch',
     'onedl-mmengine',
     'onedl-mmcv',
     'onedl-mmdetection',
+    'onedl-mmpretrain',
     'mmengine',
     'mmcv',
     'mmdet',
+    'mmpretrain',
     'era_mm',
 )
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the table says of a task.
+
+    Args:
+        host: The stock package that loads the ERA student.
+        noun: What a row is.
+        metrics: The host's metric for each heading; the stock host is asked
+            for the first.
+        percent: Factor that makes the host's metrics percent.
+        digits: Decimals of the times.
+        caption: Its first words, with a place for the number of images.
+        timed: What a time covers, from where to where.
+    """
+
+    host: str
+    noun: str
+    metrics: dict[str, str]
+    percent: float
+    digits: int
+    caption: str
+    timed: str
 
 
 def versions() -> dict[str, str]:
@@ -44,47 +76,42 @@ def machine() -> str:
     return f'{model}, {os.cpu_count()} cores'
 
 
-def table_rows(records: dict[str, dict]) -> list[dict]:
-    """One row per detector, in the table's order."""
-    measured = records['measure']['result']['variants']
+def table_rows(records: dict[str, dict], task: Table) -> list[dict]:
+    """One row per model and inference mode that was measured."""
     rows = []
-    for key, name, test, prefix in (
-        ('teacher', 'teacher', 'test_teacher', ''),
-        ('plain', 'plain student', 'test_plain', ''),
-        ('era_S', 'ERA student, S', 'test_era', ''),
-        ('era_T', 'ERA student, T', 'test_era', 'T/'),
-        ('era_ST', 'ERA student, ST', 'test_era', 'ST/'),
-    ):
-        metrics = records[test]['result']
-        # mmdet reports nothing where nothing was detected.
-        ap, ap50 = (
-            round(100 * metrics.get(f'{prefix}coco/bbox_{key}', 0.0), 1)
-            for key in ('mAP', 'mAP_50')
-        )
+    for key, measured in records['measure']['result']['variants'].items():
+        model, _, mode = key.partition('_')
+        metrics = records[f'test_{model}']['result']
+        # The host reports the student's own numbers under its own names.
+        prefix = f'{mode}/' if mode not in ('', 'S') else ''
         rows.append(
             {
-                'detector': name,
-                'AP': ap,
-                'AP50': ap50,
-                'parameters': measured[key]['parameters'],
-                'ms_per_image': round(measured[key]['ms_per_image'], 1),
+                task.noun: TITLES[model] + (f', {mode}' if mode else ''),
+                **{
+                    # mmdet reports nothing where nothing was detected.
+                    heading: round(
+                        task.percent * metrics.get(prefix + metric, 0.0), 1
+                    )
+                    for heading, metric in task.metrics.items()
+                },
+                'parameters': measured['parameters'],
+                'ms_per_image': round(measured['ms_per_image'], task.digits),
             }
         )
     return rows
 
 
 def write_table(
-    rows: Sequence[dict], caption: str, facts: dict, work: Path
+    rows: Sequence[dict], task: Table, caption: str, facts: dict, work: Path
 ) -> None:
     """Print the table and write it as JSON and Markdown."""
-    headings = ('detector', 'AP', 'AP50', 'parameters', 'ms per image')
+    headings = (task.noun, *task.metrics, 'parameters', 'ms per image')
     cells = [
         (
-            row['detector'],
-            f'{row["AP"]:.1f}',
-            f'{row["AP50"]:.1f}',
+            row[task.noun],
+            *(f'{row[heading]:.1f}' for heading in task.metrics),
             f'{row["parameters"] / 1e6:.2f} M',
-            f'{row["ms_per_image"]:.1f}',
+            f'{row["ms_per_image"]:.{task.digits}f}',
         )
         for row in rows
     ]
@@ -97,7 +124,7 @@ def write_table(
         caption,
     ]
     (work / 'table.md').write_text('\n'.join(lines) + '\n')
-    table = Table(caption=caption, caption_justify='left')
+    table = RichTable(caption=caption, caption_justify='left')
     for number, heading in enumerate(headings):
         table.add_column(heading, justify='right' if number else 'left')
     for line in cells:
@@ -105,8 +132,20 @@ def write_table(
     console.print(table)
 
 
-def report(records: dict[str, dict], work: Path) -> None:
-    """The table, the picture and the stock loading."""
+def report(
+    records: dict[str, dict], stock: dict, work: Path, task: Table
+) -> None:
+    """The table and the stock loading.
+
+    Args:
+        records: What each stage left.
+        stock: See `Demo.stock`.
+        work: Where the table goes.
+        task: What it says.
+
+    Raises:
+        StageError: If the stock host misses keys or knows some not.
+    """
     result = records['measure']['result']
     minutes = sum(record['seconds'] for record in records.values()) / 60
     facts = {
@@ -118,33 +157,32 @@ def report(records: dict[str, dict], work: Path) -> None:
             name: round(record['seconds']) for name, record in records.items()
         },
         'num_test_images': result['num_images'],
-        'stock_mmdet': result['stock'],
+        f'stock_{task.host}': stock,
     }
     packages = ', '.join(f'{k} {v}' for k, v in facts['versions'].items())
     caption = (
-        f'COCO AP on the {result["num_images"]} test scenes, one seed. ms per '
+        f'{task.caption.format(result["num_images"])}, one seed. ms per '
         f'image: one {result["image_size"]}x{result["image_size"]} image '
-        'from pixels to boxes, 1 thread, median of '
+        f'{task.timed}, 1 thread, median of '
         f'{result["timed_images"]} after warm-up. {facts["machine"]}; '
         f'{minutes:.1f} minutes in all'
         f'{" (interrupted and resumed)" if facts["resumed"] else ""}; '
         f'{packages}.'
     )
-    rows = table_rows(records)
-    write_table(rows, caption, facts, work)
-    stock = result['stock']
+    rows = table_rows(records, task)
+    write_table(rows, task, caption, facts, work)
     for what in ('missing', 'unexpected'):
         if stock[what]:
             raise StageError(
-                'Stock mmdet must load the ERA student without missing and '
-                f'unexpected keys, but {what} are {stock[what][:5]}.'
+                f'Stock {task.host} must load the ERA student without missing '
+                f'and unexpected keys, but {what} are {stock[what][:5]}.'
             )
+    heading = next(iter(task.metrics))
+    (of_s,) = (row[heading] for row in rows if row[task.noun].endswith(', S'))
     console.print(
-        "Stock mmdet loads the ERA student's checkpoint with the plain "
-        "student's config: no missing keys, no unexpected keys, AP "
-        f'{100 * stock["AP"]:.1f} (mode S above: {rows[2]["AP"]:.1f}).',
+        f"Stock {task.host} loads the ERA student's checkpoint with the plain "
+        f"student's config: no missing keys, no unexpected keys, {heading} "
+        f'{100 * stock[heading]:.1f} (mode S above: {of_s:.1f}).',
         highlight=False,
         soft_wrap=True,
     )
-    for name in ('table.md', 'table.json', 'detections.png'):
-        console.print(f'{work / name}', highlight=False)

@@ -62,7 +62,7 @@ class CropParams(SplitParams):
         num_test: Crops in the test split.
     """
 
-    num_train: int = 8000
+    num_train: int = 2000
     num_val: int = 1500
     num_test: int = 3000
 
@@ -206,7 +206,9 @@ def _add_digit(
         # The image's edge may have cut too much off.
         if digit.visible >= MIN_VISIBLE:
             break
-    colour = choose_colour(canvas, layer, rng.uniform(0.2, 0.6), rng)
+    colour = choose_colour(
+        canvas, layer, rng.uniform(0.2, 0.6), rng, light=1.0
+    )
     blend(canvas, [], layer, colour, rng.uniform(0.7, 1.0))
     return digit
 
