@@ -66,32 +66,45 @@ def test_student__is_stock_mmpretrain(era):
     assert Config.fromfile(plain).model == era.model.student
 
 
-def test_era__trains_on_crops_into_a_plain_student(era, teacher, tmp_path):
+def run_on_crops(cfg, tmp_path):
+    """Train for one epoch; returns the scalars and the saved file."""
     make_digit_crops(tmp_path / 'crops', CropParams(0, 20, 10, 10))
+    for name in ('train', 'val', 'test'):
+        loader = cfg[f'{name}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False, batch_size=10)
+        loader.dataset.data_root = str(tmp_path / 'crops')
+    cfg.train_cfg.update(max_epochs=1, val_interval=1)
+    cfg.work_dir = str(tmp_path / 'run')
+    cfg.visualizer.vis_backends = []
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    state = torch.load(tmp_path / 'run/epoch_1.pth', weights_only=False)
+    plain = MODELS.build(cfg.model.student)
+    plain.load_state_dict(state['state_dict'], strict=True)
+    return runner.message_hub.log_scalars, state['state_dict']
+
+
+def test_era__trains_on_crops_into_a_plain_student(era, teacher, tmp_path):
     init_default_scope('mmpretrain')
     era.model.teacher.checkpoint = save_teacher(
         teacher.model.to_dict(), tmp_path / 'teacher.pth', 'mmpretrain'
     )
-    for name in ('train', 'val', 'test'):
-        loader = era[f'{name}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False, batch_size=10)
-        loader.dataset.data_root = str(tmp_path / 'crops')
-    era.train_cfg.update(max_epochs=1, val_interval=1)
-    era.work_dir = str(tmp_path / 'run')
-    era.visualizer.vis_backends = []
-    runner = Runner.from_cfg(era)
-    runner.train()
-    scalars = runner.message_hub.log_scalars
+    scalars, state = run_on_crops(era, tmp_path)
     for term in ('align', 'residual', 'twi_cls', 'logit'):
         assert scalars[f'train/loss_era_{term}'].current() > 0
     for mode in ('', 'E0/', 'T/', 'ST/'):
         assert f'val/{mode}accuracy/top1' in scalars
-    state = torch.load(tmp_path / 'run/epoch_1.pth', weights_only=False)
-    plain = MODELS.build(era.model.student)
-    plain.load_state_dict(state['state_dict'], strict=True)
-    assert extras_of(state['state_dict'])['distiller']['type'] == (
-        'ERADistiller'
-    )
+    assert extras_of(state)['distiller']['type'] == 'ERADistiller'
+
+
+def test_t2b__trains_on_crops_into_a_plain_student(tmp_path):
+    init_default_scope('mmpretrain')
+    cfg = Config.fromfile(CONFIGS / 't2b_resnet18w8_digit_crops.py')
+    scalars, state = run_on_crops(cfg, tmp_path)
+    assert scalars['train/loss_t2b_peers'].current() > 0
+    assert scalars['train/loss_t2b_decorrelation'].current() > 0
+    assert 'val/accuracy/top1' in scalars
+    assert extras_of(state)['distiller']['type'] == 'TrunkToBranchDistiller'
 
 
 def test_measure_variants__counts_what_each_mode_runs(
