@@ -65,6 +65,27 @@ def take_step(
     torch.clear_autocast_cache()
 
 
+def _grids(feats: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(feat.shape[2:]) for feat in feats]
+
+
+def _differ_by_padding(
+    *, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]
+) -> bool:
+    """Whether padding explains the sizes of maps that shared a small image.
+
+    It adds to the coarser maps no more cells than to the finest. Where it
+    does, strides differ that the small image did not tell apart.
+    """
+    grids = zip(_grids(student_feats), _grids(teacher_feats), strict=True)
+    pairs = sorted((g for g in grids if all(g)), reverse=True)
+    gaps = [
+        max(abs(own - theirs) for own, theirs in zip(*pair, strict=True))
+        for pair in pairs
+    ]
+    return all(gap <= gaps[0] + 1 for gap in gaps)
+
+
 @explain_unknown_keys
 class BaseDistiller(BaseModule):
     """One paper's method: trainable extras and losses on features.
@@ -155,6 +176,8 @@ class BaseDistiller(BaseModule):
             key: LossSchedule(**kwargs)
             for key, kwargs in (schedules or {}).items()
         }
+        #: Sources of student and teacher whose maps have the same strides.
+        self._of_one_grid: list[tuple[str, str]] = []
         self._inner: Unregistered | None = None
         self._inner_optimizer: torch.optim.Optimizer | None = None
 
@@ -234,32 +257,55 @@ class BaseDistiller(BaseModule):
         """The features of both with the connectors applied.
 
         Maps of equal stride that padding made unequal are cut to what both
-        have.
+        have, source by source in their order.
 
         Args:
             student_feats: The student's by source.
             teacher_feats: The teacher's.
-            is_dry_run: Both come from one image of one size. Maps that then
-                differ by more than rounding are refused, and what the
-                connectors do is logged.
+            is_dry_run: Both come from one image of one size, which shows the
+                strides. Behind connectors, maps that then differ by more
+                than rounding are refused, and what the connectors do is
+                logged.
         """
         student_feats = self._connect('student', student_feats)
         teacher_feats = self._connect('teacher', teacher_feats)
         feats = dict(student_feats=student_feats, teacher_feats=teacher_feats)
-        if not self.pair_connectors:
-            return feats
-        (own,), (theirs,) = self._connected.values()
-        maps = dict(
-            student_feats=student_feats[own],
-            teacher_feats=teacher_feats[theirs],
-        )
         if is_dry_run:
-            self._check_connected(**maps)
-        student, teacher = crop_to_common(**maps)
-        return dict(
-            student_feats={**student_feats, own: student},
-            teacher_feats={**teacher_feats, theirs: teacher},
-        )
+            self._note_grids(**feats)
+        for own, theirs in self._of_one_grid:
+            maps = dict(
+                student_feats=feats['student_feats'][own],
+                teacher_feats=feats['teacher_feats'][theirs],
+            )
+            if self.pair_connectors or _differ_by_padding(**maps):
+                student, teacher = crop_to_common(**maps)
+                feats['student_feats'] = {
+                    **feats['student_feats'],
+                    own: student,
+                }
+                feats['teacher_feats'] = {
+                    **feats['teacher_feats'],
+                    theirs: teacher,
+                }
+        return feats
+
+    def _note_grids(
+        self, *, student_feats: Features, teacher_feats: Features
+    ) -> None:
+        """Note which sources have the same strides, from one image."""
+        if self.pair_connectors:
+            (own,), (theirs,) = self._connected.values()
+            self._check_connected(
+                student_feats=student_feats[own],
+                teacher_feats=teacher_feats[theirs],
+            )
+            self._of_one_grid = [(own, theirs)]
+            return
+        self._of_one_grid = [
+            (own, theirs)
+            for own, theirs in zip(student_feats, teacher_feats, strict=False)
+            if _grids(student_feats[own]) == _grids(teacher_feats[theirs])
+        ]
 
     def connect_like(
         self, teacher_feats: Features, student_feats: Features

@@ -69,6 +69,56 @@ def test_connector__stands_before_prepare_and_loss():
     assert student['neck'][2].requires_grad
 
 
+@pytest.mark.parametrize('unpadded', ['student', 'teacher'])
+def test_padding__is_cut_off_without_a_connector(unpadded):
+    models = dict(student=detector_config(), teacher=detector_config(width=16))
+    for role, model in models.items():
+        divisor = 1 if role == unpadded else 32
+        model['data_preprocessor'] |= dict(pad_size_divisor=divisor)
+    hearing = dict(type='HearingForConnectors')
+    model = MODELS.build(distillation_config(hearing, **models)).train()
+    data = model.data_preprocessor(detection_batch(size=100), True)
+    model(**data, mode='loss')
+    student, teacher = model.distillers['distiller'].heard
+    with torch.no_grad():
+        own = model.student.extract_feat(data['inputs'])
+        theirs = model.teachers['teacher'].model.extract_feat(
+            data['teacher_inputs']['teacher']
+        )
+    assert own[0].shape != theirs[0].shape
+    for heard, feats in ((student, own), (teacher, theirs)):
+        assert [feat.shape[2] for feat in heard['neck']] == [13, 7]
+        for found, feat in zip(heard['neck'], feats, strict=True):
+            side = found.shape[2]
+            assert torch.equal(found, feat[..., :side, :side])
+
+
+def test_padding__explains_no_other_stride():
+    """Maps of 2x2 and 1x1 on the trial image, of strides 32 and 64 or 128."""
+    distiller = Hearing()
+
+    def connect(own, theirs, **kwargs):
+        feats = [
+            {'neck': tuple(torch.rand(1, 1, side, side) for side in sides)}
+            for sides in (own, theirs)
+        ]
+        found = distiller.connect(
+            student_feats=feats[0], teacher_feats=feats[1], **kwargs
+        )
+        return [
+            [feat.shape[2] for feat in feats['neck']]
+            for feats in found.values()
+        ]
+
+    connect([2, 1], [2, 1], is_dry_run=True)
+    assert connect([25, 13], [24, 12]) == [[24, 12]] * 2
+    assert connect([28, 14], [25, 13]) == [[25, 13]] * 2
+    assert connect([25, 13], [25, 7]) == [[25, 13], [25, 7]]
+    # Other strides on the trial image: the method's own business.
+    connect([4, 2], [2, 1], is_dry_run=True)
+    assert connect([4, 2], [2, 1]) == [[4, 2], [2, 1]]
+
+
 def test_connector__has_no_part_in_the_files():
     model = build(connector=COVER)
     assert not list(model.distillers.state_dict())
