@@ -109,8 +109,11 @@ def read_with_meta(
     )
 
 
-def _download(url: str) -> Path:
+def _download(url: str, sha256: str | None) -> Path:
     """Where a file of the web lies, after it was fetched if need be.
+
+    What is no checkpoint, or not the one of ``sha256``, is not kept: it would
+    stand in the way of the next place, whose file usually has the same name.
 
     Rank 0 fetches and tells the others how it went: they would wait for ever
     for one that has stopped with an error.
@@ -120,11 +123,11 @@ def _download(url: str) -> Path:
     )
     problem = ['']
     if get_rank() == 0:
-        problem[0] = _fetch(url, path)
+        problem[0] = _fetch(url, path, sha256)
     broadcast_object_list(problem)
     # Other machines have no part in rank 0's folder.
     if get_rank() > 0 and not problem[0]:
-        problem[0] = _fetch(url, path)
+        problem[0] = _fetch(url, path, sha256)
     if problem[0]:
         raise FileNotFoundError(
             f'Checkpoint {url!r} cannot be fetched: {problem[0]}. Give a path '
@@ -133,17 +136,27 @@ def _download(url: str) -> Path:
     return path
 
 
-def _fetch(url: str, path: Path) -> str:
+def _fetch(url: str, path: Path, sha256: str | None) -> str:
     """Fetch a file that is not there yet; what went wrong, or ''."""
     if path.is_file():
         return ''
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(
-            url, str(path), progress=sys.stderr.isatty()
+            url,
+            str(path),
+            hash_prefix=sha256 and sha256.lower(),
+            progress=sys.stderr.isatty(),
         )
-    except (OSError, HTTPException) as error:
+    # It says with a RuntimeError that the digest is another.
+    except (OSError, HTTPException, RuntimeError) as error:
         return f'{type(error).__name__}: {error}'
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    # A zip archive, or a pickle of torch before version 1.6.
+    if start != b'PK' and not start.startswith(b'\x80'):
+        path.unlink()
+        return 'what came is no checkpoint (often a page that says why)'
     return ''
 
 
@@ -169,7 +182,7 @@ def _read(filename: str, sha256: str | None) -> tuple[OrderedDict, dict]:
     )
     name = filename
     if filename.startswith(('http://', 'https://')):
-        filename = str(_download(filename))
+        filename = str(_download(filename, sha256))
     is_local = '://' not in filename
     if is_local and not Path(filename).is_file():
         raise FileNotFoundError(

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -123,7 +124,8 @@ class Teacher:
 
     Raises:
         TypeError: An unknown key.
-        ValueError: No checkpoint given, or an unknown ``dtype``.
+        ValueError: No checkpoint given, an unknown ``dtype``, or a ``sha256``
+            that is none.
     """
 
     DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -145,6 +147,13 @@ class Teacher:
             raise ValueError(
                 f'`dtype` of the {name} must be one of '
                 f'{sorted(self.DTYPES)} or None, but got {dtype!r}.'
+            )
+        if sha256 is not None and not (
+            isinstance(sha256, str) and re.fullmatch('[0-9a-fA-F]+', sha256)
+        ):
+            raise ValueError(
+                f'`sha256` of the {name} must be the first digits of a '
+                f'SHA-256 as a string (in quotes), but got {sha256!r}.'
             )
         self.name = name
         self.checkpoint = checkpoint

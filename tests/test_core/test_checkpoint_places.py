@@ -79,6 +79,29 @@ def test_sha256__another_file_is_refused(server, tmp_path):
     assert found['w'].tolist() == [1, 1]
 
 
+def test_places__what_is_no_checkpoint_does_not_stand_in_the_way(server):
+    """Mirrors have the same file under the same name."""
+    folder, url = server
+    for name in ('dead', 'old', 'good'):
+        (folder / name).mkdir()
+    (folder / 'dead' / 't.pth').write_text('<html>moved</html>')
+    torch.save({'w': torch.zeros(2)}, folder / 'old' / 't.pth')
+    torch.save({'w': torch.ones(2)}, folder / 'good' / 't.pth')
+    with pytest.raises(FileNotFoundError, match='what came is no checkpoint'):
+        read_checkpoint(f'{url}/dead/t.pth')
+    places = [f'{url}/{name}/t.pth' for name in ('dead', 'old', 'good')]
+    right = digest(folder / 'good' / 't.pth')[:8]
+    assert read_checkpoint(places, right)['w'].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize('sha256', ['', 12345678, 'sha256:0123'])
+def test_sha256__must_be_digits(sha256):
+    config = distillation_config(dict(type='era_mm.ERADistiller'))
+    config['teacher']['sha256'] = sha256
+    with pytest.raises(ValueError, match='the first digits of a SHA-256'):
+        MODELS.build(config)
+
+
 def test_teacher__takes_places_and_a_digest(tmp_path):
     file = tmp_path / 't.pth'
     teacher = detector_config(width=16, channels=24)
