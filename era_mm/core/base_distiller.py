@@ -7,6 +7,7 @@ saved is the core's business.
 """
 
 import fnmatch
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -257,7 +258,7 @@ class BaseDistiller(BaseModule):
         """The features of both with the connectors applied.
 
         Maps of equal stride that padding made unequal are cut to what both
-        have, source by source in their order.
+        have, of whatever sources they are.
 
         Args:
             student_feats: The student's by source.
@@ -303,7 +304,7 @@ class BaseDistiller(BaseModule):
             return
         self._of_one_grid = [
             (own, theirs)
-            for own, theirs in zip(student_feats, teacher_feats, strict=False)
+            for own, theirs in itertools.product(student_feats, teacher_feats)
             if _grids(student_feats[own]) == _grids(teacher_feats[theirs])
         ]
 
