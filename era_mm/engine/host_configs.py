@@ -63,7 +63,7 @@ def read_host_config(name: str, role: str = 'config') -> HostConfig:
         name = name if name.endswith('.py') else f'{name}.py'
         path = _find_in_host(name, role)
     else:
-        name = find_config(name)
+        name = find_config(name, role)
         path = Path(name)
     try:
         cfg = Config.fromfile(path)
@@ -159,12 +159,24 @@ def class_names(config: HostConfig) -> tuple[str, ...] | None:
         metainfo = dataset.get('metainfo')
         if not isinstance(metainfo, Mapping):
             metainfo = {}
-        found = metainfo.get('classes') or _metainfo_of(
-            dataset.get('type'), config.scope
-        ).get('classes')
+        # mmpretrain's data sets take them as an argument of its own, too.
+        found = dataset.get('classes') or metainfo.get('classes')
+        if isinstance(found, str):
+            return _read_lines(found)
+        found = found or _metainfo_of(dataset.get('type'), config.scope).get(
+            'classes'
+        )
         if isinstance(found, (list, tuple)):
             return tuple(str(name) for name in found)
     return None
+
+
+def _read_lines(file: str) -> tuple[str, ...] | None:
+    """Names in a file, one a line; None if it cannot be read."""
+    try:
+        return tuple(Path(file).read_text(encoding='utf-8').splitlines())
+    except (OSError, UnicodeError):
+        return None
 
 
 def _datasets(node: Any) -> Iterator[Mapping]:

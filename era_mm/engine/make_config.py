@@ -23,7 +23,7 @@ from era_mm.engine.host_configs import (
     published_checkpoint,
     read_host_config,
 )
-from era_mm.engine.preflight import check_checkpoints
+from era_mm.engine.preflight import check_checkpoints, find_fault_among
 from era_mm.errors import UserError
 from era_mm.layers import Connector
 
@@ -34,7 +34,8 @@ class Made(NamedTuple):
     """A config for a pair, not yet written.
 
     Args:
-        text: The file's text; ``{base}`` stands for the student's config.
+        text: The file's text; ``{base}`` stands for the student's config,
+            ``{work_dir}`` for a folder named like the file.
         pair: The two models, measured.
         plan: What the method makes of them.
         model: The model that the config describes, built.
@@ -215,7 +216,7 @@ def _build(text: str, student: HostConfig) -> Distillation:
     """Build the model of a config's text."""
     with tempfile.TemporaryDirectory(prefix='era_mm-') as folder:
         file = Path(folder, 'made.py')
-        file.write_text(text.replace('{base}', _base(student, file)))
+        file.write_text(_filled(text, student, file))
         cfg = Config.fromfile(file)
     check_checkpoints(cfg)
     if 'data_preprocessor' in cfg:
@@ -238,28 +239,33 @@ def write_config(made: Made, student: HostConfig, out: str | Path) -> None:
     """
     out = Path(out)
     check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = made.text.replace('{base}', _base(student, out))
-    handle, part = tempfile.mkstemp(
-        dir=out.parent, prefix='.make_config-', suffix='.py'
-    )
+    text = _filled(made.text, student, out)
     try:
-        with os.fdopen(handle, 'w', encoding='utf-8') as file:
-            file.write(text)
-        os.chmod(part, 0o644)
-        # Unlike a renaming it replaces nothing.
-        os.link(part, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Unlike a renaming it replaces nothing, and unlike a link it works
+        # on every file system.
+        with open(out, 'x', encoding='utf-8') as file:
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                out.unlink()
+                raise
     except FileExistsError:
         check_out(out)
-    finally:
-        os.unlink(part)
+    except OSError as error:
+        raise UserError(
+            f'--out: {out} cannot be written: {error.strerror}. Choose '
+            'another place.'
+        ) from error
 
 
 def check_out(out: Path) -> None:
     """Refuse a name that no config may get.
 
     Raises:
-        UserError: Something is there already, or it is no ``.py`` file.
+        UserError: Something is there already, it is no ``.py`` file, or its
+            folder cannot be written to.
     """
     if out.suffix != '.py':
         raise UserError(
@@ -269,6 +275,22 @@ def check_out(out: Path) -> None:
         raise UserError(
             f'--out: {out} exists already. Choose another name, or remove it.'
         )
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(
+            f'--out: expected a folder that can be written to, but {folder} '
+            f'{"cannot" if folder.is_dir() else "is a file"}. Choose another '
+            'place.'
+        )
+
+
+def _filled(text: str, student: HostConfig, out: Path) -> str:
+    """A config's text with what depends on where it is written."""
+    return text.replace('{base}', _base(student, out)).replace(
+        '{work_dir}', repr(f'./work_dirs/{out.stem}')
+    )
 
 
 def _base(student: HostConfig, out: Path) -> str:
@@ -295,6 +317,12 @@ def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
             if student.cfg.get('custom_hooks')
             else [hook]
         )
+    if student.cfg.get('work_dir'):
+        # What a plain run has left there must not be overwritten.
+        entries['work_dir'] = Code('{work_dir}')
+    if student.cfg.get('resume'):
+        entries['resume'] = False
+        entries['load_from'] = None
     if draft.student_checkpoint is not None:
         entries['load_from'] = draft.student_checkpoint
     entries['model'] = dict(
@@ -371,6 +399,13 @@ def report(made: Made, teacher_checkpoint: str) -> str:
         lines.append(f'{"head":11}{made.plan.head}')
     lines.append(f'{"input":11}{_report_input(pair)}')
     lines.append(f'{"classes":11}{_report_classes(pair)}')
+    own = [
+        name for name in ('work_dir', 'resume') if f'\n{name} = ' in made.text
+    ]
+    if own:
+        lines.append(
+            f'{"run":11}{" and ".join(own)} not taken from the student'
+        )
     return '\n'.join(lines)
 
 
@@ -411,6 +446,7 @@ def _report_connectors(match: Match) -> str:
 #: What the hosts' preprocessors call things, for people.
 _LABELS = {
     'channel_conversion': 'channels turned round',
+    'to_rgb': 'channels turned round',
     'pad_size_divisor': 'padded to multiples of',
     'pad_value': 'padded with',
 }
@@ -426,11 +462,15 @@ def _report_input(pair: Pair) -> str:
     shown = ', '.join(
         f'{_LABELS.get(key, key)} {_short(theirs)} (student {_short(own)})'
         for key, (own, theirs) in found.items()
+        # `mean` and `std` say it.
+        if key != 'enable_normalize'
     )
     return f'the teacher preprocesses by itself: {shown}'
 
 
 def _short(value: Any) -> Any:
+    if value is None:
+        return 'none'
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if isinstance(value, type):
@@ -491,6 +531,7 @@ def run(
             'its host publishes none. Give the path or URL of its trained '
             'weights.'
         )
+    _check_weights(checkpoint, student_checkpoint)
     made = make_config(
         given,
         theirs,
@@ -498,5 +539,37 @@ def run(
         teacher_checkpoint=checkpoint,
         student_checkpoint=student_checkpoint,
     )
+    if _is_file(checkpoint):
+        try:
+            made.model.load_teachers()
+        except ValueError as error:
+            raise UserError(f'--teacher-checkpoint: {error}') from error
     write_config(made, given, out)
     return report(made, checkpoint)
+
+
+def _is_file(checkpoint: str) -> bool:
+    return checkpoint != 'random' and '://' not in checkpoint
+
+
+def _check_weights(teacher: str, student: str | None) -> None:
+    """Refuse files that are none, before the models are built."""
+    for role, value in (('teacher', teacher), ('student', student)):
+        fault = find_fault_among(value)
+        if fault:
+            raise UserError(
+                f'--{role}-checkpoint: expected a whole checkpoint file, but '
+                f'{fault}. Correct the path (it is relative to the folder '
+                'the command runs in), or give a URL.'
+            )
+    if teacher == student or (
+        student
+        and _is_file(teacher)
+        and os.path.exists(student)
+        and os.path.samefile(teacher, student)
+    ):
+        raise UserError(
+            f"--teacher-checkpoint: {teacher} is the student's own file. A "
+            'student learns nothing from a copy of itself; give the weights '
+            'of the teacher.'
+        )

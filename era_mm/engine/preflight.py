@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from mmengine.config import Config
 from era_mm.errors import UserError
 
 
-def find_config(name: str | Path) -> str:
+def find_config(name: str | Path, role: str = 'config') -> str:
     """The path of a config, given a path or the base name of one of ours.
 
     Args:
         name: A path, or a base name with or without ``.py``.
+        role: What the message calls it.
 
     Returns:
         ``name`` itself if it exists, else the config of that name.
@@ -46,18 +47,33 @@ def find_config(name: str | Path) -> str:
     if stem in known:
         print(f'{name} is not a file; using {known[stem]}.')
         return str(known[stem])
-    near = difflib.get_close_matches(stem, known, n=3, cutoff=0.4)
-    hint = (
-        'Nearest names:\n' + '\n'.join(f'  {known[n]}' for n in near)
-        if near
-        else 'Known configs: ' + (', '.join(sorted(known)) or 'none') + '.'
-    )
+    hint = _nearest(Path(name), known)
     looked = '\n'.join(f'  {folder}' for folder in folders)
     raise UserError(
-        f'config: expected the path or the base name of a config, but '
-        f'{str(name)!r} is neither. Looked in\n'
-        f'  {Path(name).resolve()}\n{looked}\n{hint}'
+        f'{role}: expected the path or the base name of a config, but '
+        f'{str(name)!r} is '
+        + ('a folder' if os.path.isdir(name) else 'neither')
+        + f'. Looked in\n  {Path(name).resolve()}\n{looked}\n{hint}'
     )
+
+
+def _nearest(name: Path, known: Mapping[str, Path]) -> str:
+    """What may have been meant by a name that is no config."""
+    host, colon, inside = str(name).partition(':')
+    # A single letter is a drive.
+    if colon and len(host) > 1 and host.isidentifier():
+        return f'A config of a host is written {host}::{inside}.'
+    # The user's own come first.
+    folder = name if name.is_dir() else name.parent
+    beside = {path.stem: path for path in sorted(folder.glob('*.py'))}
+    near = [
+        files[stem]
+        for files, cutoff in ((beside, 0.6), (known, 0.4))
+        for stem in difflib.get_close_matches(
+            name.stem, files, n=3, cutoff=cutoff
+        )
+    ] or [*beside.values(), *known.values()][:3]
+    return '\n'.join(['Nearest names:', *(f'  {path}' for path in near[:4])])
 
 
 def _own_config_folders() -> list[Path]:
@@ -94,7 +110,7 @@ def check_checkpoints(cfg: Config, training: bool = True) -> None:
     problems = [
         f'  {key} = {value!r}: {problem}'
         for key, value in wanted
-        if (problem := _find_fault_among(value))
+        if (problem := find_fault_among(value))
     ]
     if problems:
         raise UserError(
@@ -118,7 +134,7 @@ def _asks_for_modes(cfg: Config) -> bool:
     return False
 
 
-def _find_fault_among(value: Any) -> str:
+def find_fault_among(value: Any) -> str:
     """Say why an entry, a place or a list of them, gives no checkpoint."""
     places = value if isinstance(value, list | tuple) else [value]
     faults = [

@@ -30,6 +30,11 @@ def print_sources(
     Raises:
         UserError: A model that cannot be built or run.
     """
+    for flag, number in (('--depth', depth), ('--input-size', input_size)):
+        if number is not None and number < 1:
+            raise UserError(
+                f'{flag}: expected a number of 1 or more, but got {number}.'
+            )
     tables = []
     for role, member in _members(config):
         sizes = [input_size] if input_size else _sizes(config, member)

@@ -3,6 +3,8 @@
 The pairs are mmdet's and mmpretrain's own configs, cut down in width.
 """
 
+import errno
+import io
 import re
 import textwrap
 from pathlib import Path
@@ -16,6 +18,7 @@ from mmpretrain.structures import DataSample
 
 from era_mm import cli
 from era_mm.core import Distillation
+from era_mm.engine import make_config
 from era_mm.engine.host_configs import (
     class_names,
     published_checkpoint,
@@ -257,6 +260,18 @@ def test_detectors__of_other_padding_are_cut_to_what_both_have(make):
     assert losses['loss_era_align'] > 0
 
 
+@pytest.mark.parametrize(
+    'method', ['era', 'feature_imitation', 'ie_kd', 'residual_kd', 'sokd']
+)
+def test_detectors__of_other_padding_train_by_every_method(make, method):
+    """No connector is needed, and 100 pixels are padded to 128 or not."""
+    config, printed = make(
+        'retinanet', 'retinanet_unpadded', '--method', method
+    )
+    assert 'connectors none needed' in printed
+    train_and_predict(build(config), lambda: detection_batch(2, size=100))
+
+
 def test_detectors__only_the_shared_strides_without_the_head(make):
     config, printed = make('retinanet_3_levels', 'faster_rcnn')
     connector = config.model.distiller.source.connector
@@ -403,6 +418,57 @@ def test_classes__of_other_names_leave_the_head_alone(host, tmp_path, capsys):
     assert 'custom_hooks' not in config
 
 
+def test_classes__of_a_classifiers_data_set_are_its_own(
+    host, tmp_path, capsys
+):
+    for name, classes in (
+        ('resnet', "'a', 'b', 'c'"),
+        ('vit', "'c', 'b', 'a'"),
+    ):
+        config = Path(host(name))
+        config.write_text(
+            config.read_text()
+            + f'train_dataloader = dict(dataset=dict(classes=[{classes}]))\n'
+        )
+    out = tmp_path / 'out.py'
+    own = str(tmp_path / 'own')
+    status = cli.run_make_config(
+        [
+            *('--student', f'{own}/resnet.py', '--teacher', f'{own}/vit.py'),
+            *('--teacher-checkpoint', 'random', '--out', str(out)),
+        ]
+    )
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert 'classes    3 and 3, 3 of them in both' in printed.out
+    assert 'but other ones or another order' in printed.out
+    assert Config.fromfile(out).model.distiller.twi_steps == 'none'
+    # For people.
+    assert 'channels turned round no (student yes), mean none (' in printed.out
+
+
+def test_text__leaves_what_the_plain_run_wrote_alone(host, tmp_path, capsys):
+    """The config that mmengine keeps of a run names its work dir."""
+    student = Path(host('retinanet'))
+    student.write_text(
+        student.read_text()
+        + "work_dir = 'work_dirs/plain'\n"
+        + "resume = True\nload_from = 'work_dirs/plain/epoch_3.pth'\n"
+    )
+    out = tmp_path / 'out.py'
+    arguments = [
+        *('--student', str(student), '--teacher', host('fcos')),
+        *('--teacher-checkpoint', 'random', '--out', str(out)),
+    ]
+    assert cli.run_make_config(arguments) == 0
+    printed = capsys.readouterr().out
+    assert 'work_dir and resume not taken from the student' in printed
+    config = Config.fromfile(out)
+    assert config.work_dir == './work_dirs/out'
+    assert config.resume is False
+    assert config.load_from is None
+
+
 @pytest.mark.smoke
 def test_train__runs_the_file_at_once(tmp_path, coco, monkeypatch, capsys):
     """The whole way: two configs and a checkpoint, then mim's entry."""
@@ -423,8 +489,11 @@ def test_train__runs_the_file_at_once(tmp_path, coco, monkeypatch, capsys):
     arguments += ['--teacher-checkpoint', 'teacher.pth', '--out', 'era.py']
     assert cli.run_make_config(arguments) == 0, capsys.readouterr().err
     assert cli.run_train(['era.py']) == 0, capsys.readouterr().err
-    plain = init_detector('student.py', 'work/epoch_1.pth', device='cpu')
-    state = torch.load('work/epoch_1.pth', weights_only=False)['state_dict']
+    # The student's own config has another folder, for the plain run.
+    assert not Path('work').exists()
+    file = 'work_dirs/era/epoch_1.pth'
+    plain = init_detector('student.py', file, device='cpu')
+    state = torch.load(file, weights_only=False)['state_dict']
     assert set(state) == set(plain.state_dict())
 
 
@@ -463,9 +532,13 @@ def test_print_sources__of_a_distillation(make, tmp_path, capsys):
     assert re.search(r'backbone.ln1 +LayerNorm +17x24\n', teacher)
 
 
-def test_print_sources__says_what_it_cannot_run(tmp_path, capsys):
+def test_print_sources__says_what_it_cannot_run(host, capsys):
     assert cli.run_print_sources(['mmdet::retinanet/retinanet_r50']) == 1
     assert 'Nearest names' in capsys.readouterr().err
+    for flag in ('--depth', '--input-size'):
+        assert cli.run_print_sources([host('retinanet'), flag, '0']) == 1
+        error = capsys.readouterr().err
+        assert f'{flag}: expected a number of 1 or more, but got 0' in error
 
 
 # -- bad input ----------------------------------------------------------------
@@ -519,7 +592,20 @@ def test_refused__names_that_do_not_resolve(refused):
     error = refused(teacher='mmdt::retinanet/retinanet_r50_fpn_1x_coco.py')
     assert 'Did you mean mmdet::retinanet' in error
     error = refused(teacher='own/none.py')
+    assert '--teacher: expected the path or the base name' in error
     assert "'own/none.py' is neither" in error
+    error = refused(teacher='mmdet:retinanet/retinanet_r50_fpn_1x_coco.py')
+    assert 'is written mmdet::retinanet/retinanet_r50_fpn_1x_coco.py' in error
+
+
+def test_refused__a_typo_shows_the_files_beside(refused, host):
+    near = host('retinanet')
+    error = refused(student=near.replace('net.py', 'nett.py'))
+    assert '--student: expected' in error
+    assert f'Nearest names: {near}' in error
+    error = refused(student=str(Path(near).parent))
+    assert 'is a folder. Looked in' in error
+    assert near in error
 
 
 def test_refused__configs_that_do_not_build(refused, tmp_path):
@@ -586,6 +672,28 @@ def test_refused__an_out_that_exists_or_is_no_config(refused, tmp_path):
     assert 'exists already' in refused(out=str(taken))
     assert taken.read_text() == '# mine'
     assert 'ends in .py' in refused(out=str(tmp_path / 'out.yaml'))
+    error = refused(out=str(taken / 'deep' / 'out.py'))
+    assert f'{taken} is a file' in error
+
+
+def test_written__whole_or_not_at_all(refused, monkeypatch, tmp_path):
+    """A full disk."""
+
+    class Full(io.FileIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+        def write(self, text):
+            return super().write(text.encode())
+
+    monkeypatch.setattr(
+        make_config,
+        'open',
+        lambda file, mode, **kwargs: Full(file, mode),
+        raising=False,
+    )
+    (tmp_path / 'out').mkdir()
+    assert 'No space left on device' in refused()
 
 
 def test_refused__an_unknown_method(refused):
@@ -599,9 +707,28 @@ def test_refused__an_unknown_method(refused):
 def test_refused__a_teacher_without_weights(refused, tmp_path):
     error = refused(teacher_checkpoint=None)
     assert '--teacher-checkpoint: expected the weights of' in error
-    error = refused(teacher_checkpoint=str(tmp_path / 'none.pth'))
-    assert 'model.teacher.checkpoint' in error
-    assert 'none.pth' in error
+    none = str(tmp_path / 'none.pth')
+    error = refused(teacher_checkpoint=none)
+    assert (
+        f'--teacher-checkpoint: expected a whole checkpoint file, but there '
+        f'is no file {none}' in error
+    )
+    error = refused(student_checkpoint=none)
+    assert '--student-checkpoint: expected a whole checkpoint' in error
+
+
+def test_refused__weights_of_another_model(refused, host, tmp_path):
+    file = tmp_path / 'retinanet.pth'
+    config = Config.fromfile(host('retinanet'))
+    save_teacher(config.model, file)
+    error = refused(teacher_checkpoint=str(file))
+    assert '--teacher-checkpoint: The weights in' in error
+    assert 'do not fit FCOS' in error
+    error = refused(teacher_checkpoint=str(file), student_checkpoint=str(file))
+    assert "is the student's own file" in error
+    url = 'https://example.org/t.pth'
+    error = refused(teacher_checkpoint=url, student_checkpoint=url)
+    assert "is the student's own file" in error
 
 
 # -- configs of the hosts -----------------------------------------------------
