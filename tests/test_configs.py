@@ -61,6 +61,9 @@ def test_config__has_no_unknown_key_and_says_how_to_launch(file):
     init_default_scope(cfg.default_scope)
     assert not unknown_keys(cfg.model, MODELS)
     assert not unknown_keys(cfg.get('custom_hooks', []), HOOKS)
+    # Without it the host knows no type of ours.
+    if "'era_mm." in str(cfg.to_dict()):
+        assert 'era_mm' in cfg.custom_imports.imports
     head = file.read_text().partition('_base_')[0]
     assert file.stem in head
     assert re.search(r'mim train era_mm|python tools/train.py', head)

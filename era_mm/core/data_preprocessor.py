@@ -91,13 +91,12 @@ def convert(
         images = (images - teacher.mean) / teacher.std
     divisor = teacher.pad_size_divisor
     height, width = images.shape[-2:]
+    # Makes a copy, also where there is nothing to pad.
     images = pad(
         images,
         (0, -width % divisor, 0, -height % divisor),
         value=teacher.pad_value,
     )
-    if images is inputs:
-        images = images.clone()
     for image, sample in zip(images, data_samples, strict=True):
         height, width = sample.metainfo.get('img_shape', (height, width))[:2]
         image[:, height:] = teacher.pad_value

@@ -562,6 +562,11 @@ def _check_weights(teacher: str, student: str | None) -> None:
                 f'{fault}. Correct the path (it is relative to the folder '
                 'the command runs in), or give a URL.'
             )
+    if student == 'random':
+        raise UserError(
+            '--student-checkpoint: expected a path or URL. A student has '
+            'random weights without it: leave it out.'
+        )
     if teacher == student or (
         student
         and _is_file(teacher)

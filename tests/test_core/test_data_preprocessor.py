@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from mmdet.structures.mask import BitmapMasks
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
@@ -99,6 +101,37 @@ def test_convert__is_what_the_teachers_own_gives(setting):
         atol=1e-3,
     )
     assert torch.equal(data['inputs'], before)
+
+
+def test_convert__leaves_the_students_images_alone():
+    raw = detector_preprocessor()
+    inputs = torch.ones(1, 3, 4, 4)
+    sample = BaseDataElement(metainfo=dict(img_shape=(2, 3)))
+    teacher = detector_preprocessor(pad_value=5)
+    found = convert(inputs, [sample], student=raw, teacher=teacher)
+    assert (inputs == 1).all()
+    assert (found[..., :2, :3] == 1).all()
+    assert found.sum() == 3 * (6 * 1 + 10 * 5)
+
+
+def test_samples__are_the_students_alone():
+    """Preprocessors write into them; a teacher's may pad the masks."""
+    student = detector_config()
+    teacher = detector_config(width=16, channels=24)
+    teacher['data_preprocessor'] |= dict(pad_size_divisor=64, pad_mask=True)
+    model = MODELS.build(
+        distillation_config(ERA, student=student, teacher=teacher)
+    )
+    batch = detection_batch(2, size=60)
+    for sample in batch['data_samples']:
+        number = len(sample.gt_instances)
+        sample.gt_instances.masks = BitmapMasks(
+            np.ones((number, 60, 60), dtype=np.uint8), 60, 60
+        )
+    data = model.data_preprocessor(batch, True)
+    assert data['teacher_inputs']['teacher'].shape[2:] == (64, 64)
+    for sample in data['data_samples']:
+        assert sample.gt_instances.masks.masks.shape[1:] == (60, 60)
 
 
 def test_batch_augments__reach_a_teacher_that_normalises_otherwise():

@@ -345,6 +345,35 @@ def test_two_teachers__at_half_weight_are_one(teacher_file):
         assert torch.equal(value, expected[key]), key
 
 
+def test_two_teachers__each_distiller_hears_its_own():
+    config = distillation_config({})
+    entry = config['teacher']
+    config['teacher'] = {
+        name: dict(entry, config=detector_config(width=16, channels=channels))
+        for name, channels in (('a', 24), ('b', 40))
+    }
+    config['distiller'] = {
+        f'of_{name}': dict(type='era_mm.ERADistiller', teacher=name)
+        for name in 'ab'
+    }
+    model = MODELS.build(config).train()
+    heard = {}
+    for name, distiller in model.distillers.items():
+
+        def spy(*, teacher_feats, name=name, loss=distiller.loss, **kwargs):
+            heard[name] = teacher_feats['neck']
+            return loss(teacher_feats=teacher_feats, **kwargs)
+
+        distiller.loss = spy
+    data = model.data_preprocessor(detection_batch(), True)
+    losses = model(**data, mode='loss')
+    for name in 'ab':
+        assert f'of_{name}.loss_era_align' in losses
+        expected = model.teachers[name].extract(data['inputs'])['neck']
+        for found, feat in zip(heard[f'of_{name}'], expected, strict=True):
+            assert torch.equal(found, feat)
+
+
 def test_loss_name__that_the_student_has_is_refused(teacher_file):
     config = coder_config(teacher_file)
     model = MODELS.build(config)

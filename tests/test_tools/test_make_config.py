@@ -666,7 +666,9 @@ def test_refused__a_student_of_the_new_style(refused, tmp_path):
     assert 'of the new style' in refused(student=str(lazy))
 
 
-def test_refused__an_out_that_exists_or_is_no_config(refused, tmp_path):
+def test_refused__an_out_that_exists_or_is_no_config(
+    refused, tmp_path, monkeypatch
+):
     taken = tmp_path / 'taken.py'
     taken.write_text('# mine')
     assert 'exists already' in refused(out=str(taken))
@@ -674,6 +676,9 @@ def test_refused__an_out_that_exists_or_is_no_config(refused, tmp_path):
     assert 'ends in .py' in refused(out=str(tmp_path / 'out.yaml'))
     error = refused(out=str(taken / 'deep' / 'out.py'))
     assert f'{taken} is a file' in error
+    # As root everything is allowed.
+    monkeypatch.setattr(make_config.os, 'access', lambda *args: False)
+    assert f'written to, but {tmp_path} cannot' in refused()
 
 
 def test_written__whole_or_not_at_all(refused, monkeypatch, tmp_path):
@@ -715,6 +720,8 @@ def test_refused__a_teacher_without_weights(refused, tmp_path):
     )
     error = refused(student_checkpoint=none)
     assert '--student-checkpoint: expected a whole checkpoint' in error
+    error = refused(student_checkpoint='random')
+    assert 'random weights without' in error
 
 
 def test_refused__weights_of_another_model(refused, host, tmp_path):
