@@ -128,11 +128,12 @@ def test_losses__of_half_precision_keep_a_small_residual():
     # (2^-13)^2 = 2^-26 is 0 in float16, whose smallest number is 2^-24.
     zero = torch.zeros(1, 4, dtype=torch.float16)
     teacher = zero + 2**-13
-    assert student_loss(student_feat=zero, teacher_feat=teacher) == 2**-26
+    loss = student_loss(student_feat=zero, teacher_feat=teacher)
+    assert loss.item() == 2**-26
     loss = assistant_loss(
         student_feat=zero, assistant_feat=zero, teacher_feat=teacher
     )
-    assert loss == 2**-26
+    assert loss.item() == 2**-26
 
 
 def test_assistant_loss__has_no_gradient_for_the_student():
@@ -254,6 +255,22 @@ def test_pair__cut_anew_is_free_of_what_belongs_to_pretrained_weights():
     student = pair_config(given, student=narrow).backbone.student
     assert 'init_cfg' not in student.backbone
     assert student.backbone.norm_eval is False
+
+
+def test_pair__cut_anew_keeps_what_is_not_pretraining():
+    given = detector_config()
+    kaiming = dict(type='Kaiming', layer='Conv2d')
+    given['backbone']['init_cfg'] = [
+        kaiming,
+        dict(type='Pretrained', checkpoint='torchvision://resnet18'),
+    ]
+    # New even where it is as wide as the given model.
+    pair = pair_config(
+        given, assistant=dict(form='image'), norm_cfg=dict(type='SyncBN')
+    ).backbone
+    assert pair.assistant.backbone.init_cfg == [kaiming]
+    assert len(pair.student.backbone.init_cfg) == 2
+    assert pair.norm_cfg == dict(type='SyncBN')
 
 
 def test_distiller__says_what_a_student_cut_anew_starts_without(
