@@ -82,7 +82,10 @@ def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
     else:
         assert twin.model == cfg.model.student
         twin = begun_later(twin, cfg)
-    own = ('model', 'custom_hooks', 'custom_imports')
+    own = ['model', 'custom_hooks', 'custom_imports']
+    if 'distiller' in cfg.model and 'phases' in cfg.model.distiller:
+        # A cycle of rates for each phase.
+        own.append('param_scheduler')
     for key in set(cfg) | set(twin):
         if key not in own:
             assert cfg.get(key) == twin.get(key), key

@@ -113,7 +113,7 @@ class BaseDistiller(BaseModule):
     - :meth:`student_config`: a student that is more than the given model,
       for methods that keep a module at inference.
     - ``has_phases``, :meth:`phase`: stretches of the run in which parts of
-      the student rest.
+      the student rest; ``least_iters``: how long all but the last take.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
       student's own.
     - :meth:`export`: one of these modes as an ordinary host model.
@@ -425,6 +425,11 @@ class BaseDistiller(BaseModule):
         A function of the step alone, so a resumed run goes on where it was.
         """
         return None
+
+    @property
+    def least_iters(self) -> int:
+        """How many iterations a run must exceed for its last phase to come."""
+        return self.pretrain_iters
 
     # -- inner module ------------------------------------------------------
 

@@ -456,6 +456,9 @@ class Distillation(BaseModel):
         for distiller in self.distillers.values():
             distiller.step = step
         phase = self._phase()
+        is_learning = self.training and torch.is_grad_enabled()
+        if is_learning and phase.name != self._phase_name:
+            self._agree_on(phase.frozen)
         frozen = resting(self.student, phase.frozen)
         with frozen, self._student_recorder as recorder:
             if phase.task:
@@ -466,7 +469,6 @@ class Distillation(BaseModel):
                     self.student, inputs, recorder.sources, data_samples
                 )
         student_feats = recorder.pop()
-        is_learning = self.training and torch.is_grad_enabled()
         if is_learning:
             if not phase.frozen:
                 self._check_graph(student_feats)
@@ -524,6 +526,16 @@ class Distillation(BaseModel):
         """What the distillers ask for now, taken together."""
         phases = (distiller.phase() for distiller in self.distillers.values())
         return Phase.together(phase for phase in phases if phase is not None)
+
+    def _agree_on(self, frozen: Sequence[str]) -> None:
+        """Give all ranks the first one's norm statistics in what rests.
+
+        Each has seen other images; from now on what learns depends on these,
+        and a file has the first rank's alone.
+        """
+        for name in frozen:
+            for buffer in self.student.get_submodule(name).buffers():
+                broadcast(buffer)
 
     def _check_phase(
         self, phase: Phase, idle: list[str], losses: dict[str, Any]

@@ -22,7 +22,8 @@ from era_mm.registry import HOOKS
 class PreflightHook(Hook):
     """Shows what will be trained, and stops a run whose teacher knows nothing.
 
-    Before the first step, on one rank: a summary is logged; the class names
+    Before the first step, on one rank: the run is compared with the phases of
+    the distillers; a summary is logged; the class names
     of each teacher are compared with the data's; each teacher is evaluated on
     some images of val, by the run's own evaluator. The run's random state and
     the student stay as they are.
@@ -42,7 +43,8 @@ class PreflightHook(Hook):
     Raises:
         UserError: A teacher is near chance
             (:func:`~era_mm.engine.teacher_check.find_fault`), or has the
-            data's classes in another order.
+            data's classes in another order; the run ends before the last
+            phase of a distiller begins.
     """
 
     # After what the run's own hooks set up and check.
@@ -72,6 +74,7 @@ class PreflightHook(Hook):
     def _look(
         self, runner: Runner, model: Distillation | MutualDistillation
     ) -> None:
+        check_length(model, runner.max_iters)
         runner.logger.info(
             'What will be trained:\n' + summary_of(model, _one_image(runner))
         )
@@ -91,6 +94,36 @@ class PreflightHook(Hook):
                         self.num_images,
                         self.seconds,
                     )
+                )
+
+
+def check_length(
+    model: Distillation | MutualDistillation, max_iters: int
+) -> None:
+    """Refuse a run that ends before a distiller's last phase begins.
+
+    Args:
+        model: What will be trained.
+        max_iters: The run's iterations.
+
+    Raises:
+        UserError: It does. What trains in that phase would not train at all.
+    """
+    halves = (
+        [model] if isinstance(model, Distillation) else model.students.values()
+    )
+    for half in halves:
+        for name, distiller in half.distillers.items():
+            least = distiller.least_iters
+            if least and least >= max_iters:
+                raise UserError(
+                    f'distiller {name!r} ({type(distiller).__name__}): '
+                    'expected a run that is longer than the '
+                    f'{least} iterations before its last phase, but this one '
+                    f'has {max_iters}, so what trains last would not train '
+                    'at all. Shorten the phases (`phases`, '
+                    '`pretrain_iters`) or lengthen the run; another batch '
+                    'size means another number of iterations.'
                 )
 
 

@@ -18,7 +18,11 @@ from mmengine.runner import Runner
 from era_mm import cli
 from era_mm.core import BaseDistiller
 from era_mm.engine import preflight_hook, summary
-from era_mm.engine.preflight_hook import PreflightHook, add_preflight
+from era_mm.engine.preflight_hook import (
+    PreflightHook,
+    add_preflight,
+    check_length,
+)
 from era_mm.engine.summary import summary_of
 from era_mm.errors import UserError
 from era_mm.registry import MODELS as ERA_MODELS
@@ -358,6 +362,40 @@ def test_teacher__whose_classes_are_in_another_order_stops_the_run(
     config = distillation_config(ERA, checkpoint=str(tmp_path / 'turned.pth'))
     with pytest.raises(UserError, match='2 of 3 stand elsewhere'):
         messages(many, tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ('distiller', 'least'),
+    [
+        (
+            dict(
+                type='era_mm.ResidualKDDistiller',
+                phases=dict(student=3, assistant=2, head=None),
+            ),
+            5,
+        ),
+        (dict(type='era_mm.IEKDDistiller', pretrain_iters=7), 7),
+    ],
+    ids=['phases', 'pretraining'],
+)
+def test_length__must_exceed_all_phases_but_the_last(distiller, least):
+    model = MODELS.build(distillation_config(distiller))
+    check_length(model, least + 1)
+    with pytest.raises(UserError, match=f'the {least} iterations before'):
+        check_length(model, least)
+
+
+def test_run__that_ends_before_its_last_phase_does_not_begin(many, tmp_path):
+    model = distillation_config(
+        dict(
+            type='era_mm.ResidualKDDistiller',
+            phases=dict(student=99, head=None),
+        )
+    )
+    runner = make(many, tmp_path, model)
+    with pytest.raises(UserError, match=r"'distiller'.* would not train"):
+        runner.train()
+    assert runner.iter == 0
 
 
 def test_resume__evaluates_nothing_again(many, tmp_path, teacher_file):

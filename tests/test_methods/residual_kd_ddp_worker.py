@@ -4,10 +4,28 @@ import sys
 
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from era_mm.engine.launch import prepare_launch
 from era_mm.testing import distillation_config, run_config
+
+
+class RestingStatistics(Hook):
+    """Keeps the norm statistics of the student while it rests."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, torch.Tensor] = {}
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        model = runner.model.module
+        phase = model.distillers['distiller'].phase()
+        for name in phase.frozen:
+            buffers = model.student.get_submodule(name).named_buffers()
+            self.state |= {
+                f'{phase.name}.{name}.{key}': value.clone()
+                for key, value in buffers
+            }
 
 
 def main(coco: str, teacher_file: str, out: str) -> None:
@@ -29,11 +47,15 @@ def main(coco: str, teacher_file: str, out: str) -> None:
     )
     prepare_launch(cfg)
     runner = Runner.from_cfg(cfg)
+    resting = RestingStatistics()
+    runner.register_hook(resting)
     runner.train()
     model = runner.model.module
     state = {**model.state_dict(), **model.distillers.state_dict()}
-    # Weights are kept equal by the reducer; norm statistics are not.
+    # Weights are kept equal by the reducer; norm statistics of what trains
+    # are not.
     weights = {k: v for k, v in state.items() if 'running' not in k}
+    weights |= resting.state
     torch.save(weights, f'{out}/rank{torch.distributed.get_rank()}.pth')
 
 

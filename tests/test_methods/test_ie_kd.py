@@ -260,6 +260,8 @@ def test_split__random_is_fixed_by_its_seed_and_by_the_file(
     ('options', 'message'),
     [
         (dict(ratio=1.5), r'\[0, 1\], but got 1.5'),
+        # round(0.03 * 16) = 0
+        (dict(ratio=0.03), '0.03 of 16 channels leaves one part without'),
         (dict(mode='half'), "'natural', 'random'.*got 'half'"),
         (dict(ration=0.5), "Did you mean 'ratio'"),
     ],

@@ -10,7 +10,12 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import (
+    MODELS,
+    PARAM_SCHEDULERS,
+    DefaultScope,
+    init_default_scope,
+)
 from mmengine.runner import Runner
 from torch import nn
 
@@ -117,6 +122,18 @@ def test_losses__equal_a_loop():
         student_feat=student, assistant_feat=assistant, teacher_feat=teacher
     )
     assert found.item() == pytest.approx(missed, rel=1e-12)
+
+
+def test_losses__of_half_precision_keep_a_small_residual():
+    # (2^-13)^2 = 2^-26 is 0 in float16, whose smallest number is 2^-24.
+    zero = torch.zeros(1, 4, dtype=torch.float16)
+    teacher = zero + 2**-13
+    loss = student_loss(student_feat=zero, teacher_feat=teacher)
+    assert loss.item() == 2**-26
+    loss = assistant_loss(
+        student_feat=zero, assistant_feat=zero, teacher_feat=teacher
+    )
+    assert loss.item() == 2**-26
 
 
 def test_assistant_loss__has_no_gradient_for_the_student():
@@ -240,6 +257,22 @@ def test_pair__cut_anew_is_free_of_what_belongs_to_pretrained_weights():
     assert student.backbone.norm_eval is False
 
 
+def test_pair__cut_anew_keeps_what_is_not_pretraining():
+    given = detector_config()
+    kaiming = dict(type='Kaiming', layer='Conv2d')
+    given['backbone']['init_cfg'] = [
+        kaiming,
+        dict(type='Pretrained', checkpoint='torchvision://resnet18'),
+    ]
+    # New even where it is as wide as the given model.
+    pair = pair_config(
+        given, assistant=dict(form='image'), norm_cfg=dict(type='SyncBN')
+    ).backbone
+    assert pair.assistant.backbone.init_cfg == [kaiming]
+    assert len(pair.student.backbone.init_cfg) == 2
+    assert pair.norm_cfg == dict(type='SyncBN')
+
+
 def test_distiller__says_what_a_student_cut_anew_starts_without(
     monkeypatch,
 ):
@@ -273,6 +306,10 @@ def test_adapter__does_no_more_than_it_has_to():
     outs = starts(feats)
     assert [o.shape for o in outs] == [(2, 4, 3, 3), (2, 4)]
     assert not any(o.any() for o in outs)
+    # By the norm's scale: a norm of a convolution that puts out 0 would
+    # divide its first gradients by the root of eps.
+    assert not starts.levels[1].norm.weight.any()
+    assert starts.levels[1].conv.weight.any()
 
 
 def test_feature_assistant__by_hand():
@@ -382,8 +419,13 @@ def test_phase_at__by_hand():
     'assistant', [FEATURE, IMAGE], ids=['feature', 'image']
 )
 def test_phase__moves_its_own_part_alone(assistant, step, moves):
-    narrow = dict(backbone=dict(base_channels=4, stem_channels=4))
+    # The neck too, so that the student's adapter has something to learn.
+    narrow = dict(
+        backbone=dict(base_channels=4, stem_channels=4),
+        neck=dict(out_channels=8),
+    )
     model = build(phases=PHASES, assistant=assistant, student=narrow)
+    assert list(model.student.backbone.adapter.parameters())
     wake(model)
     model.train()
     parts = dict(
@@ -744,6 +786,14 @@ def test_ddp__two_ranks_in_phases_end_with_the_same_weights(
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
     assert any('assistant' in key for key in ranks[0])
+    # What the assistant, then the head, learns on.
+    for phase, name in (('assistant', 'student'), ('head', 'assistant')):
+        assert any(
+            key.startswith(f'{phase}.backbone')
+            and f'{name}.' in key
+            and key.endswith('running_mean')
+            for key in ranks[0]
+        )
     for key, value in ranks[0].items():
         assert torch.equal(value, ranks[1][key]), key
 
@@ -773,6 +823,28 @@ def test_config__pair_costs_less_than_the_given_model(name):
     shares = {k: round(c.flops / whole, 3) for k, c in costs.items()}
     assert shares == dict(student=0.883, assistant=0.077, pair=0.967)
     assert ('phases' in distiller) == ('progressive' in name)
+
+
+def test_progressive_config__gives_each_phase_its_own_cycle_of_rates():
+    cfg = Config.fromfile(
+        ROOT / 'configs/residual_kd_progressive_resnet34_resnet18_imagenet.py'
+    )
+    init_default_scope(cfg.default_scope)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    scheduler = PARAM_SCHEDULERS.build(
+        cfg.param_scheduler, default_args=dict(optimizer=optimizer)
+    )
+    rates = []
+    for _ in range(cfg.train_cfg.max_epochs):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        scheduler.step()
+    # 1281167 images in batches of 256 are 5005 iterations.
+    student, assistant, head = cfg.model.distiller.phases.values()
+    assert (student, assistant, head) == (50 * 5005, 20 * 5005, None)
+    begins = [epoch for epoch, rate in enumerate(rates) if rate == 0.1]
+    assert begins == [0, 50, 70]
+    assert all(rates[epoch - 1] < 0.001 for epoch in (50, 70, 100))
 
 
 def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer
-from mmengine.config import ConfigDict
-from mmengine.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, DefaultScope
 
 from era_mm.methods.residual_kd import pair_config, split_by_flops
 from era_mm.methods.residual_kd.split import widths
@@ -152,6 +152,31 @@ def test_widths__by_hand():
     ) in [c['backbone']['arch'] for c in found]
 
 
+def test_widths__are_multiples_of_a_group_norms_groups():
+    norm = dict(type='GN', num_groups=12)
+    parts = dict(
+        backbone=dict(type='mmdet.ResNet', base_channels=48, norm_cfg=norm),
+        neck=dict(type='FPN', out_channels=24, norm_cfg=norm),
+    )
+    found = widths(parts, 8, with_neck=True)
+    # lcm(8, 12) = 24.
+    assert [
+        (c['backbone']['base_channels'], c['neck']['out_channels'])
+        for c in found
+    ] == [(24, 24), (48, 24)]
+
+
+def test_split__of_the_digits_student():
+    """Its neck has a group norm of 8 groups; channels are tried by 4."""
+    model = Config.fromfile(ROOT / 'configs/plain_retinanet_r18w16_digits.py')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        split = split_by_flops(
+            model.model, 0.2, divisor=4, input_size=(64, 64)
+        )
+    assert split.assistant['neck']['out_channels'] % 8 == 0
+    assert split.costs['pair'].flops <= split.costs['model'].flops
+
+
 @pytest.mark.parametrize(
     ('model', 'share', 'message'),
     [
@@ -168,6 +193,11 @@ def test_widths__by_hand():
 def test_split__that_cannot_be_is_refused(model, share, message):
     with pytest.raises(ValueError, match=message):
         split_by_flops(model, share, source='backbone', input_size=SIZE)
+
+
+def test_split__by_a_divisor_that_is_none_is_refused():
+    with pytest.raises(ValueError, match='1 or more, but got 0'):
+        split_by_flops(MODELS_OF['resnet'][0], 0.1, divisor=0)
 
 
 @pytest.fixture(scope='module')
@@ -201,3 +231,5 @@ def test_tool__prints_what_a_config_has_to_say(tool, tmp_path, capsys):
 def test_tool__says_what_is_wrong(tool, capsys):
     assert tool.main(['no_such_config']) == 1
     assert 'no_such_config' in capsys.readouterr().err
+    assert tool.main(['ie_dml_retinanet_r50_r50']) == 1
+    assert 'trains two students' in capsys.readouterr().err

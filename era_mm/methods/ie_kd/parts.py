@@ -36,7 +36,8 @@ class ChannelSplit(nn.Module):
         - out: ``(N, |I|, *)`` and ``(N, |E|, *)``
 
     Raises:
-        ValueError: An unknown mode, or a ratio outside [0, 1].
+        ValueError: An unknown mode, a ratio outside [0, 1], or one between
+            that leaves a part without channels.
     """
 
     MODES = ('natural', 'random')
@@ -63,6 +64,12 @@ class ChannelSplit(nn.Module):
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(num_channels, generator=generator)
         cut = round(ratio * num_channels)
+        if 0 < ratio < 1 and cut in (0, num_channels):
+            raise ValueError(
+                f'`split.ratio` {ratio} of {num_channels} channels leaves '
+                'one part without any. Choose a ratio nearer to 0.5; 0 or 1 '
+                'where one part alone is meant.'
+            )
         self.register_buffer('inherit_index', order[:cut])
         self.register_buffer('explore_index', order[cut:])
 

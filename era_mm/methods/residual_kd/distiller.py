@@ -248,6 +248,11 @@ class ResidualKDDistiller(BaseDistiller):
             task=name in ('head', 'joint'),
         )
 
+    @property
+    def least_iters(self) -> int:
+        """Where the last phase begins."""
+        return sum(length or 0 for length in self.phases.values())
+
     def loss(
         self,
         *,

@@ -1,6 +1,7 @@
 """Model separation: a student and an assistant within a model's cost."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,15 +75,19 @@ def split_by_flops(
         share: The assistant's share, in [0, 1). 0.1 to 0.2 is [inference]:
             it has a small signal to model.
         source: The cut, 'backbone' or 'neck'.
-        divisor: Channels are rounded down to its multiples.
+        divisor: Channels are rounded down to its multiples, before a group
+            norm to multiples of its groups as well. Where a factor says the
+            width, the host rounds.
         input_size: Height and width at which FLOPs are measured, in pixels.
 
     Raises:
-        ValueError: A share outside the range, a model whose widths cannot be
-            changed, or none that is narrow enough.
+        ValueError: A share outside the range, a divisor that is none, a model
+            whose widths cannot be changed, or none that is narrow enough.
     """
     if not 0 <= share < 1:
         raise ValueError(f'`share` must be in [0, 1), but got {share}.')
+    if divisor < 1:
+        raise ValueError(f'`divisor` must be 1 or more, but got {divisor}.')
     size = (
         (input_size, input_size) if isinstance(input_size, int) else input_size
     )
@@ -150,7 +155,7 @@ def widths(parts: Mapping, divisor: int, *, with_neck: bool) -> list[dict]:
 
     Args:
         parts: ``backbone`` and, optionally, ``neck``.
-        divisor: Channels are rounded down to its multiples.
+        divisor: See :func:`split_by_flops`.
         with_neck: Whether the neck's channels shrink too. A student keeps
             them, for they are what the head gets.
     """
@@ -166,7 +171,9 @@ def widths(parts: Mapping, divisor: int, *, with_neck: bool) -> list[dict]:
             )
         if with_neck and neck and 'out_channels' in neck:
             changes['neck'] = dict(
-                out_channels=_round(neck['out_channels'], step, divisor)
+                out_channels=_round(
+                    neck['out_channels'], step, _with_groups(neck, divisor)
+                )
             )
         if changes not in found:
             found.append(changes)
@@ -178,6 +185,12 @@ def _round(channels: int, step: int, divisor: int) -> int:
     return min(channels, max(divisor, rounded))
 
 
+def _with_groups(settings: Mapping, divisor: int) -> int:
+    """A divisor that the groups of a part's norm divide too."""
+    groups = (settings.get('norm_cfg') or {}).get('num_groups', 1)
+    return math.lcm(divisor, groups)
+
+
 def _narrow(backbone: Mapping, step: int, divisor: int) -> dict:
     """Changes to a backbone's width.
 
@@ -187,6 +200,7 @@ def _narrow(backbone: Mapping, step: int, divisor: int) -> dict:
     an ``arch`` with a list of channels (ConvNeXt).
     """
     settings = arguments_of(backbone) | dict(backbone)
+    divisor = _with_groups(settings, divisor)
     if 'widen_factor' in settings:
         return dict(widen_factor=settings['widen_factor'] * step / STEPS)
     if 'base_channels' in settings:
