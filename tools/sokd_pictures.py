@@ -1,7 +1,7 @@
 """SoKD's pictures: the policy over time, and areas drawn over images.
 
 python tools/sokd_pictures.py policy work_dirs/RUN/sokd_policy.jsonl OUT.png
-python tools/sokd_pictures.py areas CONFIG CHECKPOINT OUT.png --images 8
+python tools/sokd_pictures.py areas CONFIG CHECKPOINT OUT.png --images 6
 """
 
 import argparse
@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_checkpoint
 
 import era_mm  # noqa: F401
-from era_mm.core import Recorder
+from era_mm.core import Recorder, extras_of
 from era_mm.core.teacher import forward_until
 from era_mm.methods.sokd import SoKDDistiller
 from era_mm.visualization.panels import Panel, save_grid
@@ -59,8 +59,12 @@ def areas_of_batch(model: torch.nn.Module, batch: dict) -> list[list[Panel]]:
         teacher_inputs.get(distiller.teacher, inputs), samples
     )
     areas = distiller.areas_of(
-        student_feats=student_feats,
-        teacher_feats={key: feats[key] for key in distiller.teacher_sources},
+        **distiller.connect(
+            student_feats=student_feats,
+            teacher_feats={
+                key: feats[key] for key in distiller.teacher_sources
+            },
+        )
     )
     rows = []
     for index, image in enumerate(inputs):
@@ -91,7 +95,14 @@ def draw_areas(args: argparse.Namespace) -> None:
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
-    load_checkpoint(model, args.checkpoint, map_location='cpu')
+    state = load_checkpoint(model, args.checkpoint, map_location='cpu')
+    if not extras_of(state.get('state_dict', {})):
+        # Areas of heads that have learnt nothing would look like areas.
+        raise SystemExit(
+            f'{args.checkpoint!r} has a plain student and no heads that find '
+            "areas. Give one that training has written, such as the run's "
+            'epoch_*.pth.'
+        )
     model.load_teachers()
     model.eval()
     loader = cfg.val_dataloader

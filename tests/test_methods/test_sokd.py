@@ -280,6 +280,47 @@ def test_gate__has_a_gradient_in_its_range_and_at_its_ends():
         assert gradient.item() > 0
 
 
+def test_gate__is_relaxed_bernoulli_by_hand():
+    """b = sigmoid((logit(beta) + logit(u)) / T), T = .5, beta = .3.
+
+    Forward 1 where u > 1 - beta, else 0; db/dbeta = b (1 - b) / T / (beta
+    (1 - beta)).
+    """
+    policy = DAFA(
+        ops=['SampleMix', 'ToZero'],
+        ops_per_policy=1,
+        mixture='softmax',
+        init=(0.0, 0.3, 0.5),
+    )
+    drawn = torch.rand(2, 2, generator=torch.Generator().manual_seed(4))
+    u = drawn[:, 1:].double()
+    soft = ((math.log(0.3 / 0.7) + u.logit()) / 0.5).sigmoid()
+    draw = policy.draw(4)
+    assert torch.equal(draw.gates, (u > 0.7).float())
+    (slope,) = torch.autograd.grad(draw.gates.sum(), policy.beta)
+    expected = soft * (1 - soft) / 0.5 / (0.3 * 0.7)
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-6)
+    relaxed = DAFA(
+        ops=['SampleMix', 'ToZero'],
+        ops_per_policy=1,
+        hard=False,
+        init=(0.0, 0.3, 0.5),
+    ).draw(4)
+    torch.testing.assert_close(
+        relaxed.gates.double(), soft, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_gate__is_between_the_operation_and_nothing():
+    """out = b * 0 + (1 - b) * F: d sum(out) / db = -sum(F) = -12."""
+    policy = DAFA(ops=['ToZero'], ops_per_policy=1)
+    for seed in range(4):
+        (out,) = policy([torch.tensor([[4.0, 8.0]])], seed)
+        (found,) = torch.autograd.grad(out.sum(), policy.beta)
+        (slope,) = torch.autograd.grad(policy.draw(seed).gates, policy.beta)
+        assert found.item() == pytest.approx(-12 * slope.item())
+
+
 def test_sub_policies__are_all_pairs_and_the_identity():
     policy = DAFA()
     # 8 operations: 28 pairs, and the identity alone.
@@ -324,6 +365,18 @@ def test_levels__share_the_choice_and_not_the_noise():
     for seed in range(10):
         first, second = policy([feat, feat], seed)
         assert torch.equal(first, second)
+
+
+def test_operations__draw_numbers_of_their_own():
+    """Neither those of the choice nor those of the next step's levels."""
+    policy = DAFA(ops=['ChannelMask'], ops_per_policy=1, init=(0, 1.0, 0.5))
+    feat = torch.ones(4, 32, 2, 2)
+    for seed in range(3):
+        first, second = policy([feat, feat], seed)
+        # From the generator that choice and gates are drawn from.
+        assert not torch.equal(first, run_op('ChannelMask', feat, 0.5, seed))
+        assert not torch.equal(second, policy([feat], seed + 1)[0])
+        assert torch.equal(first, policy([feat], seed)[0])
 
 
 def test_project__keeps_the_ranges():

@@ -11,6 +11,7 @@ from mmpretrain.structures import DataSample
 from torch.nn.functional import avg_pool2d, mse_loss
 
 from era_mm.core import extras_of
+from era_mm.methods.sokd import attention_targets
 from era_mm.methods.sokd.search import total
 from era_mm.testing import (
     classifier_config,
@@ -336,9 +337,15 @@ def test_gradient__of_each_term(teacher_file, term, reached, anchor):
 
 
 def test_terms__are_what_they_say(teacher_file):
-    """Adapter, L_D and L_DA once more, from the module's own parts."""
+    """All four once more, from the module's own parts.
+
+    L_D and L_DA are against the refined feature, the adapter's and the
+    anchor's targets are the teacher's own.
+    """
     model = build(
-        teacher_file, dam=dict(agree_weight=2.0, area_weight=3.0), dafa=False
+        teacher_file,
+        dam=dict(agree_weight=2.0, area_weight=3.0, anchor_weight=4.0),
+        dafa=dict(init=(0, 1.0, 0.5)),
     )
     distiller = model.distillers['distiller']
     data = model.data_preprocessor(detection_batch(2), True)
@@ -347,21 +354,30 @@ def test_terms__are_what_they_say(teacher_file):
     targets = targets.extract(data['inputs'])['neck']
     maps = model.student.extract_feat(data['inputs'])
     losses = model(**data, mode='loss')
+    # After its own step the policy is the one that the losses have seen.
+    with torch.no_grad():
+        refined = distiller.policy(targets, seed=0)
+    assert not any(map(torch.equal, refined, targets))
     adapted = [a(m) for a, m in zip(distiller.adapters, maps, strict=True)]
     head = distiller.dam.heads[0]
     fit = agree = area = 0.0
-    for s, t in zip(adapted, targets, strict=True):
+    for s, t, r in zip(adapted, targets, refined, strict=True):
         fit += mse_loss(s, t) / 2
-        student, teacher = head(s), head(t)
+        student, teacher = head(s), head(r)
         for one, other in zip(student, teacher, strict=True):
             agree += 2 * mse_loss(one, other) / 2
         masks = distiller.dam.decoder(student=student, teacher=teacher).masks
         weight = masks.sum(1, keepdim=True)
-        error = ((s - t).square() * weight).sum() / (weight.sum() * 24)
+        error = ((s - r).square() * weight).sum() / (weight.sum() * 24)
         area += 3 * error / 2
     torch.testing.assert_close(losses['loss_sokd_adapter'], fit)
     torch.testing.assert_close(losses['loss_sokd_agree'], agree)
     torch.testing.assert_close(losses['loss_sokd_area'], area)
+    # Weighted by `anchor_loss` itself; see its slow reference.
+    anchor = distiller.dam.anchor_loss(
+        [head(r) for r in refined], [attention_targets(t) for t in targets]
+    )
+    torch.testing.assert_close(losses['loss_sokd_anchor'], anchor)
 
 
 @pytest.mark.parametrize(
@@ -496,6 +512,66 @@ def test_search__finds_the_best_policy(tmp_path, mixture):
         # In a mixture more of fewer is the same.
         assert use * magnitude == pytest.approx(0.6, abs=0.03)
     assert sum(losses[-20:]) < 0.1 * sum(losses[:20])
+
+
+def searching(tmp_path, **dafa):
+    """A distiller whose policy alone learns, by SGD, from given features."""
+    file = save_teacher(detector_config(width=16), tmp_path / 't.pth')
+    model = MODELS.build(
+        distillation_config(
+            dict(
+                type='era_mm.SoKDDistiller',
+                dafa=dafa,
+                dam=False,
+                adapter=False,
+                optimizer=dict(type='SGD', lr=1000.0),
+            ),
+            teacher=detector_config(width=16),
+            checkpoint=file,
+        )
+    )
+    return model.distillers['distiller']
+
+
+def test_search__has_its_gradient_in_half_precision_too(tmp_path):
+    """As autocast hands features over: float16, and no scaled loss.
+
+    Of a mean over 2 * 6 * 80 * 80 numbers each has the gradient error / 76800,
+    here about 6e-9; float16 ends at 6e-8.
+    """
+    generator = torch.Generator().manual_seed(0)
+    feat = (0.001 * torch.randn(2, 6, 80, 80, generator=generator)).half()
+    moved = []
+    for dtype in (torch.float32, torch.float16):
+        distiller = searching(
+            tmp_path,
+            mixture='softmax',
+            ops=['Identity', 'SpatialSmooth'],
+            ops_per_policy=1,
+            init=(0.0, 1.0, 0.5),
+        )
+        before = distiller.policy.alpha.detach().clone()
+        distiller.inner_step(
+            student_feats={'neck': (0.99 * feat.to(dtype),)},
+            teacher_feats={'neck': (feat.to(dtype),)},
+            data_samples=[],
+        )
+        moved.append(distiller.policy.alpha.detach() - before)
+    error = (moved[1] - moved[0]).norm() / moved[0].norm()
+    assert error < 0.03
+
+
+def test_search__keeps_the_policy_in_its_ranges(tmp_path):
+    """A student of zeros asks for more of what weakens: all of it at once."""
+    distiller = searching(tmp_path, ops=['SpatialSmooth', 'GaussianNoise'])
+    feat = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    distiller.inner_step(
+        student_feats={'neck': (torch.zeros_like(feat),)},
+        teacher_feats={'neck': (feat,)},
+        data_samples=[],
+    )
+    assert distiller.policy.beta[0, 0] == 1
+    assert distiller.policy.magnitude[0, 0].item() == pytest.approx(0.9)
 
 
 def test_search__stops_after_its_share_and_goes_on_without_a_run(teacher_file):

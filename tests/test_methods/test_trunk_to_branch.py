@@ -759,20 +759,20 @@ def test_dense_branch__is_that_of_the_concatenation():
     'head', ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
 )
 def test_dense__peers_have_the_heads_own_loss(head):
-    """With the trunk's scores as a peer's, its loss is the trunk's."""
+    """Two peers with the trunk's scores have twice the trunk's loss."""
     model = build(detector_config(head=head))
     peers = model.distillers['distiller'].peers
     supervise = peers.supervise
 
     def as_trunk(logits, feats, data_samples):
         scores = feats['bbox_head'][: len(feats['neck'])]
-        return supervise([scores], feats, data_samples)
+        return supervise([scores, scores], feats, data_samples)
 
     peers.supervise = as_trunk
     found = losses_of(model, detection_batch(4))
     trunk = found['loss_cls']
     trunk = sum(trunk) if isinstance(trunk, list) else trunk
-    torch.testing.assert_close(found['loss_t2b_peers'], trunk)
+    torch.testing.assert_close(found['loss_t2b_peers'], 2 * trunk)
     model = build(detector_config(head=head))
     peers = model.distillers['distiller'].peers
     total, log_vars = model.parse_losses(losses_of(model, detection_batch(4)))
@@ -805,6 +805,10 @@ def test_dense__distils_the_top_places_of_each_image():
     found = peers.distil(logits, feats, 1.0)
     assert found['ensemble'].item() == pytest.approx(0.36806, abs=1e-5)
     assert found['branch'].item() == pytest.approx(0.36806, abs=1e-5)
+    # Twice the logits at T = 2 are the same scores; T^2 = 4.
+    doubled = [[2 * level for level in levels] for levels in logits]
+    for value in peers.distil(doubled, feats, 2.0).values():
+        assert value.item() == pytest.approx(4 * 0.36806, abs=1e-4)
     # Two places: the second's peers agree with the trunk together,
     # and differ from it one by one by .13081 (as in a classifier). All places
     # but the top have a highest mean of .5, the first of them either.

@@ -1,5 +1,6 @@
 """SoKD's pictures: the history that is drawn, and areas where they belong."""
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -7,10 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
 
-from era_mm.testing import detection_batch, distillation_config
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    distillation_config,
+    run_config,
+)
 from era_mm.visualization.sokd import area_panels, draw_policy, read_policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,3 +79,59 @@ def test_areas__of_a_batch_are_those_of_training(teacher_file):
     for row in rows:
         assert row[0].image.shape == (64, 64, 3)
         assert all(1 <= len(panel.boxes) <= 3 for panel in row)
+
+
+def test_areas__see_the_features_that_the_base_connects(teacher_file):
+    # The student's first level is left out, so is the teacher's.
+    leave = dict(levels=[1])
+    base = dict(
+        type='era_mm.FeatureImitationDistiller',
+        source=dict(
+            student='neck',
+            teacher='neck',
+            connector=dict(student=leave, teacher=leave),
+        ),
+    )
+    model = MODELS.build(
+        distillation_config(
+            dict(type='era_mm.SoKDDistiller', base=base, dafa=False),
+            checkpoint=teacher_file,
+        )
+    )
+    model.load_teachers()
+    model.eval()
+    rows = tool().areas_of_batch(model, detection_batch(2))
+    assert [len(row) for row in rows] == [1, 1]
+
+
+def test_areas__need_the_heads_that_training_has_written(
+    coco, teacher_file, tmp_path
+):
+    sokd = distillation_config(
+        dict(type='era_mm.SoKDDistiller', dafa=False), checkpoint=teacher_file
+    )
+    Config(run_config(sokd, coco, tmp_path)).dump(tmp_path / 'config.py')
+    files = {}
+    for name, config in (('trained', sokd), ('plain', detector_config())):
+        files[name] = str(tmp_path / f'{name}.pth')
+        state = MODELS.build(config).state_dict()
+        torch.save({'meta': {}, 'state_dict': state}, files[name])
+
+    def draw(name):
+        tool().draw_areas(
+            argparse.Namespace(
+                config=str(tmp_path / 'config.py'),
+                checkpoint=files[name],
+                out=tmp_path / f'{name}.png',
+                images=2,
+                scale=1,
+                cfg_options=None,
+            )
+        )
+
+    draw('trained')
+    picture = np.asarray(Image.open(tmp_path / 'trained.png'))
+    assert picture.shape[0] > 2 * 64
+    with pytest.raises(SystemExit, match='has a plain student'):
+        draw('plain')
+    assert not (tmp_path / 'plain.png').exists()

@@ -60,11 +60,13 @@ class Draw(NamedTuple):
         weights: Of the sub-policies, ``(S,)``.
         gates: Of their operations, ``(S, K)``.
         chosen: The one sub-policy with weight 1; None where all count.
+        seed: Of what the operations draw at the first level.
     """
 
     weights: Tensor
     gates: Tensor
     chosen: int | None
+    seed: int
 
 
 @explain_unknown_keys
@@ -211,7 +213,11 @@ class DAFA(nn.Module):
         if self.hard:
             opened = (noise[:, 1:] > 1 - self.beta).to(gates.dtype)
             gates = opened + (gates - gates.detach())
-        return Draw(weights, gates, chosen)
+        # A seed of its own: from `seed` itself the operations would draw the
+        # numbers that choice and gates have had, and those of the next level
+        # would be the next step's.
+        own = int(torch.randint(2**31, (), generator=generator))
+        return Draw(weights, gates, chosen, own)
 
     def apply_policy(
         self,
@@ -257,7 +263,7 @@ class DAFA(nn.Module):
         refined = []
         for level, feat in enumerate(feats):
             generator = torch.Generator(feat.device)
-            generator.manual_seed(seed + level)
+            generator.manual_seed(draw.seed + level)
             # Noise and blends in full precision.
             with torch.autocast(feat.device.type, enabled=False):
                 full = feat.to(torch.promote_types(feat.dtype, torch.float32))

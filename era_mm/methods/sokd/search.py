@@ -17,6 +17,7 @@ from ...core.base_distiller import take_step
 from ...core.utils import preserve_rng
 from .adapters import Adapters, below
 from .dafa import DAFA, consistency_loss
+from .dam import full_precision
 from .wrapper import WrappingDistiller
 
 
@@ -323,6 +324,12 @@ class SearchingDistiller(WrappingDistiller):
         assert self.policy is not None
         assert isinstance(self.inner_optimizer, Optimizers)
         parameters = list(self.policy.parameters())
+        # A mean over a map has tiny gradients: on their way to the policy
+        # half precision would make them 0.
+        batch['teacher_feats'] = {
+            source: tuple(full_precision(feat) for feat in feats)
+            for source, feats in batch['teacher_feats'].items()
+        }
         with torch.enable_grad():
             if self.unroll_lr is None:
                 loss = self.inner_loss(**batch)
