@@ -79,6 +79,7 @@ def observe(
     input_size: int,
     *,
     whole: bool = False,
+    training: bool = False,
 ) -> Seen:
     """Run a model on a random image and note what some modules put out.
 
@@ -87,6 +88,8 @@ def observe(
         names: Dotted names of modules. Those that never run are left out.
         input_size: Side of the image, in pixels.
         whole: Run the heads too, and not up to the neck alone.
+        training: Run it as it trains, on two images: norms refuse a single
+            value per channel. Its buffers stay as they are.
     """
     seen = Seen({}, {})
     modules = dict(model.named_modules())
@@ -106,7 +109,9 @@ def observe(
 
     with preserve_rng(), evaluating(model):
         torch.manual_seed(0)
-        inputs = torch.randn(1, 3, input_size, input_size)
+        model.train(training)
+        buffers = [(b, b.clone()) for b in model.buffers() if training]
+        inputs = torch.randn(1 + training, 3, input_size, input_size)
         handles = [watch(name) for name in names]
         try:
             if whole:
@@ -117,6 +122,8 @@ def observe(
         finally:
             for handle in handles:
                 handle.remove()
+            for buffer, value in buffers:
+                buffer.copy_(value)
     return seen
 
 
@@ -377,6 +384,41 @@ class Pair:
             f'{cause}. Both models have to take the images of the '
             "student's pipeline."
         ) from cause
+
+    def check_training(self, match: Match) -> None:
+        """Refuse a student that puts out something else while it trains.
+
+        What was matched is what it puts out at inference. Sources behind the
+        neck are not looked at: heads need labels in training.
+
+        Raises:
+            UserError: Its source puts out more images, levels or channels in
+                training, or cannot run.
+        """
+        source, member = match.student.source, self.student
+        if source.partition('.')[0] not in ('backbone', 'neck'):
+            return
+        try:
+            found = observe(
+                member.model, [source], self.input_size, training=True
+            ).outputs.get(source, ())
+        # Whatever a host raises.
+        except Exception as error:
+            raise UserError(
+                f'student: {member.name} cannot run as it does in training, '
+                f'on two images of {self.input_size}x{self.input_size}: '
+                f'{type(error).__name__}: {error}. Correct its config.'
+            ) from error
+        expected = [(2, *feat.shape[1:]) for feat in match.student.feats]
+        shapes = [tuple(feat.shape) for feat in found]
+        if shapes != expected:
+            raise UserError(
+                f'student: expected {source!r} of {member.name} to put out '
+                f'the same in training as at inference, {expected} for two '
+                f'images, but got {shapes}. The teacher has no partners for '
+                'that; take another student. (As a teacher it can be used: '
+                'teachers run as at inference.)'
+            )
 
     def match(
         self,

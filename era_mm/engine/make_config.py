@@ -161,6 +161,7 @@ def make_config(
     pair = pair_of(student, teacher)
     with preserve_rng():
         plan = method_class.plan_for(pair)
+    pair.check_training(plan.match)
     draft = Draft(
         student=student,
         teacher=teacher,

@@ -633,6 +633,22 @@ def test_refused__a_model_that_is_neither(refused):
     assert 'expected a detector of mmdet or a classifier' in error
 
 
+def test_refused__a_student_that_trains_on_more_than_it_predicts_from(
+    refused, host, tmp_path
+):
+    # TridentNet's three branches, one of which stays at inference.
+    base = 'mmdet::tridentnet/tridentnet_r50-caffe_1x_coco.py'
+    path = tmp_path / 'trident.py'
+    path.write_text(
+        f'_base_ = {str(read_host_config(base).path)!r}\n'
+        'model = dict(backbone=dict(init_cfg=None))\n'
+    )
+    error = refused(student=str(path), teacher=host('retinanet'))
+    assert "expected 'backbone'" in error
+    assert '[(2, 1024, 16, 16)] for two images' in error
+    assert 'got [(6, 1024, 16, 16)]' in error
+
+
 def test_refused__the_students_own_file(refused, host, tmp_path):
     error = refused(teacher=host('retinanet'))
     assert "is the student's own config" in error
