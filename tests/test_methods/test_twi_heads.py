@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from era_mm.methods.era.twi import find_head
-from era_mm.methods.era.twi_heads import StudentProposals
+from era_mm.methods.era.twi_heads import StudentProposals, TwoStageTWIHead
 from era_mm.testing import (
     classifier_config,
     detection_batch,
@@ -45,7 +45,8 @@ DETR_LIKE = {
     'deformable_detr': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
     'dino': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
 }
-CONFIGS = {**DENSE, **TWO_STAGE, **DETR_LIKE}
+MASKS_APART = {'yolact': 'yolact/yolact_r50_1xb8-55e_coco.py'}
+CONFIGS = {**DENSE, **TWO_STAGE, **DETR_LIKE, **MASKS_APART}
 FAMILIES = [*DENSE, *TWO_STAGE]
 each_family = pytest.mark.parametrize('family', FAMILIES)
 #: Every family with all of its head, the dense ones with predictors as well.
@@ -493,10 +494,20 @@ def test_masks__of_the_teacher_alone_are_left_out(tmp_path, said):
 def test_masks__that_only_the_student_predicts_leave_no_modes(said):
     # An evaluator of masks would stop at the first validation.
     model = build(host_config('mask_rcnn'), host_config('faster_rcnn', 12))
-    assert 'predicts masks and the teacher does not' in said[0]
+    assert (
+        'StandardRoIHead, which is reused of the teacher, does not'
+        in (said[0])
+    )
     assert model.distillers['distiller'].inference_modes() == ()
     losses = model(**batch_of(model), mode='loss')
     assert losses['loss_era_twi_bbox'] > 0
+
+
+def test_masks__that_a_dense_head_leaves_to_another_leave_no_modes(said):
+    # YOLACT's bbox_head is reused; its masks come from the mask_head.
+    model = build(host_config('yolact'), host_config('yolact', 12))
+    assert 'YOLACTHead, which is reused of the teacher, does not' in said[0]
+    assert model.distillers['distiller'].inference_modes() == ()
 
 
 @pytest.mark.parametrize('alpha', [0.0, 1.0])
@@ -667,6 +678,21 @@ def test_pair__head_whose_losses_need_more_than_boxes_is_refused():
     teacher['type'] = 'HybridTaskCascade'
     with pytest.raises(ValueError, match='its losses raise'):
         build(host_config('mask_rcnn'), teacher)
+
+
+def test_pair__head_of_learnt_proposals_is_no_rpn():
+    # It has no priors to count and no losses of its own.
+    teacher = MODELS.build(ConfigDict(host_config('faster_rcnn', 12)))
+    learnt = MODELS.build(
+        dict(
+            type='EmbeddingRPNHead',
+            num_proposals=4,
+            proposal_feature_channel=24,
+        )
+    )
+    head = TwoStageTWIHead(learnt, teacher.roi_head)
+    feats = [torch.zeros(1, 24, 2, 2)] * 5
+    assert 'NotImplementedError' in head.problem(feats, training=True)
 
 
 def test_predictors__of_a_classifier_are_refused():

@@ -464,12 +464,13 @@ class ERADistiller(BaseDistiller):
         # The blend needs the student's features as its own head gets them.
         self._blends = student_head is not None and not self.pair_connectors
         self._lacks_masks = getattr(student, 'with_mask', False) and not (
-            getattr(teacher, 'with_mask', False)
+            isinstance(head, TwoStageTWIHead) and head.has_masks
         )
         if self._lacks_masks:
             print_log(
                 'ERA without the modes T, ST and E0 ...: the student predicts '
-                'masks and the teacher does not.',
+                f'masks, but {type(head.head).__name__}, which is reused of '
+                'the teacher, does not.',
                 logger='current',
                 level=logging.WARNING,
             )

@@ -376,10 +376,11 @@ class TwoStageTWIHead(_DetectorTWIHead):
         self, feats: Sequence[Tensor], *, training: bool
     ) -> str | None:
         """As in the base class."""
-        expected = self._first.prior_generator.num_levels
-        if expected != len(feats):
+        # Learnt proposals and cascades of RPNs have none.
+        priors = getattr(self._first, 'prior_generator', None)
+        if priors is not None and priors.num_levels != len(feats):
             return (
-                f'its RPN has priors for {expected} levels, but got '
+                f'its RPN has priors for {priors.num_levels} levels, but got '
                 f'{len(feats)}'
             )
         found = super().problem(feats, training=training)
