@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from era_mm.core.pairing import Member, Pair
 from era_mm.methods.era import ERADistiller, ERALoss, MBRNet, mbrnet
 from era_mm.testing import (
     classifier_config,
@@ -834,3 +836,57 @@ def test_norm__that_does_not_fit_is_refused_with_the_pair():
             student_feats={'neck': (student,)},
             teacher_feats={'neck': (teacher,)},
         )
+
+
+# -- groups ---------------------------------------------------------------
+
+
+def test_groups__of_a_backbones_maps_by_number():
+    # ResNet-50, 4 branches of 2 blocks: 8 * 9 * sum(C^2) without groups; with
+    # groups of 256, 8 * 9 * 256 * sum(C).
+    for group_width, expected in ((None, 401_080_320), (256, 70_778_880)):
+        with torch.device('meta'):
+            net = MBRNet([256, 512, 1024, 2048], 8, 4, group_width=group_width)
+        convs = [p for n, p in net.named_parameters() if 'layers.' in n]
+        assert sum(p.numel() for p in convs) == expected
+
+
+@pytest.mark.parametrize(
+    ('channels', 'width', 'groups'),
+    # The fewest groups that divide: 10 in threes are 5 of 2.
+    [(8, 4, 2), (8, 8, 1), (4, 8, 1), (10, 3, 5), (7, 4, 7)],
+)
+def test_groups__are_as_few_as_fit(channels, width, groups):
+    net = MBRNet(channels, channels, group_width=width)
+    layer = net.levels[0][0].layers[0]
+    assert layer.groups == groups
+    x = torch.randn(1, channels, 3, 3)
+    size = channels // groups
+    parts = [
+        nn.functional.conv2d(
+            x[:, i : i + size], layer.weight[i : i + size], padding=1
+        )
+        for i in range(0, channels, size)
+    ]
+    torch.testing.assert_close(layer(x), torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize(
+    ('width', 'dims'), [(0, 2), (4, 0)], ids=['none', 'vectors']
+)
+def test_groups__refused_when_built(width, dims):
+    with pytest.raises(ValueError, match='`group_width` must be'):
+        MBRNet(4, 4, spatial_dims=dims, group_width=width)
+
+
+@pytest.mark.parametrize(('channels', 'width'), [(520, 256), (512, None)])
+def test_groups__are_planned_for_maps_wider_than_necks(channels, width):
+    pair = Pair(
+        *(
+            Member(role, role, ConfigDict(detector_config(channels=number)))
+            for role, number in (('student', channels), ('teacher', 600))
+        ),
+        input_sizes=[64],
+    )
+    plan = ERADistiller.plan_for(pair)
+    assert plan.distiller.get('mbrnet', {}).get('group_width') == width

@@ -30,6 +30,11 @@ from .twi_heads import (
     TwoStageTWIHead,
 )
 
+#: Maps of more channels, of backbones, would make branches that are several
+#: times the student; they are convolved in groups of the width of an FPN.
+MAX_FULL_WIDTH = 512
+GROUP_WIDTH = 256
+
 
 @explain_unknown_keys
 class LogitTerm:
@@ -269,7 +274,8 @@ class ERADistiller(BaseDistiller):
 
         With it every level of the teacher gets an estimate. Classifiers get
         the term on logits [official code], and layer norms where the
-        teacher's backbone has them, as the [official code] for Swin.
+        teacher's backbone has them, as the [official code] for Swin. Maps
+        wider than those of necks are convolved in groups [ours].
         """
         reason = cls._why_no_twi(pair)
         # Its levels are the teacher's own where the head can be reused.
@@ -281,6 +287,9 @@ class ERADistiller(BaseDistiller):
             for module in pair.teacher.model.backbone.modules()
         ):
             distiller['mbrnet'] = dict(norm_cfg=dict(type='LN'))
+        widest = max(feat.shape[1] for feat in student_feats)
+        if student_feats[0].dim() == 4 and widest > MAX_FULL_WIDTH:
+            distiller['mbrnet'] = dict(group_width=GROUP_WIDTH)
         if reason is not None:
             distiller['twi_steps'] = 'none'
             return Plan(distiller, match, f'not reused: {reason}')
