@@ -154,7 +154,7 @@ class Member:
                 preserve_rng(),
                 DefaultScope.overwrite_default_scope(self.scope),
             ):
-                self.model = MODELS.build(copy.deepcopy(self.config)).eval()
+                self.model = MODELS.build(copy.deepcopy(self.config))
         # Whatever the constructors of a host's models raise.
         except Exception as error:
             raise UserError(
@@ -162,6 +162,8 @@ class Member:
                 f'{type(error).__name__}: {error}. Correct the config; '
                 'tools/print_sources.py builds it alone.'
             ) from error
+        # Not in one line: the `train` of mmdet's LAD returns nothing.
+        self.model.eval()
         self.kind = kind_of(self.model)
         if self.kind not in KINDS.values():
             raise UserError(

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from mmdet.apis import init_detector
-from mmengine.config import Config
+from mmdet.models import RetinaNet
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 
 from era_mm import cli
 from era_mm.core import Distillation
+from era_mm.core.pairing import Member
 from era_mm.engine import make_config
 from era_mm.engine.host_configs import (
     class_names,
@@ -647,6 +649,13 @@ def test_refused__a_student_that_trains_on_more_than_it_predicts_from(
     assert "expected 'backbone'" in error
     assert '[(2, 1024, 16, 16)] for two images' in error
     assert 'got [(6, 1024, 16, 16)]' in error
+
+
+def test_member__need_not_return_itself_from_train(monkeypatch):
+    # As mmdet's LAD and LD do not.
+    monkeypatch.setattr(RetinaNet, 'train', lambda self, mode=True: None)
+    config = ConfigDict(detector_config())
+    assert Member('student', 'own', config, 'mmdet').kind == 'detector'
 
 
 def test_refused__the_students_own_file(refused, host, tmp_path):

@@ -10,6 +10,7 @@ from ...core.pairing import is_query_based, num_classes_of
 from .twi_heads import (
     DenseTWIHead,
     PredictorTWIHead,
+    ProposalTWIHead,
     StudentProposals,
     TWIHead,
     TwoStageTWIHead,
@@ -34,6 +35,8 @@ def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
         return None
     bbox_head = getattr(model, 'bbox_head', None)
     if _can(bbox_head, 'loss', 'predict', 'predict_by_feat'):
+        if any(cls.__name__ == 'RPN' for cls in type(model).__mro__):
+            return ProposalTWIHead(bbox_head)
         return DenseTWIHead(bbox_head)
     rpn_head = getattr(model, 'rpn_head', None)
     roi_head = getattr(model, 'roi_head', None)

@@ -208,6 +208,10 @@ class _DetectorTWIHead(TWIHead):
         boxes = feats[0].new_tensor([[0, 0, width / 2, height / 2]])
         labels = torch.zeros(1, dtype=torch.long, device=boxes.device)
         sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        # Pipelines always give it; CrowdDet's head reads it.
+        sample.ignored_instances = InstanceData(
+            bboxes=boxes[:0], labels=labels[:0]
+        )
         sample.proposals = InstanceData(
             bboxes=boxes, labels=labels, scores=boxes.new_ones(1)
         )
@@ -312,6 +316,19 @@ class DenseTWIHead(_DetectorTWIHead):
             student_feats=student_feats,
             alpha=alpha,
         )
+
+
+class ProposalTWIHead(DenseTWIHead):
+    """The head of a region proposal network that is a whole detector.
+
+    It tells objects from background, so all ground truth is of one class, as
+    mmdet's ``RPN`` makes it.
+
+    Source: ours.
+    """
+
+    def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
+        return super()._losses(feats, [_one_class(s) for s in data_samples])
 
 
 class PredictorTWIHead(DenseTWIHead):
