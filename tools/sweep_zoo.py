@@ -815,7 +815,7 @@ def count(families: Mapping[str, Mapping]) -> str:
     """The table of counts."""
     rows = [
         '| host | families that run | works | refused | fails | host does not '
-        'run here | not tried yet |',
+        'run here | not yet wholly tried |',
         '| --- | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
     for host in PARTNERS:
