@@ -20,6 +20,7 @@ from era_mm.methods.era import (
     estimates_of,
     residual_targets,
 )
+from era_mm.methods.era.distiller import LogitTerm
 from era_mm.methods.era.mbrnet import ResidualBranch
 from era_mm.methods.era.twi_blend import can_blend_raw, merge
 from era_mm.testing import (
@@ -635,6 +636,18 @@ def test_logit__of_dense_estimates_is_half_of_both_targets():
             ),
             'anchors and classes must agree',
         ),
+        (
+            dict(
+                anchor_generator=dict(
+                    type='AnchorGenerator',
+                    ratios=[1.0],
+                    octave_base_scale=4,
+                    scales_per_octave=1,
+                    strides=[8, 16],
+                )
+            ),
+            'anchors of the two have other sizes',
+        ),
         (dict(num_classes=7), 'teacher has 7 classes and the student 3'),
         (
             dict(loss_cls=dict(type='CrossEntropyLoss')),
@@ -648,6 +661,59 @@ def test_logit__dense_heads_that_differ_are_refused(change, message):
     with pytest.raises(ValueError, match=message) as error:
         build(teacher=teacher, logit=dict(kind='binary'), twi_steps='none')
     assert 'Remove `logit`' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(), None),
+        # TOOD's are probabilities.
+        (dict(activated=True), "student's Head has no sigmoid scores"),
+        (dict(use_sigmoid=False), "student's Head has no sigmoid scores"),
+        # YOLOX's and YOLOv3's background is told by the objectness alone.
+        (dict(loss_obj=1), "student's Head scores objects apart"),
+        (dict(loss_conf=1), "student's Head scores objects apart"),
+    ],
+)
+def test_logit__knows_heads_by_what_their_scores_are(change, message):
+    class Head(torch.nn.Module):
+        cls_out_channels = 3
+
+        def __init__(self, **kwargs):
+            super().__init__()
+            self.loss_cls = torch.nn.Module()
+            self.loss_cls.use_sigmoid = kwargs.pop('use_sigmoid', True)
+            self.loss_cls.activated = kwargs.pop('activated', False)
+            vars(self).update(kwargs)
+
+    maps = [torch.zeros(1, 3, 4, 4)]
+    term = LogitTerm(kind='binary')
+    for swapped in (False, True):
+        heads = [Head(**change), Head()]
+        if swapped:
+            heads.reverse()
+        found = term.problem(
+            student_logits=maps,
+            teacher_logits=maps,
+            student_head=heads[0],
+            teacher_head=heads[1],
+        )
+        expected = message and (
+            message.replace('student', 'teacher') if swapped else message
+        )
+        assert found is expected is None or expected in found
+
+
+def test_logit__sees_the_teachers_scores_in_training_form():
+    # Guided anchors mask their maps at test, for a batch of one alone.
+    model = build(logit=dict(kind='binary'))
+    head = model.teachers['teacher'].model.bbox_head
+    seen = []
+    head.register_forward_pre_hook(lambda *_: seen.append(head.training))
+    losses_of(model)
+    assert seen
+    assert all(seen)
+    assert not head.training
 
 
 # -- TWI on the heads ---------------------------------------------------------

@@ -180,6 +180,9 @@ def test_logit__of_a_detector_is_refused():
     ('kwargs', 'error', 'message'),
     [
         (dict(logit=dict(kind='mse')), ValueError, 'kind'),
+        (dict(logit=dict(topk=0)), ValueError, '`topk` of at least 1'),
+        (dict(logit=dict(temperature=0.0)), ValueError, 'above 0'),
+        (dict(logit=dict(weight=-1.0)), ValueError, 'at least 0'),
         (dict(logit=dict(kind='binary')), ValueError, "it is 'binary'"),
         (dict(logit=dict(wieght=1.0)), TypeError, "'weight'"),
         (dict(twi_targets='both'), ValueError, 'which is None'),

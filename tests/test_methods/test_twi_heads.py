@@ -662,6 +662,17 @@ def test_pair__that_does_not_fit_is_refused_when_built(
         build(host_config(student), host_config(teacher, 12), **kwargs)
 
 
+@pytest.mark.parametrize('twi_steps', ['all', 'none'])
+def test_detr__has_no_logits_of_features(twi_steps):
+    with pytest.raises(ValueError, match='Remove `logit`'):
+        build(
+            host_config('deformable_detr'),
+            host_config('deformable_detr', 12),
+            twi_steps=twi_steps,
+            logit=dict(kind='binary'),
+        )
+
+
 @pytest.mark.parametrize('part', ['rpn', 'rcnn'])
 def test_pair__two_stage_teacher_that_cannot_assign_is_refused(part):
     teacher = host_config('faster_rcnn', 12)

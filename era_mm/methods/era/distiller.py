@@ -23,6 +23,7 @@ from .export import export_estimate
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
 from .twi import find_head, mismatch, tower_sources, why_not_reused
+from .twi_blend import same_priors
 from .twi_heads import (
     DenseTWIHead,
     StudentProposals,
@@ -46,7 +47,10 @@ class LogitTerm:
                        dense detectors
 
     where r are the ``topk`` anchors of each image that the teacher scores
-    highest: most of an image is background, on which both agree.
+    highest: most of an image is background, on which both agree. Heads whose
+    class scores are no sigmoid logits of their own are refused: softmax,
+    probabilities (TOOD), scores that an objectness has to complete (YOLO,
+    AutoAssign).
 
     'binary' is [ours]: a detection form was never released, and with one loss
     on logits less the student's own head hears nothing of the teacher.
@@ -60,8 +64,12 @@ class LogitTerm:
         topk: Anchors per image, for 'binary'.
 
     Raises:
-        ValueError: An unknown kind.
+        ValueError: An unknown kind, a weight below 0, a temperature that is
+            not above 0, a ``topk`` below 1.
     """
+
+    #: What heads have that tell objects from background apart from the class.
+    OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
 
     KINDS: ClassVar[dict[str, Callable]] = {
         'kl': kl_loss,
@@ -82,19 +90,40 @@ class LogitTerm:
                 f'`logit.kind` must be one of {sorted(self.KINDS)}, but got '
                 f'{kind!r}.'
             )
+        if weight < 0 or temperature <= 0 or topk < 1:
+            raise ValueError(
+                '`logit` needs a weight of at least 0, a temperature above 0 '
+                f'and a `topk` of at least 1, but got {weight}, {temperature} '
+                f'and {topk}.'
+            )
         self.kind, self.weight = kind, weight
         self.temperature, self.topk = temperature, topk
         self.is_dense = kind == 'binary'
         self.source = source or ('bbox_head' if self.is_dense else 'head')
 
     def problem(
-        self, student_logits: Any, teacher_logits: Any, head: nn.Module
+        self,
+        *,
+        student_logits: Any,
+        teacher_logits: Any,
+        student_head: nn.Module,
+        teacher_head: nn.Module,
     ) -> str | None:
         """Why the logits of a pair cannot be compared, if so."""
         if not self.is_dense:
             return None
-        if not getattr(getattr(head, 'loss_cls', None), 'use_sigmoid', False):
-            return f"the teacher's {type(head).__name__} has no sigmoid scores"
+        heads = dict(student=student_head, teacher=teacher_head)
+        for owner, head in heads.items():
+            loss = getattr(head, 'loss_cls', None)
+            name = f"the {owner}'s {type(head).__name__}"
+            if any(hasattr(head, part) for part in self.OBJECTNESS):
+                return f'{name} scores objects apart from their classes'
+            if (
+                not getattr(loss, 'use_sigmoid', False)
+                or getattr(loss, 'activated', False)
+                or not getattr(head, 'cls_out_channels', 0)
+            ):
+                return f'{name} has no sigmoid scores'
         shapes = [
             [tuple(level.shape[1:]) for level in logits]
             for logits in (
@@ -107,6 +136,8 @@ class LogitTerm:
                 f'the student scores {shapes[0]} at {self.source!r} and the '
                 f'teacher {shapes[1]}: anchors and classes must agree'
             )
+        if not same_priors(student_head, teacher_head, teacher_logits):
+            return 'the anchors of the two have other sizes or places'
         return None
 
     def __call__(
@@ -408,9 +439,10 @@ class ERADistiller(BaseDistiller):
         if self.logit is not None:
             with torch.no_grad():
                 problem = self.logit.problem(
-                    self._student_logits(student_feats),
-                    self._head_logits(teacher_maps),
-                    self._head.head,
+                    student_logits=self._student_logits(student_feats),
+                    teacher_logits=self._head_logits(teacher_maps),
+                    student_head=student.get_submodule(self.logit.source),
+                    teacher_head=self._head.head,
                 )
             if problem:
                 raise ValueError(
@@ -456,6 +488,11 @@ class ERADistiller(BaseDistiller):
         head = find_head(teacher, self.twi_place)
         student_head = find_head(student, self.twi_place)
         if self.twi_steps == 'none' and head is None:
+            if self.logit is not None:
+                self._turn_off(
+                    f'{type(teacher).__name__} has no head that scores such '
+                    'features'
+                )
             return
         reason = mismatch(student, teacher)
         if reason is not None:
@@ -506,7 +543,7 @@ class ERADistiller(BaseDistiller):
     def _head_logits(self, feats: Sequence[Tensor]) -> Any:
         """What the teacher's head scores of a feature, for the logit term."""
         assert self.logit is not None
-        outs = self._head(feats)
+        outs = self._head.training_forward(feats)
         # Scores come first in every dense head.
         return outs[0] if self.logit.is_dense else outs
 

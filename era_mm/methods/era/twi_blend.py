@@ -8,6 +8,29 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 
+def same_priors(
+    student_head: nn.Module, teacher_head: nn.Module, maps: Sequence[Tensor]
+) -> bool:
+    """Whether two dense heads have equal priors on maps of such sizes.
+
+    True for heads that say nothing of priors.
+    """
+    generators = [
+        getattr(head, 'prior_generator', None)
+        for head in (student_head, teacher_head)
+    ]
+    if None in generators:
+        return generators == [None, None]
+    sizes = [m.shape[-2:] for m in maps]
+    student, teacher = (
+        generator.grid_priors(sizes, device=maps[0].device)
+        for generator in generators
+    )
+    return all(
+        torch.equal(s, t) for s, t in zip(student, teacher, strict=True)
+    )
+
+
 def can_blend_raw(
     student_head: nn.Module,
     student_outs: Sequence,
@@ -26,16 +49,7 @@ def can_blend_raw(
     ):
         if [m.shape for m in student_maps] != [m.shape for m in teacher_maps]:
             return False
-    sizes = [m.shape[-2:] for m in student_outs[0]]
-    device = student_outs[0][0].device
-    priors = [
-        head.prior_generator.grid_priors(sizes, device=device)
-        for head in (student_head, teacher_head)
-    ]
-    if any(
-        not torch.equal(s, t)
-        for s, t in zip(priors[0], priors[1], strict=True)
-    ):
+    if not same_priors(student_head, teacher_head, student_outs[0]):
         return False
     return _coder(student_head) == _coder(teacher_head)
 

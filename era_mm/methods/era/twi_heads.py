@@ -87,6 +87,11 @@ class TWIHead(BaseModule):
             return f'{type(error).__name__} on {shapes}: {error}'
         return None
 
+    def training_forward(self, feats: Sequence[Tensor]) -> Any:
+        """As ``forward``, in the form that the head's losses take."""
+        with self._training_outputs():
+            return self(feats)
+
     @contextlib.contextmanager
     def _training_outputs(self) -> Iterator[None]:
         # Heads look at their own flag to decide what they put out: FCOS
