@@ -125,7 +125,7 @@ def test_measure_variants__counts_what_each_mode_runs(
         plain=plain,
         era_student=plain,
         era=MODELS.build(era.model).eval(),
-        modes=('E0', 'T'),
+        modes=('T', 'ST'),
         files=['a', 'b'],
         read=lambda file: {
             'inputs': [torch.zeros(3, 32, 32, dtype=torch.uint8)],
@@ -146,8 +146,8 @@ def test_measure_variants__counts_what_each_mode_runs(
         'teacher': num_parameters(teacher.model),
         'plain': small,
         'era_S': small,
-        'era_E0': small + heads + align,
         'era_T': small + heads + align + 4 * (2 * block + align),
+        'era_ST': 1290 + small + align + 4 * (2 * block + align),
     }
     assert found['timed_images'] == 2
     assert all(v['ms_per_image'] > 0 for v in found['variants'].values())

@@ -276,6 +276,18 @@ def test_report__keys_that_stock_mmdet_refuses_are_an_error(
         )
 
 
+def test_report__stock_host_must_give_mode_s(tmp_path, detection):
+    with pytest.raises(stages.StageError, match=r'AP 31.2, but gives 33.0'):
+        report.report(records(AP), STOCK | {'AP': 0.33}, tmp_path, detection)
+
+
+def test_report__metric_that_is_not_there(tmp_path, detection, classification):
+    # Nothing detected is an AP of 0; an accuracy is always there.
+    assert detection.value({}, 'coco/bbox_mAP') == 0
+    with pytest.raises(KeyError, match='accuracy/top1'):
+        classification.value({}, 'accuracy/top1')
+
+
 def test_report__takes_the_metrics_of_classification(
     tmp_path, capsys, classification
 ):

@@ -56,7 +56,7 @@ def measure(folder: Path) -> dict:
                 checkpoints['era'],
                 checkpoints['teacher'],
             ),
-            modes=('E0', 'T', 'ST'),
+            modes=('T', 'ST'),
             files=sorted(files),
             read=read,
             tell=tell,

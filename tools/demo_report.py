@@ -45,6 +45,7 @@ class Table:
         digits: Decimals of the times.
         caption: Its first words, with a place for the number of images.
         timed: What a time covers, from where to where.
+        empty: The metric where the host reports none; None if it always does.
     """
 
     host: str
@@ -54,6 +55,16 @@ class Table:
     digits: int
     caption: str
     timed: str
+    empty: float | None = None
+
+    def value(self, metrics: dict, key: str) -> float:
+        """A metric in percent."""
+        found = (
+            metrics[key]
+            if self.empty is None
+            else (metrics.get(key, self.empty))
+        )
+        return round(self.percent * found, 1)
 
 
 def versions() -> dict[str, str]:
@@ -88,10 +99,7 @@ def table_rows(records: dict[str, dict], task: Table) -> list[dict]:
             {
                 task.noun: TITLES[model] + (f', {mode}' if mode else ''),
                 **{
-                    # mmdet reports nothing where nothing was detected.
-                    heading: round(
-                        task.percent * metrics.get(prefix + metric, 0.0), 1
-                    )
+                    heading: task.value(metrics, prefix + metric)
                     for heading, metric in task.metrics.items()
                 },
                 'parameters': measured['parameters'],
@@ -144,7 +152,8 @@ def report(
         task: What it says.
 
     Raises:
-        StageError: If the stock host misses keys or knows some not.
+        StageError: If the stock host misses keys, knows some not or gives
+            another metric.
     """
     result = records['measure']['result']
     minutes = sum(record['seconds'] for record in records.values()) / 60
@@ -179,6 +188,11 @@ def report(
             )
     heading = next(iter(task.metrics))
     (of_s,) = (row[heading] for row in rows if row[task.noun].endswith(', S'))
+    if abs(100 * stock[heading] - of_s) > 0.1:
+        raise StageError(
+            f'Stock {task.host} must give mode S, {heading} {of_s:.1f}, but '
+            f'gives {100 * stock[heading]:.1f}.'
+        )
     console.print(
         f"Stock {task.host} loads the ERA student's checkpoint with the plain "
         f"student's config: no missing keys, no unexpected keys, {heading} "
