@@ -227,6 +227,14 @@ class BaseDistiller(BaseModule):
             match=match,
         )
 
+    @property
+    def predict_sources(self) -> tuple[str, ...]:
+        """The student's sources that :meth:`predict` reads.
+
+        Losses may read more; a mode alone need not run them.
+        """
+        return self.student_sources
+
     def connected(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Outputs of the student's source as :meth:`loss` gets them."""
         connector = self.pair_connectors.get('student')

@@ -648,7 +648,21 @@ class Distillation(BaseModel):
         # The modes may use the teacher; the student alone does not.
         self.load_teachers()
         blank = [sample.new() for sample in data_samples or []]
-        with self._student_recorder as recorder:
+        asked = {
+            name: {k: v for k, v in self._modes_of(name).items() if k in modes}
+            for name in self.distillers
+        }
+        recorder = Recorder(
+            self.student,
+            dict.fromkeys(
+                source
+                for name, distiller in self.distillers.items()
+                if asked[name]
+                for source in distiller.predict_sources
+            ),
+            owner='student',
+        )
+        with recorder:
             if self.inference_mode is None:
                 predictions = self.student(
                     inputs, data_samples, mode='predict'
@@ -660,7 +674,7 @@ class Distillation(BaseModel):
         student_feats = recorder.pop()
         found: dict[str, list] = {}
         for name, distiller in self.distillers.items():
-            own = {k: v for k, v in self._modes_of(name).items() if k in modes}
+            own = asked[name]
             if own:
                 predictions_of = distiller.predict(
                     tuple(own.values()),
@@ -668,7 +682,7 @@ class Distillation(BaseModel):
                     student_feats=distiller.connect_student(
                         {
                             source: student_feats[source]
-                            for source in distiller.student_sources
+                            for source in distiller.predict_sources
                         }
                     ),
                     data_samples=blank,

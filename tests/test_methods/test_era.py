@@ -716,6 +716,22 @@ def test_logit__sees_the_teachers_scores_in_training_form():
     assert not head.training
 
 
+def test_logit__modes_alone_run_no_head_of_the_student(teacher_file):
+    model = build(teacher_file, logit=dict(kind='binary')).eval()
+    model.load_state_dict(model.state_dict())
+    calls = []
+    model.student.bbox_head.register_forward_hook(
+        lambda *args: calls.append(args)
+    )
+    data = model.data_preprocessor(detection_batch(2), False)
+    for mode, times in (('T', 0), ('E0', 0), ('ST', 1), (None, 1)):
+        calls.clear()
+        model.inference_mode = mode
+        with torch.no_grad():
+            model(**data, mode='predict')
+        assert len(calls) == times, mode
+
+
 # -- TWI on the heads ---------------------------------------------------------
 
 HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']

@@ -710,6 +710,11 @@ class ERADistiller(BaseDistiller):
 
     # -- inference ---------------------------------------------------------
 
+    @property
+    def predict_sources(self) -> tuple[str, ...]:
+        """The features alone: no logits, no proposals."""
+        return self.feature_sources
+
     def inference_modes(self) -> tuple[str, ...]:
         """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'.
 

@@ -15,7 +15,7 @@ def same_priors(
 
     True for heads that say nothing of priors.
     """
-    generators = [
+    generators: list[Any] = [
         getattr(head, 'prior_generator', None)
         for head in (student_head, teacher_head)
     ]

@@ -63,6 +63,11 @@ class WrappingDistiller(BaseDistiller):
         """The wrapped distiller's."""
         return self.base.phase()
 
+    @property
+    def predict_sources(self) -> tuple[str, ...]:
+        """The wrapped distiller's."""
+        return self.base.predict_sources
+
     def inference_modes(self) -> tuple[str, ...]:
         """The wrapped distiller's."""
         return self.base.inference_modes()
