@@ -30,7 +30,7 @@ class DetectionDemo(Demo):
         'data': 19,
         'teacher': 335,
         'plain': 210,
-        'era': 463,
+        'era': 476,
         'test_teacher': 18,
         'test_plain': 16,
         'test_era': 34,

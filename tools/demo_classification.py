@@ -31,9 +31,9 @@ class ClassificationDemo(Demo):
     }
     expected = {
         'data': 15,
-        'teacher': 200,
-        'plain': 60,
-        'era': 120,
+        'teacher': 208,
+        'plain': 107,
+        'era': 158,
         'test_teacher': 12,
         'test_plain': 10,
         'test_era': 12,
