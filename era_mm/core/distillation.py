@@ -885,6 +885,11 @@ class Distillation(BaseModel):
                 entry['inner_optimizer'] = (
                     distiller.inner_optimizer.state_dict()
                 )
+            # A head that a file brought must be in the next file, too.
+            if distiller.needs_teacher:
+                brought = self.teachers[distiller.teacher].brought
+                if brought:
+                    entry['teacher'] = dict(brought)
             extras[name] = entry
         return extras
 

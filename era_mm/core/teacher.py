@@ -168,7 +168,8 @@ class Teacher:
         self.loaded_fingerprint: str | None = None
         #: Names of its classes, where its file tells them.
         self.classes: tuple[str, ...] | None = None
-        self._brought: dict[str, Tensor] = {}
+        #: Weights that a checkpoint of the student brought along.
+        self.brought: dict[str, Tensor] = {}
         self._recorder: Recorder | None = None
 
     def __deepcopy__(self, memo: dict) -> 'Teacher':
@@ -206,7 +207,7 @@ class Teacher:
             ValueError: Weights that this teacher does not have, or that
                 differ from its own; as soon as the teacher is loaded.
         """
-        self._brought |= weights
+        self.brought |= weights
         if self.is_loaded:
             self._check_brought()
             self.loaded_fingerprint = self.fingerprint()
@@ -214,7 +215,7 @@ class Teacher:
     @torch.no_grad()
     def _check_brought(self) -> None:
         own = self.model.state_dict()
-        for key, value in self._brought.items():
+        for key, value in self.brought.items():
             if key not in own or own[key].shape != value.shape:
                 found = tuple(own[key].shape) if key in own else 'nothing'
                 raise ValueError(

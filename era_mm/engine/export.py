@@ -268,10 +268,11 @@ def _export_mode(
             'Give config and checkpoint of the same run.'
         )
     teacher = model.teachers[method.teacher]
-    if teacher.checkpoint == 'random':
+    if teacher.checkpoint == 'random' and 'teacher' not in extras[name]:
         raise UserError(
             f"{mode} takes the teacher's head, but the {teacher.name} is "
-            "'random': another one in every run. Set its `checkpoint`."
+            "'random' and the file brings none: another one in every run. Set "
+            'its `checkpoint`.'
         )
     load_strictly(model, state_dict, name=checkpoint)
     teacher.load()

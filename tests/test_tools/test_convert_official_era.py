@@ -438,6 +438,24 @@ def test_teacher__random_keeps_its_fingerprint_after_taking_the_head(
     assert teacher.loaded_fingerprint == teacher.fingerprint() != before
 
 
+def test_teacher__head_stays_in_the_files_that_follow(tool, tmp_path):
+    config, settings, converted = tool.convert(
+        save(official(), tmp_path / 'in.pth')
+    )
+    torch.save(converted, tmp_path / 'out.pth')
+    first, second = build(config, settings, 16), build(config, settings, 16)
+    load_checkpoint(first, str(tmp_path / 'out.pth'), strict=True)
+    torch.save(first.state_dict(), tmp_path / 'again.pth')
+    load_checkpoint(second, str(tmp_path / 'again.pth'), strict=True)
+    inputs = INPUTS.float()
+    found = []
+    for model in (first, second):
+        model.load_teachers()
+        with torch.no_grad():
+            found.append(logits(model, inputs, 1.0))
+    assert torch.equal(*found)
+
+
 def test_teacher__without_such_a_head_is_refused(tool, tmp_path):
     config, settings, converted = tool.convert(
         save(official(), tmp_path / 'in.pth')
