@@ -91,7 +91,7 @@ def test_docs__list_every_pair_with_its_twin():
     rows = {
         re.search(r'`(era_\w+)`', line)[1]: line
         for line in text.splitlines()
-        if line.startswith('| `era_')
+        if line.startswith('| `era_') and 'digit' not in line
     }
     assert set(rows) == set(ERA)
     for stem, row in rows.items():

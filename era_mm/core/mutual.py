@@ -43,6 +43,7 @@ class Peer(Teacher):
         self.dtype = None
         self.loaded_fingerprint = None
         self.classes = None
+        self.brought = {}
         self._recorder = None
 
     def load(self) -> None:

@@ -364,6 +364,8 @@ def run_config(
             ),
             model=model,
             work_dir=str(work_dir),
+            # Runs of one second in one process would else share their log.
+            experiment_name=str(work_dir).replace('/', '-'),
             train_dataloader=loader,
             val_dataloader=test_loader,
             test_dataloader=test_loader,
