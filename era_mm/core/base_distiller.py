@@ -455,7 +455,10 @@ class BaseDistiller(BaseModule):
         data_samples: list,
     ) -> Tensor:
         """What the inner module minimises; a scalar."""
-        raise NotImplementedError
+        # Optional, so not abstract: `set_up_inner` asks for it when built.
+        raise NotImplementedError(
+            f'{type(self).__name__} has no inner module to train.'
+        )
 
     @property
     def inner(self) -> nn.Module | None:

@@ -58,6 +58,14 @@ def run_op(name, feat, magnitude, seed=0):
 # -- operations ------------------------------------------------------------
 
 
+def test_operation__without_apply_is_refused_when_built():
+    class Hollow(FeatureOp):
+        """Forgets it."""
+
+    with pytest.raises(TypeError, match='apply'):
+        Hollow()
+
+
 @pytest.mark.parametrize('name', ['Identity', *OPS])
 def test_op__keeps_shape_and_does_nothing_at_magnitude_0(name):
     for shape in ((2, 8, 5, 4), (1, 3, 1, 1)):

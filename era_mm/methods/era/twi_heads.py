@@ -9,6 +9,7 @@ dimensions.
 
 import contextlib
 import copy
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -183,10 +184,11 @@ class _DetectorTWIHead(TWIHead):
         """The head that has the priors."""
         return self.heads[0]
 
+    @abstractmethod
     def _instances(
         self, feats: tuple[Tensor, ...], data_samples: list
     ) -> list[InstanceData]:
-        raise NotImplementedError
+        """What the head finds in each image."""
 
     def problem(
         self, feats: Sequence[Tensor], *, training: bool

@@ -4,6 +4,7 @@ Legend: N batch, C channels, F a feature ``(N, C, H, W)``, m the magnitude, a
 scalar tensor in [0, 1).
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def straight_through(value: Tensor, magnitude: Tensor) -> Tensor:
     return value + (magnitude - magnitude.detach())
 
 
-class FeatureOp:
+class FeatureOp(ABC):
     """One operation on a feature.
 
     A subclass defines :meth:`apply` and is registered in ``FEATURE_OPS``.
@@ -51,6 +52,7 @@ class FeatureOp:
     is_differentiable = True
     is_identity = False
 
+    @abstractmethod
     def apply(
         self, feat: Tensor, magnitude: Tensor, generator: torch.Generator
     ) -> Tensor:
@@ -61,7 +63,6 @@ class FeatureOp:
             magnitude: m.
             generator: On the feature's device; the only source of chance.
         """
-        raise NotImplementedError
 
     def __call__(
         self, feat: Tensor, magnitude: Tensor, generator: torch.Generator

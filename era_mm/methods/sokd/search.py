@@ -4,6 +4,7 @@ Legend: F_t teacher's and F_s student's feature, F_t' what the policy makes of
 the former, Phi(F_s) the latter in the teacher's space.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -191,6 +192,7 @@ class SearchingDistiller(WrappingDistiller):
             return feats
         return self.adapters(feats, weights)
 
+    @abstractmethod
     def _terms(
         self,
         *,
@@ -209,7 +211,6 @@ class SearchingDistiller(WrappingDistiller):
             data_samples: Ground truth.
             adapter_weights: See ``Adapters``.
         """
-        raise NotImplementedError
 
     @property
     def policy(self) -> DAFA | None:
