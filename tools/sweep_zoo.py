@@ -54,6 +54,14 @@ CHOSEN = {
         'cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py',
         'the whole detector, not the proposals alone',
     ),
+    'mmdet::dcn': (
+        'faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py',
+        'the other has pooling without a CPU kernel',
+    ),
+    'mmdet::dcnv2': (
+        'faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py',
+        'the other has pooling without a CPU kernel',
+    ),
     'mmdet::detectors': (
         'detectors_cascade-rcnn_r50_1x_coco.py',
         'RFP and SAC at once, and no third stage of masks',
@@ -365,6 +373,7 @@ def train_and_predict(model: Any, cfg: Any, batch: Callable[[], dict]) -> None:
         RuntimeError: Not one prediction for each image.
     """
     import torch
+    from mmengine.logging import MessageHub
     from mmengine.optim import build_optim_wrapper
 
     model.init_weights()
@@ -377,11 +386,14 @@ def train_and_predict(model: Any, cfg: Any, batch: Callable[[], dict]) -> None:
     wrapper = build_optim_wrapper(model, optim)
     for group in wrapper.optimizer.param_groups:
         group['lr'] = 1e-5
-    for _ in range(STEPS):
+    hub = MessageHub.get_current_instance()
+    for step in range(STEPS):
+        # Heads that warm up ask for it, as the Runner keeps it.
+        hub.update_info_dict(dict(iter=step, epoch=0))
         losses = model.train_step(batch(), wrapper)
-        for name, value in losses.items():
-            if not torch.isfinite(value).all():
-                raise ArithmeticError(f'{name} is {value}')
+        bad = [k for k, v in losses.items() if not torch.isfinite(v).all()]
+        if bad:
+            raise ArithmeticError(f'step {step}: not finite: {bad}')
     model.eval()
     with torch.no_grad():
         predictions = model.test_step(batch())

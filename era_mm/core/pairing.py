@@ -201,6 +201,19 @@ class Member:
             self.model, names, input_size, whole=is_query_based(self.model)
         ).outputs
 
+    @torch.no_grad()
+    def head_runs(self) -> bool:
+        """Whether a dense head takes what was measured; True for others."""
+        if not hasattr(self.model, 'bbox_head') or is_query_based(self.model):
+            return True
+        try:
+            with preserve_rng():
+                self.model.bbox_head(self.feats[self.feeds_head])
+        # Whatever a host raises.
+        except Exception:
+            return False
+        return True
+
     def outputs(self, dim: int, *, inner: bool = False) -> str | None:
         """The source, neck before backbone, all of whose outputs are so.
 
@@ -344,7 +357,8 @@ class Pair:
         student: The one to be trained.
         teacher: The one to learn from.
         input_sizes: Sides of the trial image, tried in this order; the first
-            that both can take stays. None: the usual ones of their kind.
+            that both can take stays, the teacher's head included where there
+            is one. None: the usual ones of their kind.
 
     Raises:
         UserError: One is a detector and the other a classifier, or there is
@@ -369,6 +383,7 @@ class Pair:
         sizes = self.input_sizes or (
             DETECTOR_SIZES if self.is_detector else CLASSIFIER_SIZES
         )
+        usable = []
         for size in dict.fromkeys(sizes):
             try:
                 for member in (self.student, self.teacher):
@@ -378,6 +393,14 @@ class Pair:
                 problem = (member, size, error)
                 continue
             self.input_size = size
+            # Deformable convolutions in a head refuse the smallest maps.
+            if self.teacher.head_runs():
+                return
+            usable.append(size)
+        if usable:
+            self.input_size = usable[0]
+            for member in (self.student, self.teacher):
+                member.measure(self.input_size)
             return
         member, size, cause = problem
         raise UserError(

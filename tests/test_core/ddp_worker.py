@@ -14,6 +14,9 @@ OPTIONS = {
     'sampled': dict(twi_steps='sampled'),
     'none': dict(twi_steps='none'),
     'detached': dict(detach=True),
+    'off': dict(
+        twi_steps='none', loss=dict(align_weight=0.0, residual_weight=0.0)
+    ),
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import ConfigDict
 from mmengine.hub import get_config
+from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,6 +34,7 @@ DENSE = {
     'rtmdet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
     'yolox': 'yolox/yolox_tiny_8xb8-300e_coco.py',
 }
+TIMED = {'tood': 'tood/tood_r50_fpn_1x_coco.py'}
 RPN_TRAIN_CFG = dict(
     assigner=dict(
         type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0
@@ -62,7 +64,7 @@ DETR_LIKE = {
     'dino': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
 }
 MASKS_APART = {'yolact': 'yolact/yolact_r50_1xb8-55e_coco.py'}
-CONFIGS = {**DENSE, **TWO_STAGE, **DETR_LIKE, **MASKS_APART}
+CONFIGS = {**DENSE, **TWO_STAGE, **DETR_LIKE, **MASKS_APART, **TIMED}
 FAMILIES = [*DENSE, *TWO_STAGE]
 each_family = pytest.mark.parametrize('family', FAMILIES)
 #: Every family with all of its head, the dense ones with predictors as well.
@@ -115,7 +117,7 @@ def host_config(family, width=8, num_classes=3):
             num_convs=1,
         ),
     )
-    if family in ('fcos', 'atss', 'gfl', 'reppoints'):
+    if family in ('fcos', 'atss', 'gfl', 'reppoints', 'tood'):
         config['bbox_head']['norm_cfg'] = dict(type='GN', num_groups=4)
     if config['backbone']['type'] == 'ResNet':
         config['backbone'] |= dict(
@@ -269,6 +271,23 @@ def teacher_losses(model, data):
         for key, value in losses.items()
         if 'loss' in key
     }
+
+
+def test_trial__of_a_head_that_asks_the_run_where_it_stands():
+    model = MODELS.build(host_config('tood')).eval()
+    head = find_head(model)
+    feats = model.extract_feat(torch.randn(1, 3, 256, 256))
+    # The newest is the current one.
+    hub = MessageHub.get_instance('before any run')
+    assert hub.get_info('epoch') is None
+    assert head.problem(feats, training=True) is None
+    # Nothing is left that a run would take for its own.
+    assert not hub.runtime_info
+    # And in a run nothing is taken away.
+    hub.update_info('epoch', 7)
+    assert head.problem(feats, training=True) is None
+    assert hub.get_info('epoch') == 7
+    hub.pop_info('epoch')
 
 
 # -- every family -------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModule
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
@@ -23,6 +24,23 @@ from ...core import Unregistered
 from ...core.utils import blank_sample, preserve_rng
 from ...registry import MODELS
 from .twi_blend import blend_raw, can_blend_raw, merge
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """A run's first step, for heads that ask for it before there is one.
+
+    TOOD changes its assigner at an epoch, BoxInst warms a loss up.
+    """
+    hub = MessageHub.get_current_instance()
+    missing = [key for key in ('iter', 'epoch') if hub.get_info(key) is None]
+    for key in missing:
+        hub.update_info(key, 0)
+    try:
+        yield
+    finally:
+        for key in missing:
+            hub.pop_info(key)
 
 
 def with_children(
@@ -198,7 +216,8 @@ class _DetectorTWIHead(TWIHead):
         if found or not training:
             return found
         try:
-            self.loss(feats, [self._trial_sample(feats)])
+            with _progress():
+                self.loss(feats, [self._trial_sample(feats)])
         except Exception as error:
             if self.head.train_cfg is None:
                 return 'it has no `train_cfg` and so cannot assign truth'
