@@ -377,12 +377,17 @@ def train_and_predict(model: Any, cfg: Any, batch: Callable[[], dict]) -> None:
     from mmengine.optim import build_optim_wrapper
 
     model.init_weights()
+    # A 'random' teacher has what its constructor gave it, which overflows in
+    # models that rely on branches starting at zero (DetectoRS).
+    for teacher in getattr(model, 'teachers', {}).values():
+        teacher.model.init_weights()
     model.train()
     optim = cfg.optim_wrapper.to_dict()
-    # Mixed precision has kernels for GPUs alone in mmcv.
+    # Mixed precision has kernels for GPUs alone in mmcv, and without trained
+    # weights gradients may be of any size.
     optim = {
         k: v for k, v in optim.items() if k not in ('loss_scale', 'dtype')
-    } | dict(type='OptimWrapper')
+    } | dict(type='OptimWrapper', clip_grad=dict(max_norm=1))
     wrapper = build_optim_wrapper(model, optim)
     for group in wrapper.optimizer.param_groups:
         group['lr'] = 1e-5
@@ -700,11 +705,16 @@ def finish(
 def sweep(args: argparse.Namespace) -> None:
     """Try what has no result yet, or what was asked for."""
     # Before the processes part, so that each need not.
-    import mmdet.apis  # noqa: F401
-    import mmpretrain.apis  # noqa: F401
+    import mmdet.apis
+    import mmdet.testing  # noqa: F401
     import torch
+    from mmdet.utils import register_all_modules
+    from mmpretrain.utils import register_all_modules as register_classifiers
 
     import era_mm.engine.make_config  # noqa: F401
+
+    register_all_modules(init_default_scope=False)
+    register_classifiers(init_default_scope=False)
 
     torch.set_num_threads(1)
     args.logs.mkdir(parents=True, exist_ok=True)
@@ -789,7 +799,8 @@ that nothing is downloaded. Detectors get the first of {sizes}
 (height x width) that the plain model takes. Changed in the configs:
 pre-trained weights left out; SyncBN made BN (it needs a GPU);
 `BatchFixedSizePad` and `BatchResize` set to the images' size; mixed precision
-turned off; and to save time {most} at most.
+turned off; rates of 1e-5 and gradients clipped to a norm of 1, as random
+weights may give any; and to save time {most} at most.
 Each trial has a process of its own, {memory} GiB and {timeout} s at most.
 
 Of a folder the config of the smallest model by its name: the one with the
