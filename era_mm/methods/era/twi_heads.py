@@ -215,9 +215,16 @@ class _DetectorTWIHead(TWIHead):
         found = super().problem(feats, training=training)
         if found or not training:
             return found
+        # Not the features of the dry run: an empty image looks the same all
+        # over, and PAA's mixture model finds nothing to fit.
+        generator = torch.Generator().manual_seed(0)
+        noise = [
+            torch.randn(feat.shape, generator=generator).to(feat)
+            for feat in feats
+        ]
         try:
             with _progress():
-                self.loss(feats, [self._trial_sample(feats)])
+                self.loss(noise, [self._trial_sample(feats)])
         except Exception as error:
             if self.head.train_cfg is None:
                 return 'it has no `train_cfg` and so cannot assign truth'
