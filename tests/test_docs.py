@@ -1,5 +1,6 @@
 """The code in the docs runs, and the docs' links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -59,3 +60,50 @@ def test_named_files__exist(page):
     ):
         if name.endswith(('.py', '.sh', '.md', '/')) and '<' not in name:
             assert (ROOT / name).exists() or 'channel_mean' in name, name
+
+
+def rows_with(page, column):
+    """Rows of the page's tables that have a column, as dicts."""
+    found, names = [], []
+    for line in (ROOT / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if not line.startswith('|'):
+            names = []
+        elif not names:
+            names = cells
+        elif column in names and not set(line) <= set('|-: '):
+            found.append(dict(zip(names, cells, strict=True)))
+    return found
+
+
+def test_flops__in_the_tables_are_those_that_the_tool_wrote():
+    with (ROOT / 'results/digits_flops.jsonl').open() as file:
+        costs = [json.loads(line) for line in file]
+    told = {
+        cost['config']: (
+            f'{cost["params"] / 1e6:.3f}',
+            f'{cost["flops"] / 1e9:.3f}',
+        )
+        for cost in costs
+    }
+    assert {cost['input_size'] for cost in costs} == {128}
+    shown = {
+        row['config'].split('`')[1]: (row['M parameters'], row['GFLOPs'])
+        for row in rows_with('docs/model_zoo.md', 'GFLOPs')
+        # A row without is of two models, or of a mode that has more.
+        if row['GFLOPs']
+    }
+    assert shown == told
+
+    plain, *pairs = rows_with('docs/methods/residual_kd.md', 'GFLOPs')
+    for row, config in (
+        (plain, 'plain_retinanet_r18w16_digits'),
+        *(
+            (pair, 'residual_kd_retinanet_r18w32_r18w16_digits')
+            for pair in pairs
+        ),
+    ):
+        assert (row['M parameters'], row['GFLOPs']) == told[config]
+    # What is deployed has both, in all three runs.
+    assert len(pairs) == 3
+    assert plain['M parameters'] < pairs[0]['M parameters']

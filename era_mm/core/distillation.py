@@ -23,7 +23,12 @@ from .phase import Phase, resting
 from .recorder import Recorder
 from .rerun import Rerun
 from .teacher import Teacher, forward_until, resolve_model_config
-from .utils import blank_sample, evaluating, preserve_rng
+from .utils import (
+    blank_sample,
+    broadcast_buffers,
+    evaluating,
+    preserve_rng,
+)
 
 
 def _named(value: Any, name: str, key: str) -> dict[str, Any]:
@@ -458,7 +463,8 @@ class Distillation(BaseModel):
         phase = self._phase()
         is_learning = self.training and torch.is_grad_enabled()
         if is_learning and phase.name != self._phase_name:
-            self._agree_on(phase.frozen)
+            for name in phase.frozen:
+                broadcast_buffers(self.student.get_submodule(name))
         frozen = resting(self.student, phase.frozen)
         with frozen, self._student_recorder as recorder:
             if phase.task:
@@ -526,16 +532,6 @@ class Distillation(BaseModel):
         """What the distillers ask for now, taken together."""
         phases = (distiller.phase() for distiller in self.distillers.values())
         return Phase.together(phase for phase in phases if phase is not None)
-
-    def _agree_on(self, frozen: Sequence[str]) -> None:
-        """Give all ranks the first one's norm statistics in what rests.
-
-        Each has seen other images; from now on what learns depends on these,
-        and a file has the first rank's alone.
-        """
-        for name in frozen:
-            for buffer in self.student.get_submodule(name).buffers():
-                broadcast(buffer)
 
     def _check_phase(
         self, phase: Phase, idle: list[str], losses: dict[str, Any]

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from ..registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from .distillation import Distillation, _build_distillers
 from .teacher import Teacher, resolve_model_config
-from .utils import evaluating, preserve_rng
+from .utils import broadcast_buffers, evaluating, preserve_rng
 
 
 class Peer(Teacher):
     """The other student as a teacher: as it is now, in eval mode.
 
     In eval mode and without gradient, so that teaching leaves the peer bit
-    for bit as it is, its norms' statistics included. The half whose student
-    it is trains, moves and saves it.
+    for bit as it is, its norms' statistics included; of several ranks all
+    take the first one's. The half whose student it is trains, moves and saves
+    it.
 
     Source: ours. DML's released loops run both networks in train mode.
 
@@ -53,6 +54,7 @@ class Peer(Teacher):
         self, inputs: Tensor, data_samples: list | None = None
     ) -> dict[str, tuple[Tensor, ...]]:
         """Features of a batch, without gradient, in eval mode."""
+        broadcast_buffers(self.model)
         with evaluating(self.model):
             return super().extract(inputs, data_samples)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import broadcast
 from mmengine.structures import BaseDataElement
 from torch import nn
 
@@ -52,6 +53,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all ranks the first one's buffers, such as norm statistics.
+
+    Each rank has seen other images, and a file has the first rank's alone.
+    What learns from a module in eval mode depends on them: without this the
+    ranks would differ in it, and so would a resumed run.
+    """
+    for buffer in module.buffers():
+        broadcast(buffer)
 
 
 def to_cpu(value: Any) -> Any:

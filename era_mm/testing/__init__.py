@@ -1,5 +1,6 @@
 """Toy models, toy data and assertions, for our tests and for others'."""
 
+from .runs import recorded_run
 from .toy import (
     classifier_config,
     detection_batch,
@@ -15,6 +16,7 @@ __all__ = [
     'detection_batch',
     'detector_config',
     'distillation_config',
+    'recorded_run',
     'run_config',
     'save_teacher',
     'write_coco',

@@ -4,10 +4,9 @@ import sys
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from era_mm.engine.launch import prepare_launch
-from era_mm.testing import detector_config, run_config
+from era_mm.testing import detector_config, recorded_run, run_config
 
 
 def main(coco: str, out: str) -> None:
@@ -19,33 +18,37 @@ def main(coco: str, out: str) -> None:
         ),
         distiller=dict(type='era_mm.IEKDDistiller'),
     )
-    cfg = Config(
-        run_config(
-            model,
-            coco,
-            f'{out}/run',
-            launcher='pytorch',
-            optim_wrapper=dict(
-                type='OptimWrapper',
-                constructor='era_mm.MutualOptimWrapperConstructor',
-                optimizer=dict(type='SGD', lr=0.01),
-            ),
-            train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=5),
+    for begin in (0, 1):
+        cfg = Config(
+            run_config(
+                model,
+                coco,
+                f'{out}/from_{begin}',
+                launcher='pytorch',
+                optim_wrapper=dict(
+                    type='OptimWrapper',
+                    constructor='era_mm.MutualOptimWrapperConstructor',
+                    optimizer=dict(type='SGD', lr=0.01),
+                ),
+                train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=5),
+            )
         )
-    )
-    prepare_launch(cfg)
-    assert cfg.model_wrapper_cfg.type == 'era_mm.MutualDataParallel'
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    state = {}
-    for name, half in runner.model.module.students.items():
-        state |= {f'{name}.{k}': v for k, v in half.named_parameters()}
-        inner = half.distillers['distiller'].inner
-        state |= {f'{name}.inner.{k}': v for k, v in inner.named_parameters()}
-    rank = torch.distributed.get_rank()
-    torch.save(
-        {k: v.detach() for k, v in state.items()}, f'{out}/rank{rank}.pth'
-    )
+        prepare_launch(cfg)
+        assert cfg.model_wrapper_cfg.type == 'era_mm.MutualDataParallel'
+        runner, steps = recorded_run(
+            cfg,
+            resume_from=f'{out}/from_0/epoch_{begin}.pth' if begin else None,
+        )
+        state = {}
+        for name, half in runner.model.module.students.items():
+            state |= {f'{name}.{k}': v for k, v in half.named_parameters()}
+            inner = half.distillers['distiller'].inner
+            state |= {
+                f'{name}.inner.{k}': v for k, v in inner.named_parameters()
+            }
+        state = {k: v.detach() for k, v in state.items()}
+        rank = torch.distributed.get_rank()
+        torch.save((state, steps), f'{out}/from_{begin}_rank{rank}.pth')
 
 
 if __name__ == '__main__':

@@ -308,6 +308,13 @@ def test_optimisers__have_settings_of_their_own():
     del config['second']
     with pytest.raises(ValueError, match="no `optimizer` for student 'second"):
         build_optim_wrapper(model, config)
+    # One for all, where a student has none of its own.
+    config['optimizer'] = dict(type='SGD', lr=0.1)
+    rates = {
+        name: wrapper.optimizer.param_groups[0]['lr']
+        for name, wrapper in build_optim_wrapper(model, config).items()
+    }
+    assert rates == dict(first=0.3, second=0.1)
     with pytest.raises(TypeError, match='but the model is RetinaNet'):
         build_optim_wrapper(MODELS.build(detector_config()), OPTIM)
 
@@ -544,17 +551,38 @@ def test_export__refuses_what_two_students_do_not_have(trained, tmp_path):
 # -- DDP -------------------------------------------------------------------
 
 
-def test_ddp__two_ranks_end_with_the_same_weights(coco, tmp_path):
+@pytest.fixture(scope='module')
+def ranks(coco, tmp_path_factory):
+    """What two ranks have: weights and losses, by the epoch they begin at."""
+    out = tmp_path_factory.mktemp('mutual_ddp')
     worker = Path(__file__).with_name('mutual_ddp_worker.py')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node=2', str(worker), coco, str(tmp_path)]
+    command += ['--nproc_per_node=2', str(worker), coco, str(out)]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
-    for key, value in ranks[0].items():
-        assert torch.equal(value, ranks[1][key]), key
+    return [
+        [torch.load(out / f'from_{b}_rank{r}.pth') for b in (0, 1)]
+        for r in (0, 1)
+    ]
+
+
+def test_ddp__two_ranks_end_with_the_same_weights(ranks):
+    (first, _), (second, _) = (rank[0] for rank in ranks)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
     # Shards differ, so weights that had not been averaged would too.
-    assert any('encoders' in key for key in ranks[0])
-    assert any('inner' in key for key in ranks[0])
+    assert any('encoders' in key for key in first)
+    assert any('inner' in key for key in first)
+
+
+def test_ddp__two_ranks_resumed_end_as_the_whole_run(ranks):
+    for (weights, steps), (resumed, again) in ranks:
+        assert list(again) == [2, 3]
+        for step, logged in again.items():
+            assert logged == pytest.approx(steps[step], rel=1e-5), step
+        for key, value in weights.items():
+            torch.testing.assert_close(resumed[key], value)
+    # Each rank has images of its own.
+    assert ranks[0][0][1] != ranks[1][0][1]

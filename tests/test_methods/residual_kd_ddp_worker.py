@@ -1,14 +1,13 @@
-"""One rank of the run in phases of test_residual_kd.py, by torchrun."""
+"""One rank of the runs in phases of test_residual_kd.py, by torchrun."""
 
 import sys
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
 
 from era_mm.engine.launch import prepare_launch
-from era_mm.testing import distillation_config, run_config
+from era_mm.testing import distillation_config, recorded_run, run_config
 
 
 class RestingStatistics(Hook):
@@ -30,33 +29,38 @@ class RestingStatistics(Hook):
 
 def main(coco: str, teacher_file: str, out: str) -> None:
     torch.set_num_threads(1)
-    # Two epochs of two iterations on each rank: 0 | 1 | 2 | 3.
-    phases = dict(student=1, assistant=1, head=1, joint=None)
+    # Two iterations an epoch on each rank, so that epochs end within phases:
+    # 0 1 | 2, 3 | 4, 5 | 6, 7 | 8 9.
+    phases = dict(student=3, assistant=2, head=2, joint=None)
     model = distillation_config(
         dict(type='era_mm.ResidualKDDistiller', phases=phases),
         checkpoint=teacher_file,
     )
-    cfg = Config(
-        run_config(
-            model,
-            coco,
-            f'{out}/run',
-            launcher='pytorch',
-            train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=5),
+    for begin in (0, 2, 4):
+        cfg = Config(
+            run_config(
+                model,
+                coco,
+                f'{out}/from_{begin}',
+                launcher='pytorch',
+                train_cfg=dict(by_epoch=True, max_epochs=5, val_interval=9),
+            )
         )
-    )
-    prepare_launch(cfg)
-    runner = Runner.from_cfg(cfg)
-    resting = RestingStatistics()
-    runner.register_hook(resting)
-    runner.train()
-    model = runner.model.module
-    state = {**model.state_dict(), **model.distillers.state_dict()}
-    # Weights are kept equal by the reducer; norm statistics of what trains
-    # are not.
-    weights = {k: v for k, v in state.items() if 'running' not in k}
-    weights |= resting.state
-    torch.save(weights, f'{out}/rank{torch.distributed.get_rank()}.pth')
+        prepare_launch(cfg)
+        resting = RestingStatistics()
+        runner, steps = recorded_run(
+            cfg,
+            resume_from=f'{out}/from_0/epoch_{begin}.pth' if begin else None,
+            hooks=(resting,),
+        )
+        trained = runner.model.module
+        state = {**trained.state_dict(), **trained.distillers.state_dict()}
+        # Weights are kept equal by the reducer; norm statistics of what
+        # trains are not.
+        weights = {k: v for k, v in state.items() if 'running' not in k}
+        weights |= resting.state
+        rank = torch.distributed.get_rank()
+        torch.save((weights, steps), f'{out}/from_{begin}_rank{rank}.pth')
 
 
 if __name__ == '__main__':

@@ -98,20 +98,44 @@ def test_run__phases_and_resumption_in_each(train, tmp_path):
             assert not differ(mine.state_dict(), theirs.state_dict())
 
 
-def test_ddp__two_ranks_end_with_the_same_factors(
-    coco, teacher_file, tmp_path
-):
+@pytest.fixture(scope='module')
+def ranks(coco, teacher_file, tmp_path_factory):
+    """What a rank has: extras and losses, by phase and first epoch."""
+    out = tmp_path_factory.mktemp('ie_kd_ddp')
     worker = Path(__file__).with_name('ie_kd_ddp_worker.py')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
     command += ['--nproc_per_node=2', str(worker), coco, teacher_file]
     result = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, timeout=500
+        [*command, str(out)], capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
+    return lambda pretrain, epoch, rank: torch.load(
+        out / f'pretrain_{pretrain}_from_{epoch}_{rank}.pth'
+    )
+
+
+@pytest.mark.parametrize('pretrain', [3, 0])
+def test_ddp__two_ranks_end_with_the_same_factors(ranks, pretrain):
+    (first, steps), (second, others) = (ranks(pretrain, 0, r) for r in (0, 1))
     # Weights of the extras; of the auto-encoder the statistics too, on which
-    # the frozen factors depend.
-    assert any('encoders' in key for key in ranks[0])
-    assert any('inner' in key and 'running' in key for key in ranks[0])
-    for key, value in ranks[0].items():
-        assert torch.equal(value, ranks[1][key]), key
+    # the factors depend.
+    assert any('encoders' in key for key in first)
+    assert any('inner' in key and 'running' in key for key in first)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    # Each rank has images of its own.
+    assert steps != others
+
+
+# Interrupted within the phase; and where the coder learns to the end.
+@pytest.mark.parametrize('pretrain', [3, 0])
+def test_ddp__two_ranks_resumed_end_as_the_whole_run(ranks, pretrain):
+    for rank in (0, 1):
+        state, steps = ranks(pretrain, 0, rank)
+        resumed, again = ranks(pretrain, 1, rank)
+        assert list(again) == [2, 3]
+        for step, logged in again.items():
+            assert ('distiller.pretrain' in logged) == (step < pretrain)
+            assert logged == pytest.approx(steps[step], rel=1e-5), step
+        for key, value in state.items():
+            torch.testing.assert_close(resumed[key], value)

@@ -517,21 +517,54 @@ def whole_run(coco, teacher_file, tmp_path_factory):
 def test_run__resumed_in_a_phase_ends_as_the_whole_one(
     whole_run, iteration, coco, teacher_file, tmp_path
 ):
-    config, folder, (whole_model, whole) = whole_run
+    config, folder, whole = whole_run
+    assert [phase for phase, _ in whole[1].values()] == [
+        phase_at(PHASES, step) for step in range(8)
+    ]
+    file = folder / f'iter_{iteration}.pth'
+    check_resumed(config, file, iteration, whole, coco, teacher_file, tmp_path)
+
+
+def test_run__end_to_end_resumed_ends_as_the_whole_one(
+    coco, teacher_file, tmp_path
+):
+    config = distillation_config(RKD, checkpoint=teacher_file)
+    whole = train(config, coco, teacher_file, tmp_path / 'whole')
+    for phase, logged in whole[1].values():
+        assert phase == 'joint'
+        assert {'loss_cls', 'loss_residual_kd_assistant'} < set(logged)
+    check_resumed(
+        config,
+        tmp_path / 'whole/iter_3.pth',
+        3,
+        whole,
+        coco,
+        teacher_file,
+        tmp_path / 'resumed',
+    )
+
+
+def check_resumed(config, file, iteration, whole, coco, teacher_file, folder):
+    """Resume from a file; phases, losses, weights are the whole run's."""
+    whole_model, expected = whole
     model, seen = train(
         copy.deepcopy(config),
         coco,
         teacher_file,
-        tmp_path,
+        folder,
         resume=True,
-        load_from=str(folder / f'iter_{iteration}.pth'),
+        load_from=str(file),
     )
     assert sorted(seen) == list(range(iteration, 8))
     for step, (phase, logged) in seen.items():
-        assert phase == phase_at(PHASES, step) == whole[step][0]
-        assert logged == pytest.approx(whole[step][1], rel=1e-5)
-    for key, value in whole_model.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[key], value)
+        assert phase == expected[step][0]
+        assert logged == pytest.approx(expected[step][1], rel=1e-5)
+    for mine, theirs in (
+        (model, whole_model),
+        (model.distillers, whole_model.distillers),
+    ):
+        for key, value in theirs.state_dict().items():
+            torch.testing.assert_close(mine.state_dict()[key], value)
 
 
 def test_run__in_phases_brings_the_pair_nearer_to_the_teacher(whole_run):
@@ -775,27 +808,49 @@ def test_classifier__trains_in_the_image_form(tmp_path):
 WORKER = Path(__file__).with_name('residual_kd_ddp_worker.py')
 
 
-def test_ddp__two_ranks_in_phases_end_with_the_same_weights(
-    coco, teacher_file, tmp_path
-):
+@pytest.fixture(scope='module')
+def ranks(coco, teacher_file, tmp_path_factory):
+    """What two ranks have: weights and losses, by the epoch they begin at."""
+    out = tmp_path_factory.mktemp('rkd_ddp')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
     command += ['--nproc_per_node=2', str(WORKER), coco, teacher_file]
     result = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, timeout=500
+        [*command, str(out)], capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
-    assert any('assistant' in key for key in ranks[0])
+    return [
+        {b: torch.load(out / f'from_{b}_rank{r}.pth') for b in (0, 2, 4)}
+        for r in (0, 1)
+    ]
+
+
+def test_ddp__two_ranks_in_phases_end_with_the_same_weights(ranks):
+    (first, _), (second, _) = (rank[0] for rank in ranks)
+    assert any('assistant' in key for key in first)
     # What the assistant, then the head, learns on.
     for phase, name in (('assistant', 'student'), ('head', 'assistant')):
         assert any(
             key.startswith(f'{phase}.backbone')
             and f'{name}.' in key
             and key.endswith('running_mean')
-            for key in ranks[0]
+            for key in first
         )
-    for key, value in ranks[0].items():
-        assert torch.equal(value, ranks[1][key]), key
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+# Within 'assistant', and within 'joint'.
+@pytest.mark.parametrize('epoch', [2, 4])
+def test_ddp__two_ranks_resumed_in_a_phase_end_as_the_whole_run(ranks, epoch):
+    for rank in ranks:
+        (weights, steps), (resumed, again) = rank[0], rank[epoch]
+        assert list(again) == list(range(2 * epoch, 10))
+        for step, logged in again.items():
+            assert logged == pytest.approx(steps[step], rel=1e-5), step
+        for key, value in resumed.items():
+            torch.testing.assert_close(value, weights[key])
+    # Each rank has images of its own.
+    assert ranks[0][0][1] != ranks[1][0][1]
 
 
 # -- configs ----------------------------------------------------------------

@@ -11,7 +11,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from era_mm.methods.residual_kd import pair_config, split_by_flops
-from era_mm.methods.residual_kd.split import widths
+from era_mm.methods.residual_kd.split import _widest, widths
 from era_mm.testing import classifier_config, detector_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +130,12 @@ def test_widths__by_hand():
         dict(base_channels=b, stem_channels=b, groups=g)
         for b, g in ((16, 8), (32, 16), (48, 24), (64, 32))
     ]
+    # A stem has channels of its own.
+    backbone = dict(type='mmdet.ResNet', base_channels=16, stem_channels=32)
+    found = widths(dict(backbone=backbone), 16, with_neck=True)
+    assert [c['backbone'] for c in found] == [
+        dict(base_channels=16, stem_channels=stem) for stem in (16, 32)
+    ]
     neck = dict(type='FPN', out_channels=24)
     found = widths(
         dict(backbone=dict(type='mmdet.ResNet', base_channels=8), neck=neck),
@@ -150,6 +156,18 @@ def test_widths__by_hand():
     assert dict(
         depths=[2, 2, 6, 2], channels=[16, 40, 80, 160], _delete_=True
     ) in [c['backbone']['arch'] for c in found]
+    # 63 / 64 of them are 39.4, 78.8, 157.5, 315: never rounded up.
+    *_, narrower, unchanged = [
+        c['backbone']['arch']['channels'] for c in found
+    ]
+    assert narrower == [32, 72, 152, 312]
+    assert unchanged == [40, 80, 160, 320]
+
+
+def test_widest__is_the_last_that_fits():
+    for limit, expected in ((0, None), (1, 1), (4, 4), (9, 5)):
+        found = _widest([1, 2, 3, 4, 5], lambda w, n=limit: w <= n)
+        assert found == expected
 
 
 def test_widths__are_multiples_of_a_group_norms_groups():

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.dist import broadcast
 from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...core import BaseDistiller, Features
 from ...core.pairing import Pair, Plan
+from ...core.utils import broadcast_buffers
 from ...registry import MODELS
 from .losses import IELoss, attention_map, margin_relu, similarity
 from .parts import (
@@ -259,11 +259,7 @@ class IEKDDistiller(BaseDistiller):
         assert self.inner is not None
         if self.inner.training:
             self.inner.eval()
-            if self.freeze_inner:
-                # Each rank has seen other images; from now on the factors
-                # depend on these statistics.
-                for buffer in self.inner.buffers():
-                    broadcast(buffer)
+            broadcast_buffers(self.inner)
         with torch.no_grad():
             return self.inner.encoder(feats)
 

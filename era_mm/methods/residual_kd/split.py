@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.analysis import FlopAnalyzer
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.utils import evaluating, preserve_rng
 from .pair import FeatureExtractor, ResidualPair
@@ -232,6 +232,9 @@ def _narrow(backbone: Mapping, step: int, divisor: int) -> dict:
 def measure(module: nn.Module, size: tuple[int, int]) -> dict[str, Cost]:
     """FLOPs and parameters of a module that takes images, and of its parts.
 
+    mmengine's counter passes additions over; those of a ``ResidualPair``, one
+    per element, are added here.
+
     Args:
         module: It.
         size: Height and width of the image, in pixels.
@@ -239,13 +242,18 @@ def measure(module: nn.Module, size: tuple[int, int]) -> dict[str, Cost]:
     Returns:
         Costs by dotted name; '' is the whole.
     """
+    image = torch.zeros(1, 3, *size)
     with torch.no_grad(), evaluating(module):
-        analyzer = FlopAnalyzer(module, torch.zeros(1, 3, *size))
+        analyzer = FlopAnalyzer(module, image)
         # It tells of every element-wise operation that it passes over, and
         # of modules that compute nothing.
         analyzer.unsupported_ops_warnings(False)
         analyzer.uncalled_modules_warnings(False)
-        flops = analyzer.by_module()
+        flops = dict(analyzer.by_module())
+        for pair, additions in _additions(module, image).items():
+            for name in flops:
+                if not name or f'{pair}.'.startswith(f'{name}.'):
+                    flops[name] += additions
     return {
         name: Cost(
             flops=int(flops[name]),
@@ -255,10 +263,28 @@ def measure(module: nn.Module, size: tuple[int, int]) -> dict[str, Cost]:
     }
 
 
+def _additions(module: nn.Module, image: Tensor) -> dict[str, int]:
+    """How many numbers each pair in a module adds, by the pair's name."""
+    names = {
+        part: name
+        for name, part in module.named_modules()
+        if isinstance(part, ResidualPair)
+    }
+    found: dict[str, int] = {}
+
+    def count(pair: nn.Module, _: Any, feats: tuple[Tensor, ...]) -> None:
+        found[names[pair]] = sum(feat.numel() for feat in feats)
+
+    handles = [pair.register_forward_hook(count) for pair in names]
+    if handles:
+        module(image)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 def measure_pair(config: Mapping, size: tuple[int, int]) -> dict[str, Cost]:
     """Costs of a pair and its parts up to the cut.
-
-    mmengine's counter passes additions over; one per element is added here.
 
     Args:
         config: Host config of the pair's model.
@@ -268,12 +294,9 @@ def measure_pair(config: Mapping, size: tuple[int, int]) -> dict[str, Cost]:
     backbone.pop('type')
     with preserve_rng():
         pair = ResidualPair(**backbone)
-    with torch.no_grad(), evaluating(pair):
-        feats = pair(torch.zeros(1, 3, *size))
     costs = measure(pair, size)
-    additions = sum(feat.numel() for feat in feats)
     return {
         'student': costs['student'],
         'assistant': costs['assistant'],
-        'pair': Cost(costs[''].flops + additions, costs[''].params),
+        'pair': costs[''],
     }
