@@ -385,6 +385,10 @@ def settle(model: Any, data: dict) -> None:
         model.extract_feat(model.data_preprocessor(data)['inputs'])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        # Of the few values of a small map it may be next to nothing, and the
+        # next batch would be blown up.
+        if norm.running_var is not None:
+            norm.running_var.clamp_(min=1)
     # Not in one line: the `train` of mmdet's LAD returns nothing.
     model.train(training)
 
@@ -830,7 +834,7 @@ Columns:
 
 All on a CPU, on batches of {batch} images of noise with random weights, so
 that nothing is downloaded, and with norms that have the statistics of such a
-batch. Detectors get the first of {sizes}
+batch, variances of 1 at least. Detectors get the first of {sizes}
 (height x width) that the plain model takes. Changed in the configs:
 pre-trained weights left out; SyncBN made BN (it needs a GPU);
 `BatchFixedSizePad` and `BatchResize` set to the images' size; mixed precision
