@@ -85,7 +85,6 @@ def make_folder(
     if _is_there(out, manifest, noun, recipe):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
     with _temporary_folder(out) as folder:
         checksums = write(folder)
         (folder / manifest).write_text(
@@ -140,16 +139,19 @@ def _is_there(
 @contextlib.contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """A locked folder beside `out` that is gone afterwards."""
-    folder = Path(
-        tempfile.mkdtemp(prefix=f'.{out.name}.partial-', dir=out.parent)
-    )
+    # Between its making and its lock it would look like a leftover to
+    # another process.
+    with _locked(out.parent):
+        _remove_leftovers(out)
+        folder = Path(
+            tempfile.mkdtemp(prefix=f'.{out.name}.partial-', dir=out.parent)
+        )
+        lock = _lock(folder, fcntl.LOCK_EX)
     # mkdtemp makes it private; a data set is readable like any folder.
     umask = os.umask(0)
     os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.chmod(0o777 & ~umask)
         yield folder
     finally:
         os.close(lock)
@@ -159,12 +161,28 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
 def _remove_leftovers(out: Path) -> None:
     """Remove what a killed run left: its lock went with the process."""
     for folder in out.parent.glob(f'.{out.name}.partial-*'):
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            shutil.rmtree(folder)
-        finally:
-            os.close(lock)
+        # It may be another process's: at work, or just done.
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold a lock of a folder."""
+    lock = _lock(folder, how)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path, how: int) -> int:
+    """Lock a folder; closing what is returned, or dying, unlocks it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, how)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
