@@ -5,8 +5,12 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location(
@@ -72,9 +76,12 @@ def test_shrink__leaves_out_what_would_be_fetched_and_keeps_the_rest():
             norm_cfg=dict(type='SyncBN', eps=1e-3),
             init_cfg=[
                 dict(type='Kaiming'),
-                dict(type='Pretrained', checkpoint='a.pth'),
+                dict(type='PretrainedInit', checkpoint='a.pth'),
             ],
         ),
+        # As PVT has it.
+        neck=dict(init_cfg=dict(checkpoint='b.pth')),
+        head=dict(type='Tower', checkpoint='kept'),
         strides=(8, None, 32),
         batch_augments=[
             dict(type='BatchFixedSizePad', size=(1024, 1024)),
@@ -91,6 +98,8 @@ def test_shrink__leaves_out_what_would_be_fetched_and_keeps_the_rest():
             norm_cfg=dict(type='BN', eps=1e-3),
             init_cfg=[dict(type='Kaiming')],
         ),
+        neck=dict(init_cfg=None),
+        head=dict(type='Tower', checkpoint='kept'),
         strides=(8, None, 32),
         batch_augments=[
             dict(type='BatchFixedSizePad', size=(64, 96)),
@@ -379,6 +388,127 @@ def test_results__nothing_tried_fails_and_nine_of_ten_work():
         assert 'fails' not in found
         runs = len(found) - found.count('host') - found.count('open')
         assert found.count('works') >= 0.9 * runs
+
+
+# -- a cell by hand -------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    """Two norms on the way to its features, and one behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.BatchNorm2d(2, momentum=0.3)
+        self.dropout = torch.nn.Dropout(0.5)
+        self.second = torch.nn.BatchNorm2d(2, momentum=None)
+        self.head = torch.nn.BatchNorm2d(2)
+        self.told, self.tested = [], []
+        self.predictions, self.slope = ['found'], 1e6
+
+    def init_weights(self):
+        torch.nn.init.constant_(self.first.weight, 3)
+
+    def data_preprocessor(self, data):
+        return dict(data, inputs=torch.stack(data['inputs']))
+
+    def extract_feat(self, inputs):
+        return self.second(self.dropout(self.first(inputs)))
+
+    def train_step(self, data, optim_wrapper):
+        hub = MessageHub.get_current_instance()
+        self.told.append((hub.get_info('iter'), hub.get_info('epoch')))
+        loss = self.slope * self.first.bias.sum()
+        optim_wrapper.update_params(loss)
+        return dict(loss=loss.detach())
+
+    def test_step(self, data):
+        self.tested.append([*data['inputs'], *data['data_samples']])
+        return self.predictions
+
+
+def batch_of_two():
+    """Channel means 1 and 5, variances 4 and 0.04."""
+    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    image = torch.stack([1 + 2 * signs, 5 + 0.2 * signs])
+    return dict(inputs=[image, image], data_samples=['a', 'b'])
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_settle__takes_the_batchs_statistics_and_nothing_else(training):
+    net = Net().train(training)
+    # As frozen stages and teachers have it.
+    net.first.eval()
+    tool.settle(net, batch_of_two())
+    torch.testing.assert_close(net.first.running_mean, torch.tensor([1.0, 5]))
+    # Of 8 values, unbiased; 0.04 is too small to divide by.
+    torch.testing.assert_close(
+        net.first.running_var, torch.tensor([4 * 8 / 7, 1])
+    )
+    # Both channels come as plus and minus 1, none dropped.
+    torch.testing.assert_close(net.second.running_mean, torch.zeros(2))
+    torch.testing.assert_close(
+        net.second.running_var, torch.full((2,), 8 / 7), rtol=1e-3, atol=0
+    )
+    assert torch.equal(net.head.running_var, torch.ones(2))
+    assert (net.first.momentum, net.second.momentum) == (0.3, None)
+    assert net.training == training
+    assert net.dropout.training == training
+
+
+def cell_of(**changes):
+    """A model with a teacher, its config, and what makes its batches."""
+    net = Net()
+    vars(net).update(changes)
+    net.teachers = dict(teacher=SimpleNamespace(model=Net().eval()))
+    cfg = Config(
+        dict(
+            optim_wrapper=dict(
+                type='AmpOptimWrapper',
+                loss_scale='dynamic',
+                clip_grad=dict(max_norm=35),
+                optimizer=dict(type='SGD', lr=10.0),
+            )
+        )
+    )
+    return net, cfg, batch_of_two
+
+
+def test_steps__of_a_model_with_a_teacher_by_hand():
+    net, cfg, batch = cell_of()
+    tool.train_and_predict(net, cfg, batch)
+    assert net.told == [(0, 0), (1, 0)]
+    # A gradient of norm 1 goes in equal parts to two values.
+    torch.testing.assert_close(
+        net.first.bias.detach(), torch.full((2,), -2e-5 / 2**0.5)
+    )
+    # Images one by one, in evaluation.
+    assert [(len(seen), seen[-1]) for seen in net.tested] == [
+        (2, 'a'),
+        (2, 'b'),
+    ]
+    assert not net.training
+    teacher = net.teachers['teacher'].model
+    assert not teacher.training
+    for part in (net, teacher):
+        assert part.first.weight.tolist() == [3, 3]
+        assert part.first.running_mean.tolist() == pytest.approx([1, 5])
+
+
+@pytest.mark.parametrize(
+    ('changes', 'error', 'message'),
+    [
+        (
+            dict(slope=float('inf')),
+            ArithmeticError,
+            r"step 0: not finite: \['loss'\]",
+        ),
+        (dict(predictions=['a', 'b']), RuntimeError, '2 predictions of an'),
+        (dict(predictions=[]), RuntimeError, '0 predictions of an image'),
+    ],
+)
+def test_steps__that_are_not_sound_are_an_error(changes, error, message):
+    with pytest.raises(error, match=message):
+        tool.train_and_predict(*cell_of(**changes))
 
 
 # -- a real cell ----------------------------------------------------------
