@@ -273,9 +273,34 @@ def teacher_losses(model, data):
     }
 
 
+def test_trial__is_on_noise_that_costs_no_draw(monkeypatch):
+    head = find_head(MODELS.build(host_config('retinanet')).eval())
+    seen = []
+    monkeypatch.setattr(head, 'loss', lambda feats, _: seen.append(feats))
+    # As an empty image has them.
+    blank = [torch.zeros(1, 16, size, size) for size in (16, 8, 4, 2, 1)]
+    before = torch.get_rng_state()
+    for _ in range(2):
+        assert head.problem(blank, training=True) is None
+    for once, again, flat in zip(*seen, blank, strict=True):
+        assert once.shape == flat.shape
+        assert once[0, 0].unique().numel() == once[0, 0].numel()
+        assert torch.equal(once, again)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_trial__of_a_head_that_asks_the_run_where_it_stands():
     model = MODELS.build(host_config('tood')).eval()
     head = find_head(model)
+    seen = []
+    get_targets = head.head.get_targets
+
+    def spy(*args, **kwargs):
+        hub = MessageHub.get_current_instance()
+        seen.append((hub.get_info('iter'), hub.get_info('epoch')))
+        return get_targets(*args, **kwargs)
+
+    head.head.get_targets = spy
     feats = model.extract_feat(torch.randn(1, 3, 256, 256))
     # The newest is the current one.
     hub = MessageHub.get_instance('before any run')
@@ -286,7 +311,8 @@ def test_trial__of_a_head_that_asks_the_run_where_it_stands():
     # And in a run nothing is taken away.
     hub.update_info('epoch', 7)
     assert head.problem(feats, training=True) is None
-    assert hub.get_info('epoch') == 7
+    assert seen == [(0, 0), (0, 7)]
+    assert hub.runtime_info == dict(epoch=7)
     hub.pop_info('epoch')
 
 
