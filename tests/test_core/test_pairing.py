@@ -28,8 +28,8 @@ def members(smallest):
     ids=['any', 'fits', 'larger', 'largest', 'never'],
 )
 def test_size__is_the_first_that_the_teachers_head_takes(smallest, size):
-    # The coarsest maps of 64, 128 and 256 pixels have sides of 1, 2 and 4.
-    # Strides 8 and 16.
+    # Strides are 8 and 16, so the coarsest maps of 64, 128 and 256 pixels
+    # have sides of 4, 8 and 16.
     pair = Pair(*members(smallest), input_sizes=[64, 128, 256])
     assert pair.input_size == size
     coarsest = pair.teacher.feats['neck'][-1]
