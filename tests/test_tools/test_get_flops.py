@@ -93,6 +93,27 @@ def test_cost__of_a_student_of_another_host_is_looked_up_there(tmp_path):
     assert found[0] == found[1]
 
 
+def test_cost__of_two_stages_has_the_second_in_it():
+    name = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco'
+    with_regions, without = (
+        tool.cost_of(f'mmdet::{config}.py', 64)
+        for config in (name, 'rpn/rpn_r50_fpn_1x_coco')
+    )
+    assert with_regions['config'] == 'faster-rcnn_r50_fpn_1x_coco'
+    # Two layers of 1024, the first on 256 channels of 7 x 7, and the two
+    # linear layers for 81 classes and 80 boxes.
+    layers = [(256 * 49, 1024), (1024, 1024), (1024, 81), (1024, 320)]
+    parameters = sum((ins + 1) * outs for ins, outs in layers)
+    assert with_regions['params'] - without['params'] == parameters
+    # Each region goes through all of them.
+    per_region = sum(ins * outs for ins, outs in layers)
+    regions, rest = divmod(
+        with_regions['flops'] - without['flops'], per_region
+    )
+    assert regions > 0
+    assert rest == 0
+
+
 def test_recorded__costs_of_the_digits_configs_are_what_is_counted():
     """As docs/model_zoo.md shows them; the teachers need not be there."""
     with (ROOT / 'results/digits_flops.jsonl').open() as file:

@@ -276,10 +276,12 @@ def _additions(module: nn.Module, image: Tensor) -> dict[str, int]:
         found[names[pair]] = sum(feat.numel() for feat in feats)
 
     handles = [pair.register_forward_hook(count) for pair in names]
-    if handles:
-        module(image)
-    for handle in handles:
-        handle.remove()
+    try:
+        if handles:
+            module(image)
+    finally:
+        for handle in handles:
+            handle.remove()
     return found
 
 
