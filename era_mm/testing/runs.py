@@ -1,7 +1,8 @@
 """Whole runs, told step by step, for tests that interrupt and resume them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -15,13 +16,19 @@ class _StepLog(Hook):
         self.steps: dict[int, dict[str, float]] = {}
 
     def after_train_iter(
-        self, runner, batch_idx, data_batch=None, outputs=None
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
     ) -> None:
         self.steps[runner.iter] = {k: float(v) for k, v in outputs.items()}
 
 
 def recorded_run(
-    config: Mapping, resume_from: str | None = None, hooks: tuple = ()
+    config: Mapping,
+    resume_from: str | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> tuple[Runner, dict[int, dict[str, float]]]:
     """Train, from the start or from a file, and record every iteration.
 
