@@ -58,11 +58,11 @@ CHOSEN = {
     ),
     'mmdet::dcn': (
         'faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py',
-        'the other has pooling without a CPU kernel',
+        'the first by the rule pools without a CPU kernel',
     ),
     'mmdet::dcnv2': (
         'faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py',
-        'the other has pooling without a CPU kernel',
+        'the first by the rule pools without a CPU kernel',
     ),
     'mmdet::detectors': (
         'detectors_cascade-rcnn_r50_1x_coco.py',
@@ -366,7 +366,7 @@ def classification_data(cfg: Any, num_classes: int | None) -> dict:
 
 
 def settle(model: Any, data: dict) -> None:
-    """Give the norms the statistics of a batch.
+    """Give the batch norms before the head the statistics of a batch.
 
     Trained models have some. Without, values grow from layer to layer in
     those that never look at the batch (HRNet's, with `norm_eval`).
@@ -394,7 +394,7 @@ def settle(model: Any, data: dict) -> None:
 
 
 def train_and_predict(model: Any, cfg: Any, batch: Callable[[], dict]) -> None:
-    """Two steps of a config's optimiser and one prediction.
+    """Two steps of a config's optimiser and a prediction for each image.
 
     Raises:
         ArithmeticError: A loss that is not finite.
@@ -823,23 +823,26 @@ anything else goes wrong.
 
 Columns:
 
-- **plain**: the host's own model: two training steps and one prediction.
+- **plain**: the host's own model: two training steps and a prediction for each
+  image.
 - **with itself**: student and teacher from two copies of the config.
 - **as teacher**: of a {detector} or {classifier} student.
 - **as student**: of the same as a teacher.
 - In a pair, `make_config` writes the config (method `era`), and the model that
   it describes makes two training steps, with the optimiser of the student's
-  config, and one prediction. *works, TWI*: the teacher's head is reused;
+  config, and predicts each image. *works, TWI*: the teacher's head is reused;
   *works*: it is not, for one of the reasons below the table.
 
 All on a CPU, on batches of {batch} images of noise with random weights, so
-that nothing is downloaded, and with norms that have the statistics of such a
-batch, variances of 1 at least. Detectors get the first of {sizes}
+that nothing is downloaded. Batch norms of backbone and neck have the
+statistics of such a batch, with variances of 1 at least. Images are predicted
+one by one. Detectors get the first of {sizes}
 (height x width) that the plain model takes. Changed in the configs:
 pre-trained weights left out; SyncBN made BN (it needs a GPU);
 `BatchFixedSizePad` and `BatchResize` set to the images' size; mixed precision
-turned off; rates of 1e-5 and gradients clipped to a norm of 1, as random
-weights may give any; and to save time {most} at most.
+turned off; learning rates of 1e-5 and gradients clipped to a norm of 1,
+because with random weights they may be of any size; and to save time
+{most} at most.
 Each trial has a process of its own, {memory} GiB and {timeout} s at most.
 
 Of a folder the config of the smallest model by its name: the one with the
