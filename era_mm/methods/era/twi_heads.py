@@ -30,7 +30,7 @@ from .twi_blend import blend_raw, can_blend_raw, merge
 def _progress() -> Iterator[None]:
     """A run's first step, for heads that ask for it before there is one.
 
-    TOOD changes its assigner at an epoch, BoxInst warms a loss up.
+    TOOD's assigner depends on the epoch; others may ask for the iteration.
     """
     hub = MessageHub.get_current_instance()
     missing = [key for key in ('iter', 'epoch') if hub.get_info(key) is None]
@@ -211,7 +211,7 @@ class _DetectorTWIHead(TWIHead):
     def problem(
         self, feats: Sequence[Tensor], *, training: bool
     ) -> str | None:
-        """As in the base class; the losses are tried on one object."""
+        """As in the base class; losses are tried on noise with one object."""
         found = super().problem(feats, training=training)
         if found or not training:
             return found
