@@ -36,9 +36,9 @@ STEPS = 2
 BATCH = 2
 #: Height and width of a detector's images; the first that the host takes.
 SIZES = ((64, 96), (128, 160), (256, 256), (320, 320), (512, 512))
-#: Regions sampled in training, regions kept, points of a mask's loss: what
-#: costs time and changes nothing that is asked here.
-MOST = {'num': 16, 'max_per_img': 20, 'num_points': 256}
+#: Regions sampled in training, regions kept and, as many, learnt, points of a
+#: mask's loss: what costs time and changes nothing that is asked here.
+MOST = {'num': 16, 'max_per_img': 20, 'num_proposals': 20, 'num_points': 256}
 #: Types of an `init_cfg` with a file; PVT's have none.
 INITS = ('Pretrained', 'PretrainedInit', None)
 MEMORY_GIB = 8

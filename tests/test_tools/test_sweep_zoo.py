@@ -88,7 +88,8 @@ def test_shrink__leaves_out_what_would_be_fetched_and_keeps_the_rest():
             dict(type='BatchResize', scale=(1400, 800), pad=True),
         ],
         sampler=dict(type='RandomSampler', num=512),
-        rcnn=dict(max_per_img=20, num_points=9, nms_pre=1000),
+        rpn=dict(num_proposals=100),
+        rcnn=dict(max_per_img=100, num_points=9, nms_pre=1000),
     )
     assert tool.shrink(config, (64, 96)) == dict(
         type='Net',
@@ -106,6 +107,7 @@ def test_shrink__leaves_out_what_would_be_fetched_and_keeps_the_rest():
             dict(type='BatchResize', scale=(96, 64), pad=True),
         ],
         sampler=dict(type='RandomSampler', num=16),
+        rpn=dict(num_proposals=20),
         rcnn=dict(max_per_img=20, num_points=9, nms_pre=1000),
     )
     assert config['sampler']['num'] == 512
