@@ -239,7 +239,7 @@ def shrink(value: Any, size: tuple[int, int]) -> Any:
         for key in ('pretrained', 'teacher_ckpt'):
             if isinstance(found.get(key), str):
                 found[key] = None
-        if kind == 'SyncBN':
+        if kind in ('SyncBN', 'MMSyncBN'):
             found['type'] = 'BN'
         if kind == 'BatchFixedSizePad':
             found['size'] = size
@@ -464,7 +464,8 @@ def run_plain(reference: str, folder: Path) -> dict[str, Any]:
     from era_mm.engine.host_configs import read_host_config
 
     host = reference.partition('::')[0]
-    first: Exception | None = None
+    # The last one tells most: some only refuse the smaller images.
+    last: Exception | None = None
     for index, size in enumerate(SIZES if host == 'mmdet' else SIZES[:1]):
         torch.manual_seed(0)
         config = read_host_config(
@@ -481,11 +482,11 @@ def run_plain(reference: str, folder: Path) -> dict[str, Any]:
         # Whatever a host raises: this is the question.
         except Exception as error:
             traceback.print_exc()
-            first = first or error
+            last = error
             continue
         return dict(result='works', size=list(size))
-    assert first is not None
-    return dict(result='host', detail=describe(first))
+    assert last is not None
+    return dict(result='host', detail=describe(last))
 
 
 def run_pair(

@@ -73,7 +73,7 @@ def test_shrink__leaves_out_what_would_be_fetched_and_keeps_the_rest():
         init_cfg=dict(type='Pretrained', checkpoint='https://x/y.pth'),
         backbone=dict(
             pretrained='torchvision://resnet50',
-            norm_cfg=dict(type='SyncBN', eps=1e-3),
+            norm_cfg=dict(type='MMSyncBN', eps=1e-3),
             init_cfg=[
                 dict(type='Kaiming'),
                 dict(type='PretrainedInit', checkpoint='a.pth'),
