@@ -457,7 +457,7 @@ def test_settle__takes_the_batchs_statistics_and_nothing_else(training):
     assert net.dropout.training == training
 
 
-def cell_of(**changes):
+def cell_of(batch_size=1, **changes):
     """A model with a teacher, its config, and what makes its batches."""
     net = Net()
     vars(net).update(changes)
@@ -469,7 +469,8 @@ def cell_of(**changes):
                 loss_scale='dynamic',
                 clip_grad=dict(max_norm=35),
                 optimizer=dict(type='SGD', lr=10.0),
-            )
+            ),
+            test_dataloader=dict(batch_size=batch_size),
         )
     )
     return net, cfg, batch_of_two
@@ -496,6 +497,12 @@ def test_steps__of_a_model_with_a_teacher_by_hand():
         assert part.first.running_mean.tolist() == pytest.approx([1, 5])
 
 
+def test_steps__predict_as_many_as_the_test_loader_gives():
+    net, cfg, batch = cell_of(batch_size=32, predictions=['a', 'b'])
+    tool.train_and_predict(net, cfg, batch)
+    assert [len(seen) for seen in net.tested] == [4]
+
+
 @pytest.mark.parametrize(
     ('changes', 'error', 'message'),
     [
@@ -504,8 +511,9 @@ def test_steps__of_a_model_with_a_teacher_by_hand():
             ArithmeticError,
             r"step 0: not finite: \['loss'\]",
         ),
-        (dict(predictions=['a', 'b']), RuntimeError, '2 predictions of an'),
-        (dict(predictions=[]), RuntimeError, '0 predictions of an image'),
+        (dict(predictions=['a', 'b']), RuntimeError, '2 predictions of 1'),
+        (dict(predictions=[]), RuntimeError, '0 predictions of 1'),
+        (dict(batch_size=32), RuntimeError, '1 predictions of 2'),
     ],
 )
 def test_steps__that_are_not_sound_are_an_error(changes, error, message):

@@ -55,8 +55,15 @@ def mismatch(student: nn.Module, teacher: nn.Module) -> str | None:
             f"the teacher's head ({type(teacher).__name__}) reads the "
             'queries of a decoder, not the features that are approximated'
         )
+    head = find_head(teacher)
+    if type(head) is TWIHead and not any(True for _ in head.head.parameters()):
+        return (
+            f"the teacher's head ({type(head.head).__name__}) has no weights: "
+            'what classifies is the end of its backbone, behind the features '
+            'that are approximated'
+        )
     classes = [num_classes_of(model) for model in (student, teacher)]
-    if find_head(teacher) is None or classes[0] == classes[1]:
+    if head is None or classes[0] == classes[1]:
         return None
     shown = ['unknown' if number is None else number for number in classes]
     return (
