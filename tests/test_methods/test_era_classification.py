@@ -6,6 +6,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 from torch.nn.functional import cross_entropy, log_softmax, relu, softmax
 
+from era_mm.methods.era.twi import find_head, mismatch
 from era_mm.testing import (
     classifier_config,
     detector_config,
@@ -192,3 +193,20 @@ def test_logit__of_a_detector_is_refused():
 def test_logit__refuses(build, kwargs, error, message):
     with pytest.raises(error, match=message):
         build(**kwargs)
+
+
+def test_head__without_weights_judges_nothing():
+    init_default_scope('mmpretrain')
+    # LeNet, VGG and Inception v3 classify at the end of their backbones.
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='LeNet5', num_classes=10),
+            head=dict(type='ClsHead'),
+        )
+    )
+    assert find_head(model) is not None
+    assert mismatch(model, model) == (
+        "the teacher's head (ClsHead) has no weights: what classifies is the "
+        'end of its backbone, behind the features that are approximated'
+    )
