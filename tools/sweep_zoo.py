@@ -457,11 +457,17 @@ def batch_maker(
 def run_plain(reference: str, folder: Path) -> dict[str, Any]:
     """The host's own model; finds the size of image that it takes."""
     import torch
+    from mmengine.config import Config
     from mmengine.registry import MODELS, DefaultScope
 
     from era_mm.engine.host_configs import read_host_config
 
-    host = reference.partition('::')[0]
+    host, _, inside = reference.partition('::')
+    try:
+        Config.fromfile(config_folder(host) / inside)
+    # RepLKNet's imports what mmengine takes for the other kind of config.
+    except Exception as error:
+        return dict(result='host', detail=describe(error))
     # The last one tells most: some only refuse the smaller images.
     last: Exception | None = None
     for index, size in enumerate(SIZES if host == 'mmdet' else SIZES[:1]):
@@ -926,16 +932,21 @@ def _reasons(families: Mapping[str, Mapping]) -> Iterator[str]:
                 )
 
 
-def _without_twi(families: Mapping[str, Mapping]) -> Iterator[str]:
+def _without_twi(families: Mapping[str, Mapping]) -> list[str]:
+    """A line for each reason, with the families of each kind of pair."""
+    found: dict[str, dict[str, list[str]]] = {}
     for family, cells in families.items():
-        reasons: dict[str, list[str]] = {}
         for kind in CELLS[1:]:
             record = cells.get(kind)
             if record and record['result'] == 'works' and not record['twi']:
                 reason = record['detail'].removeprefix('not reused: ')
-                reasons.setdefault(reason, []).append(SHOWN[kind])
-        for reason, kinds in reasons.items():
-            yield f'- `{family}`, {", ".join(kinds)}: {_escaped(reason)}'
+                kinds = found.setdefault(reason, {})
+                kinds.setdefault(SHOWN[kind], []).append(f'`{family}`')
+    return [
+        f'- {_escaped(reason)}: '
+        + '; '.join(f'{kind} {", ".join(of)}' for kind, of in kinds.items())
+        for reason, kinds in found.items()
+    ]
 
 
 def page(results: Results) -> str:

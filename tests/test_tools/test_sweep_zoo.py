@@ -308,8 +308,8 @@ def test_page__has_a_row_per_family_and_all_reasons(results):
         '',
     ]
     assert no_twi.strip().splitlines() == [
-        '- `mmdet::a`, as student: queries \\| no',
-        '- `mmdet::e`, with itself, as teacher, as student: queries \\| no',
+        '- queries \\| no: as student `mmdet::a`, `mmdet::e`; '
+        'with itself `mmdet::e`; as teacher `mmdet::e`',
     ]
 
 
