@@ -76,17 +76,23 @@ def rows_with(page, column):
     return found
 
 
+def costs_in(file):
+    """Image, parameters and FLOPs by config, as documents show them."""
+    with (ROOT / 'results' / file).open() as lines:
+        return {
+            cost['config']: (
+                str(cost['input_size']),
+                f'{cost["params"] / 1e6:.3f}',
+                f'{cost["flops"] / 1e9:.3f}',
+            )
+            for cost in map(json.loads, lines)
+        }
+
+
 def test_flops__in_the_tables_are_those_that_the_tool_wrote():
-    with (ROOT / 'results/digits_flops.jsonl').open() as file:
-        costs = [json.loads(line) for line in file]
-    told = {
-        cost['config']: (
-            f'{cost["params"] / 1e6:.3f}',
-            f'{cost["flops"] / 1e9:.3f}',
-        )
-        for cost in costs
-    }
-    assert {cost['input_size'] for cost in costs} == {128}
+    digits = costs_in('digits_flops.jsonl')
+    assert {image for image, _, _ in digits.values()} == {'128'}
+    told = {config: cost[1:] for config, cost in digits.items()}
     shown = {
         row['config'].split('`')[1]: (row['M parameters'], row['GFLOPs'])
         for row in rows_with('docs/model_zoo.md', 'GFLOPs')
@@ -95,7 +101,17 @@ def test_flops__in_the_tables_are_those_that_the_tool_wrote():
     }
     assert shown == told
 
-    plain, *pairs = rows_with('docs/methods/residual_kd.md', 'GFLOPs')
+    of_pairs = digits | costs_in('residual_kd_flops.jsonl')
+    rows = rows_with('docs/methods/residual_kd.md', 'image')
+    for row in rows:
+        cost = (row['image'], row['M parameters'], row['GFLOPs'])
+        assert cost == of_pairs[row['config'].strip('`')]
+    # Every config of the method has its row.
+    assert {row['config'].strip('`') for row in rows} >= {
+        path.stem for path in (ROOT / 'configs').glob('residual_kd_*.py')
+    }
+
+    plain, *pairs = rows_with('docs/methods/residual_kd.md', 'AP')
     for row, config in (
         (plain, 'plain_retinanet_r18w16_digits'),
         *(
