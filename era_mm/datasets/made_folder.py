@@ -139,23 +139,20 @@ def _is_there(
 @contextlib.contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """A locked folder beside `out` that is gone afterwards."""
-    # Between its making and its lock it would look like a leftover to
-    # another process.
-    with _locked(out.parent):
-        _remove_leftovers(out)
-        folder = Path(
-            tempfile.mkdtemp(prefix=f'.{out.name}.partial-', dir=out.parent)
-        )
-        lock = _lock(folder, fcntl.LOCK_EX)
+    _remove_leftovers(out)
+    made = Path(tempfile.mkdtemp(prefix=f'.{out.name}.new-', dir=out.parent))
+    folder = made.with_name(made.name.replace('.new-', '.partial-'))
     # mkdtemp makes it private; a data set is readable like any folder.
     umask = os.umask(0)
     os.umask(umask)
-    try:
-        folder.chmod(0o777 & ~umask)
-        yield folder
-    finally:
-        os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+    with _locked(made, fcntl.LOCK_EX):
+        try:
+            made.chmod(0o777 & ~umask)
+            # Only now, with its lock, may others take it for a leftover.
+            made.rename(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -168,21 +165,11 @@ def _remove_leftovers(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Hold a lock of a folder."""
-    lock = _lock(folder, how)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _lock(folder: Path, how: int) -> int:
-    """Lock a folder; closing what is returned, or dying, unlocks it."""
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    """Hold a lock of a folder; dying gives it back, too."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, how)
-    except BaseException:
+        yield
+    finally:
         os.close(lock)
-        raise
-    return lock

@@ -78,3 +78,11 @@ def test_temporary_folder__is_nobodys_leftover_before_its_lock(
 
     assert not make(tmp_path / 'x', write_late)
     assert (tmp_path / 'x' / 'a.txt').exists()
+
+
+def test_make__in_a_folder_that_the_caller_has_locked(tmp_path):
+    # As the demos lock the folder that their data lies in.
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert make(tmp_path / 'x')
+    os.close(lock)
