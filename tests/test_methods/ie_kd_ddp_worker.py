@@ -5,6 +5,7 @@ import sys
 import torch
 from mmengine.config import Config
 
+from era_mm.cli import leave_group
 from era_mm.engine.launch import prepare_launch
 from era_mm.testing import distillation_config, recorded_run, run_config
 
@@ -46,3 +47,5 @@ def main(coco: str, teacher_file: str, out: str) -> None:
 
 if __name__ == '__main__':
     main(*sys.argv[1:])
+    # Else torch's gloo may abort at exit.
+    leave_group()

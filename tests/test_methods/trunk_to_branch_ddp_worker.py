@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from era_mm.cli import leave_group
 from era_mm.engine.launch import prepare_launch
 from era_mm.methods.trunk_to_branch import (
     mean_squared_correlation,
@@ -110,3 +111,5 @@ def main(coco: str, out: str) -> None:
 
 if __name__ == '__main__':
     main(*sys.argv[1:])
+    # Else torch's gloo may abort at exit.
+    leave_group()
