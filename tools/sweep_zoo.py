@@ -406,10 +406,6 @@ def train_and_predict(model: Any, cfg: Any, batch: Callable[[], dict]) -> None:
 
     model.init_weights()
     teachers = [t.model for t in getattr(model, 'teachers', {}).values()]
-    for teacher in teachers:
-        # Else it has what its constructor gave it, which overflows in models
-        # that rely on branches starting at zero (DetectoRS).
-        teacher.init_weights()
     for part in (getattr(model, 'student', model), *teachers):
         settle(part, batch())
     model.train()

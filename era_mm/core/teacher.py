@@ -116,7 +116,8 @@ class Teacher:
         config: What :func:`resolve_model_config` takes.
         checkpoint: Path or URL of its weights, or a list of places that are
             tried in order; or 'random' (for tests of the machinery: a random
-            teacher teaches noise).
+            teacher teaches noise), which starts as a training would, without
+            the files that its ``init_cfg`` names.
         sha256: The first digits of the file's SHA-256. None: not looked at.
         dtype: 'float16' or 'bfloat16' runs its forward under autocast; the
             features come back as float32. None: as the surrounding context.
@@ -188,12 +189,27 @@ class Teacher:
         """
         if self.is_loaded:
             return
-        if self.checkpoint != 'random':
+        if self.checkpoint == 'random':
+            self._start_at_random()
+        else:
             state_dict, meta = read_with_meta(self.checkpoint, self.sha256)
             load_strictly(self.model, state_dict, name=str(self.checkpoint))
             self.classes = classes_of(meta)
         self._check_brought()
         self.loaded_fingerprint = self.fingerprint()
+
+    def _start_at_random(self) -> None:
+        # Some hosts leave memory as they find it until `init_weights`
+        # (`level_embed` of Deformable DETR), and NaN may lie there.
+        for module in self.model.modules():
+            inits = getattr(module, 'init_cfg', None)
+            if isinstance(inits, Mapping):
+                inits = [inits]
+            kept = [init for init in inits or [] if 'checkpoint' not in init]
+            if len(kept) < len(inits or []):
+                module.init_cfg = kept or None
+        with preserve_rng():
+            self.model.init_weights()
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Take in weights that a student's checkpoint brings along.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -18,7 +19,7 @@ from era_mm.core import (
     distillation,
     extras_of,
 )
-from era_mm.core.teacher import forward_until
+from era_mm.core.teacher import Teacher, forward_until
 from era_mm.core.utils import preserve_rng
 from era_mm.registry import MODELS as ERA_MODELS
 from era_mm.testing import (
@@ -42,6 +43,48 @@ def test_teacher__dtype_is_what_its_layers_run_in():
     feats = teacher.extract(torch.randn(2, 3, 64, 64))
     assert seen == [torch.bfloat16]
     assert {f.dtype for f in feats['neck']} == {torch.float32}
+
+
+@ERA_MODELS.register_module(name='_Unset', force=True)
+class Unset(BaseModel):
+    """Leaves memory as it found it, as Deformable DETR does, and names files.
+
+    Its weights are numbers only once `init_weights` has run.
+    """
+
+    def __init__(self, init_cfg=None):
+        super().__init__(init_cfg=init_cfg)
+        self.conv = nn.Conv2d(3, 2, 1)
+        self.found = nn.Parameter(torch.full((2, 2), float('nan')))
+
+    def init_weights(self):
+        super().init_weights()
+        nn.init.normal_(self.found)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return self.conv(inputs)
+
+
+FILE = dict(type='Pretrained', checkpoint='no/such.pth')
+CONSTANT = dict(type='Constant', layer='Conv2d', val=0.25)
+
+
+@pytest.mark.parametrize(
+    ('init_cfg', 'set_by_config'),
+    [(None, False), (FILE, False), (CONSTANT, True), ([FILE, CONSTANT], True)],
+)
+def test_teacher__random_starts_as_a_training_does_without_files(
+    init_cfg, set_by_config
+):
+    teacher = Teacher(
+        config=dict(type='era_mm._Unset', init_cfg=init_cfg), checkpoint='random'
+    )
+    state = torch.get_rng_state()
+    teacher.load()
+    assert torch.equal(state, torch.get_rng_state())
+    assert teacher.model.found.isfinite().all()
+    assert (teacher.model.conv.weight == 0.25).all() == set_by_config
+    assert teacher.fingerprint() == teacher.loaded_fingerprint
 
 
 def test_preserve_rng__gives_every_generator_back():
