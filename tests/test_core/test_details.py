@@ -77,7 +77,8 @@ def test_teacher__random_starts_as_a_training_does_without_files(
     init_cfg, set_by_config
 ):
     teacher = Teacher(
-        config=dict(type='era_mm._Unset', init_cfg=init_cfg), checkpoint='random'
+        config=dict(type='era_mm._Unset', init_cfg=init_cfg),
+        checkpoint='random',
     )
     state = torch.get_rng_state()
     teacher.load()
