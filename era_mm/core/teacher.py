@@ -164,6 +164,8 @@ class Teacher:
         with preserve_rng(), DefaultScope.overwrite_default_scope(scope):
             # Detectors write into the config that they are built from.
             self.model: nn.Module = MODELS.build(copy.deepcopy(self.config))
+            if checkpoint == 'random':
+                self._start_at_random()
         self.model.requires_grad_(False)
         self.model.eval()
         self.loaded_fingerprint: str | None = None
@@ -189,9 +191,7 @@ class Teacher:
         """
         if self.is_loaded:
             return
-        if self.checkpoint == 'random':
-            self._start_at_random()
-        else:
+        if self.checkpoint != 'random':
             state_dict, meta = read_with_meta(self.checkpoint, self.sha256)
             load_strictly(self.model, state_dict, name=str(self.checkpoint))
             self.classes = classes_of(meta)
@@ -208,8 +208,7 @@ class Teacher:
             kept = [init for init in inits or [] if 'checkpoint' not in init]
             if len(kept) < len(inits or []):
                 module.init_cfg = kept or None
-        with preserve_rng():
-            self.model.init_weights()
+        self.model.init_weights()
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Take in weights that a student's checkpoint brings along.

@@ -76,11 +76,11 @@ CONSTANT = dict(type='Constant', layer='Conv2d', val=0.25)
 def test_teacher__random_starts_as_a_training_does_without_files(
     init_cfg, set_by_config
 ):
+    state = torch.get_rng_state()
     teacher = Teacher(
         config=dict(type='era_mm._Unset', init_cfg=init_cfg),
         checkpoint='random',
     )
-    state = torch.get_rng_state()
     teacher.load()
     assert torch.equal(state, torch.get_rng_state())
     assert teacher.model.found.isfinite().all()

@@ -461,7 +461,9 @@ def cell_of(batch_size=1, **changes):
     """A model with a teacher, its config, and what makes its batches."""
     net = Net()
     vars(net).update(changes)
-    net.teachers = dict(teacher=SimpleNamespace(model=Net().eval()))
+    teacher = Net().eval()
+    teacher.init_weights()
+    net.teachers = dict(teacher=SimpleNamespace(model=teacher))
     cfg = Config(
         dict(
             optim_wrapper=dict(
