@@ -1,6 +1,7 @@
 """What set-up decides for mmcv, with stand-ins for torch and the GPU."""
 
 import importlib.util
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,51 +23,88 @@ def setup(tmp_path):
     found.state.mkdir()
     found.python.parent.mkdir()
 
-    def with_torch(capability, toolkit):
+    def with_torch(capability):
         found.python.write_text(
-            f'#!/bin/sh\necho 2.12.1 13.0 cpython-311 {capability}\n'
+            f'#!/bin/sh\necho 2.12.1 cpython-311 {capability}\n'
         )
         found.python.chmod(0o755)
-        found.toolkit = toolkit
         return found
 
     return with_torch
 
 
-def test_mmcv__is_built_for_the_gpu_that_is_here(setup, capfd):
-    found = setup('90', '13.1')
+def test_mmcv__is_built_for_the_gpu_that_is_here(setup):
+    found = setup('90')
     key = found.mmcv_key('onedl-mmcv==2.3.6')
     assert key.startswith('onedl-mmcv-2.3.6_torch-2.12.1_cpython-311_')
-    assert key.endswith('_cuda13.1-sm90')
+    assert key.endswith('_sm90')
     assert found.for_gpu
     assert (found.state / 'environment').read_text() == ''
-    assert not capfd.readouterr().out
 
 
-@pytest.mark.parametrize('toolkit', [None, '12.8'])
-def test_mmcv__of_another_cuda_hides_the_gpu_and_says_so(
-    setup, toolkit, capfd
+def test_mmcv__without_a_gpu_is_for_the_cpu(setup):
+    found = setup('none')
+    assert found.mmcv_key('onedl-mmcv==2.3.6').endswith('_cpu')
+    assert not found.for_gpu
+    assert (found.state / 'environment').read_text() == HIDDEN
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What a set-up would run: names and what each gets.
+
+    The step that builds leaves a wheel.
+    """
+    found = {}
+
+    def step(self, name, command, **kwargs):
+        found[name.partition(' with')[0]] = kwargs | dict(command=command)
+        for argument in command:
+            if argument.startswith('--wheel-dir='):
+                wheel = Path(argument.partition('=')[2], 'mmcv.whl')
+                with zipfile.ZipFile(wheel, 'w') as archive:
+                    archive.writestr('mmcv/_ext.so', '')
+
+    monkeypatch.setattr(tool.Setup, 'step', step)
+    monkeypatch.setattr(tool, 'check_compiler', lambda python: None)
+    return found
+
+
+def test_build__for_a_gpu_has_the_compiler_of_torchs_cuda(
+    setup, steps, tmp_path
 ):
-    found = setup('90', toolkit)
-    assert found.mmcv_key('onedl-mmcv==2.3.6').endswith('_cpu')
-    assert not found.for_gpu
-    assert (found.state / 'environment').read_text() == HIDDEN
-    told = capfd.readouterr().out
-    assert 'needs the nvcc of CUDA 13.0' in told
-    assert f'{toolkit or "none"} was found' in told
+    found = setup('90')
+    found.mmcv_key('onedl-mmcv==2.3.6')
+    home = tmp_path / 'lib/python3.11/site-packages/nvidia/cu13'
+    (home / 'lib').mkdir(parents=True)
+    (home.parent / 'cudnn').mkdir()
+    (home / 'lib/libcudart.so.13').write_text('runtime')
+    # Again, as after a build that failed.
+    for folder in ('first', 'second'):
+        wheel = found.build_mmcv('onedl-mmcv==2.3.6', tmp_path / folder)
+        assert wheel.parent == tmp_path / folder
+        assert (home / 'lib/libcudart.so').read_text() == 'runtime'
+    assert list(steps) == ['CUDA compiler', 'build of mmcv']
+    assert any('cuda.txt' in x for x in steps['CUDA compiler']['command'])
+    build = steps['build of mmcv']
+    assert build['environment']['FORCE_CUDA'] == '1'
+    assert build['environment']['CUDA_HOME'] == str(home)
+    assert 'CUDA_VISIBLE_DEVICES= make' in build['remedy']
 
 
-def test_mmcv__without_a_gpu_is_for_the_cpu(setup, capfd):
-    # A toolkit alone is no GPU.
-    found = setup('none', '13.0')
-    assert found.mmcv_key('onedl-mmcv==2.3.6').endswith('_cpu')
-    assert not found.for_gpu
-    assert (found.state / 'environment').read_text() == HIDDEN
-    assert not capfd.readouterr().out
+def test_build__for_the_cpu_has_none(setup, steps, tmp_path):
+    found = setup('none')
+    found.mmcv_key('onedl-mmcv==2.3.6')
+    found.build_mmcv('onedl-mmcv==2.3.6', tmp_path / 'wheel')
+    assert list(steps) == ['build of mmcv']
+    build = steps['build of mmcv']
+    assert build['environment']['FORCE_CUDA'] == '0'
+    assert 'CUDA_HOME' not in build['environment']
+    assert build['remedy'] is None
 
 
 def test_torch__that_does_not_import_stops_it(setup):
-    found = setup('none', None)
+    found = setup('none')
     found.python.write_text('#!/bin/sh\necho broken >&2\nexit 1\n')
     with pytest.raises(tool.StepError, match='torch does not import:\nbroken'):
         found.mmcv_key('onedl-mmcv==2.3.6')
