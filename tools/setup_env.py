@@ -38,6 +38,8 @@ NEWEST_PYTHON = (3, 12)
 # torch with its CUDA libraries unpacked and packed, and room to build mmcv.
 FREE_BYTES = 10 * 1024**3
 LOG_LINES = 20
+# There with NVIDIA's driver.
+DRIVER = Path('/dev/nvidiactl')
 # What the environment is made from; a change makes the set-up run again.
 INPUTS = (
     'requirements/*.txt',
@@ -207,7 +209,7 @@ class Setup:
             'inputs': digest.hexdigest(),
             'root': str(ROOT),
             'venv': str(self.venv),
-            'gpu': str(Path('/dev/nvidiactl').exists()),
+            'gpu': str(DRIVER.exists()),
         }
 
     def is_done(self) -> bool:
@@ -383,6 +385,14 @@ class Setup:
             )
         torch, python, capability = answer.stdout.split()
         self.for_gpu = capability != 'none'
+        is_hidden = os.environ.get('CUDA_VISIBLE_DEVICES') == ''
+        if DRIVER.exists() and not self.for_gpu and not is_hidden:
+            print(
+                "set-up: NVIDIA's driver is here, but torch finds no GPU that "
+                f'it can use:\n{answer.stderr.strip() or "no reason given"}\n'
+                'Going on for the CPU. Once that is mended, remove '
+                f'{self.venv} and run it again for the GPU.'
+            )
         target = f'sm{capability}' if self.for_gpu else 'cpu'
         # With operators for the CPU alone, nothing may move to the GPU.
         hide = '' if self.for_gpu else 'CUDA_VISIBLE_DEVICES='

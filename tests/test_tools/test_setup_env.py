@@ -17,8 +17,10 @@ HIDDEN = 'CUDA_VISIBLE_DEVICES='
 
 
 @pytest.fixture
-def setup(tmp_path):
+def setup(tmp_path, monkeypatch):
     """A set-up whose torch tells of a GPU, or of none."""
+    monkeypatch.setattr(tool, 'DRIVER', tmp_path / 'driver')
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     found = tool.Setup(tmp_path)
     found.state.mkdir()
     found.python.parent.mkdir()
@@ -33,20 +35,48 @@ def setup(tmp_path):
     return with_torch
 
 
-def test_mmcv__is_built_for_the_gpu_that_is_here(setup):
+def test_mmcv__is_built_for_the_gpu_that_is_here(setup, capfd):
     found = setup('90')
+    tool.DRIVER.write_text('')
     key = found.mmcv_key('onedl-mmcv==2.3.6')
     assert key.startswith('onedl-mmcv-2.3.6_torch-2.12.1_cpython-311_')
     assert key.endswith('_sm90')
     assert found.for_gpu
     assert (found.state / 'environment').read_text() == ''
+    assert not capfd.readouterr().out
 
 
-def test_mmcv__without_a_gpu_is_for_the_cpu(setup):
+def test_mmcv__without_a_gpu_is_for_the_cpu(setup, capfd):
     found = setup('none')
     assert found.mmcv_key('onedl-mmcv==2.3.6').endswith('_cpu')
     assert not found.for_gpu
     assert (found.state / 'environment').read_text() == HIDDEN
+    assert not capfd.readouterr().out
+
+
+def test_mmcv__with_a_driver_that_torch_cannot_use_says_so(
+    setup, tmp_path, monkeypatch, capfd
+):
+    found = setup('none')
+    tool.DRIVER.write_text('')
+    found.python.write_text(
+        '#!/bin/sh\necho driver too old >&2\necho 2.12.1 cpython-311 none\n'
+    )
+    assert found.mmcv_key('onedl-mmcv==2.3.6').endswith('_cpu')
+    told = capfd.readouterr().out
+    assert 'torch finds no GPU that it can use:\ndriver too old\n' in told
+    assert f'remove {tmp_path} and run it again' in told
+    # Hidden by the user: no surprise.
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    assert found.mmcv_key('onedl-mmcv==2.3.6').endswith('_cpu')
+    assert not capfd.readouterr().out
+
+
+def test_done__asks_again_where_a_driver_came(setup):
+    found = setup('none')
+    before = found.fingerprint()
+    tool.DRIVER.write_text('')
+    assert found.fingerprint() != before
 
 
 @pytest.fixture
