@@ -9,7 +9,8 @@ environment is made anew (downloads and the built mmcv are kept).
 
 The mmcv wheel is kept in $ERA_MM_CACHE, by default
 ${XDG_CACHE_HOME:-~/.cache}/era_mm, by all that it was built for: the versions
-of mmcv, torch and Python, the platform, its C library, and CPU or GPU.
+of mmcv, torch and Python, the platform, its C library, and CPU or the GPUs'
+architectures.
 """
 
 # An old Python has to get as far as the message that it is too old.
@@ -49,6 +50,21 @@ INPUTS = (
     'era_mm/version.py',
     'tools/setup_env.py',
 )
+
+# Prints what mmcv's wheel depends on: the versions of torch and Python, and
+# the capabilities of the GPUs that this torch has kernels for.
+TELL = """
+import sysconfig
+import torch
+kernels = [int(name[3:]) for name in torch.cuda.get_arch_list()
+           if name[3:].isdigit()]
+gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+found = {torch.cuda.get_device_capability(gpu) for gpu in gpus}
+usable = [f'{major}.{minor}' for major, minor in sorted(found)
+          if 10 * major + minor >= min(kernels)]
+print(torch.__version__, sysconfig.get_config_var('SOABI'),
+      ';'.join(usable) or 'none')
+"""
 
 # Log pattern -> what to do. The first that matches is shown.
 REMEDIES = (
@@ -128,7 +144,12 @@ class Setup:
         self.stamp = self.state / 'done.json'
         self.running = self.state / 'running'
         self.logs = ROOT / '.cache' / 'setup'
-        self.for_gpu = False
+        #: Capabilities of the GPUs to build for, as torch writes them.
+        self.gpus = 'none'
+
+    @property
+    def for_gpu(self) -> bool:
+        return self.gpus != 'none'
 
     def run(self) -> None:
         """Do what is not done yet."""
@@ -189,8 +210,10 @@ class Setup:
                 '-c',
                 'import torch, torchvision, mmdet.apis, mmpretrain.apis, mim; '
                 'from mmcv.ops import nms; '
+                f'device = {"cuda" if self.for_gpu else "cpu"!r}; '
                 'boxes = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]); '
-                'kept = nms(boxes, torch.tensor([.9, .8]), .5)[1]; '
+                'scores = torch.tensor([.9, .8]); '
+                'kept = nms(boxes.to(device), scores.to(device), .5)[1]; '
                 'assert kept.tolist() == [0]; import era_mm',
             ],
         )
@@ -293,7 +316,15 @@ class Setup:
         folder = self.cache_folder() / 'wheels' / key
         wheels = [path for path in folder.glob('*.whl') if has_ops(path)]
         if not wheels:
-            wheels = [self.build_mmcv(requirement, folder)]
+            try:
+                wheels = [self.build_mmcv(requirement, folder)]
+            except StepError as error:
+                if not self.for_gpu:
+                    raise
+                raise StepError(
+                    f'{error}\nOr go on without the GPU: '
+                    'CUDA_VISIBLE_DEVICES= make demo.'
+                ) from None
         self.step(
             'mmcv',
             [
@@ -317,11 +348,11 @@ class Setup:
             PATH=f'{self.venv / "bin"}:{os.environ["PATH"]}',
         )
         flags['FORCE_CUDA'] = '1' if self.for_gpu else '0'
-        minutes, remedy = '5 to 20', None
+        minutes = '5 to 20'
         if self.for_gpu:
             flags['CUDA_HOME'] = str(self.install_cuda_compiler())
+            flags['TORCH_CUDA_ARCH_LIST'] = self.gpus
             minutes = '5 to 60'
-            remedy = 'go on without the GPU: CUDA_VISIBLE_DEVICES= make demo.'
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             self.step(
@@ -337,7 +368,6 @@ class Setup:
                 ],
                 environment=flags,
                 mark=False,
-                remedy=remedy,
             )
             (built,) = Path(scratch).glob('*.whl')
             if not has_ops(built):
@@ -351,29 +381,29 @@ class Setup:
     def install_cuda_compiler(self) -> Path:
         """Put nvcc beside torch's own CUDA headers and libraries.
 
-        Not the machine's: torch refuses one of another version, and few
+        Not the machine's: torch refuses one of another major version, and few
         machines have any.
         """
         self.install('CUDA compiler', 'cuda.txt')
-        pattern = 'lib/python*/site-packages/nvidia/cu[0-9]*'
-        (home,) = self.venv.glob(pattern)
+        pattern = 'lib/python*/site-packages/nvidia/cu[0-9]*/lib/libcudart.so*'
+        libraries = [x for x in self.venv.glob(pattern) if not x.is_symlink()]
+        if len(libraries) != 1:
+            raise StepError(
+                f"expected one library of torch's CUDA as {pattern} in "
+                f'{self.venv}, but got {len(libraries)}.\nWhat to do: remove '
+                f'{self.venv} and run it again.'
+            )
         # The linker asks for the name without a version, which pip's package
         # of the library does not have.
-        (library,) = home.glob('lib/libcudart.so.*')
-        link = home / 'lib' / 'libcudart.so'
+        link = libraries[0].with_name('libcudart.so')
         link.unlink(missing_ok=True)
-        link.symlink_to(library.name)
-        return home
+        link.symlink_to(libraries[0].name)
+        return link.parents[1]
 
     def mmcv_key(self, requirement: str) -> str:
         """Name all that the wheel depends on; decide on CPU or GPU."""
-        script = (
-            'import torch, sysconfig; gpu = torch.cuda.is_available(); '
-            'print(torch.__version__, sysconfig.get_config_var("SOABI"), '
-            '"%d%d" % torch.cuda.get_device_capability() if gpu else "none")'
-        )
         answer = subprocess.run(
-            [str(self.python), '-c', script],
+            [str(self.python), '-c', TELL],
             capture_output=True,
             text=True,
             check=False,
@@ -383,17 +413,18 @@ class Setup:
                 f'torch does not import:\n{answer.stderr}\nWhat to do: '
                 f'remove {self.venv} and run it again.'
             )
-        torch, python, capability = answer.stdout.split()
-        self.for_gpu = capability != 'none'
-        is_hidden = os.environ.get('CUDA_VISIBLE_DEVICES') == ''
-        if DRIVER.exists() and not self.for_gpu and not is_hidden:
+        torch, python, self.gpus = answer.stdout.split()
+        is_hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+        if DRIVER.exists() and self.gpus == 'none' and not is_hidden:
             print(
                 "set-up: NVIDIA's driver is here, but torch finds no GPU that "
                 f'it can use:\n{answer.stderr.strip() or "no reason given"}\n'
                 'Going on for the CPU. Once that is mended, remove '
                 f'{self.venv} and run it again for the GPU.'
             )
-        target = f'sm{capability}' if self.for_gpu else 'cpu'
+        # pip takes what follows a semicolon in a path for a condition.
+        gpus = self.gpus.replace(';', '-')
+        target = f'sm{gpus}' if self.for_gpu else 'cpu'
         # With operators for the CPU alone, nothing may move to the GPU.
         hide = '' if self.for_gpu else 'CUDA_VISIBLE_DEVICES='
         write_whole(self.state / 'environment', hide)

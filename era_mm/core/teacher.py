@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
 from .checkpoint import fingerprint, load_strictly, read_with_meta
 from .recorder import Recorder
-from .utils import preserve_rng
+from .utils import errors_only, preserve_rng
 
 
 def resolve_model_config(
@@ -208,7 +209,12 @@ class Teacher:
             kept = [init for init in inits or [] if 'checkpoint' not in init]
             if len(kept) < len(inits or []):
                 module.init_cfg = kept or None
-        self.model.init_weights()
+            # DetectoRS keeps the file's name here as well.
+            if isinstance(getattr(module, 'pretrained', None), str):
+                module.pretrained = None
+        if isinstance(self.model, BaseModule):
+            with errors_only():
+                self.model.init_weights()
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Take in weights that a student's checkpoint brings along.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import broadcast
+from mmengine.logging import MMLogger
 from mmengine.structures import BaseDataElement
 from torch import nn
 
@@ -41,6 +43,22 @@ def preserve_rng() -> Iterator[None]:
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Keep everything but errors out of the run's log."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # Not `logging.disable`: mmengine's loggers remember what is enabled.
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import io
 import json
-import logging
 import math
 import random
 import re
@@ -20,11 +19,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mmengine.fileio
-from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 from era_mm.core import Teacher
 from era_mm.core.pairing import num_classes_of
+from era_mm.core.utils import errors_only
 from era_mm.errors import UserError
 
 #: Share of the way from chance to perfect that a useful teacher has made.
@@ -225,18 +224,8 @@ def evaluate_teacher(
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Keep the tables of an evaluator to itself: they look like the run's."""
-
-    def is_error(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
-
-    # Not `logging.disable`: mmengine's loggers remember what is enabled.
-    logger = MMLogger.get_current_instance()
-    logger.addFilter(is_error)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.removeFilter(is_error)
+    with errors_only(), contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def _for_images(

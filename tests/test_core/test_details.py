@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -53,8 +53,8 @@ class Unset(BaseModel):
     """
 
     def __init__(self, init_cfg=None):
-        super().__init__(init_cfg=init_cfg)
-        self.conv = nn.Conv2d(3, 2, 1)
+        super().__init__()
+        self.part = UnsetPart(init_cfg)
         self.found = nn.Parameter(torch.full((2, 2), float('nan')))
 
     def init_weights(self):
@@ -62,7 +62,24 @@ class Unset(BaseModel):
         nn.init.normal_(self.found)
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
-        return self.conv(inputs)
+        return self.part.conv(inputs)
+
+
+class UnsetPart(BaseModule):
+    """As Swin it asserts a file where it is told of any initialisation.
+
+    As DetectoRS it keeps the name of the file.
+    """
+
+    def __init__(self, init_cfg):
+        super().__init__(init_cfg=init_cfg)
+        self.conv = nn.Conv2d(3, 2, 1)
+        self.pretrained = init_cfg and 'no/such.pth'
+
+    def init_weights(self):
+        assert self.init_cfg != []
+        assert self.pretrained is None
+        super().init_weights()
 
 
 FILE = dict(type='Pretrained', checkpoint='no/such.pth')
@@ -73,9 +90,12 @@ CONSTANT = dict(type='Constant', layer='Conv2d', val=0.25)
     ('init_cfg', 'set_by_config'),
     [(None, False), (FILE, False), (CONSTANT, True), ([FILE, CONSTANT], True)],
 )
+@pytest.mark.parametrize('listed', [False, True])
 def test_teacher__random_starts_as_a_training_does_without_files(
-    init_cfg, set_by_config
+    init_cfg, set_by_config, listed, capfd
 ):
+    if listed and isinstance(init_cfg, dict):
+        init_cfg = [init_cfg]
     state = torch.get_rng_state()
     teacher = Teacher(
         config=dict(type='era_mm._Unset', init_cfg=init_cfg),
@@ -84,8 +104,25 @@ def test_teacher__random_starts_as_a_training_does_without_files(
     teacher.load()
     assert torch.equal(state, torch.get_rng_state())
     assert teacher.model.found.isfinite().all()
-    assert (teacher.model.conv.weight == 0.25).all() == set_by_config
+    weight = teacher.model.part.conv.weight
+    assert (weight == 0.25).all() == set_by_config
     assert teacher.fingerprint() == teacher.loaded_fingerprint
+    # Not a line for every parameter.
+    assert capfd.readouterr() == ('', '')
+
+
+def test_teacher__random_may_be_any_module():
+    teacher = Teacher(config=dict(type='era_mm._Plain'), checkpoint='random')
+    teacher.load()
+    assert teacher.is_loaded
+
+
+@ERA_MODELS.register_module(name='_Plain', force=True)
+class Plain(nn.Linear):
+    """No module of mmengine."""
+
+    def __init__(self):
+        super().__init__(1, 1)
 
 
 def test_preserve_rng__gives_every_generator_back():
