@@ -19,6 +19,7 @@ ENTRY_SCRIPTS = (
     'export_student.py',
     'make_config.py',
     'print_sources.py',
+    'benchmark.py',
 )
 REPOSITORY = 'https://github.com/era-mm/era_mm'
 

@@ -59,6 +59,11 @@ def run_print_sources(argv: Sequence[str] | None = None) -> int:
     return _run(_print_sources_parser().parse_args(argv), _print_sources)
 
 
+def run_benchmark(argv: Sequence[str] | None = None) -> int:
+    """Measure what distillations cost; the exit status is returned."""
+    return _run(_benchmark_parser().parse_args(argv), _benchmark)
+
+
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='train', description='Train the model of a config.'
@@ -229,6 +234,85 @@ def _print_sources_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _benchmark_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='benchmark',
+        description='Measure time and memory of distillations beside what '
+        'they cannot do without: the plain step of their student (a) and the '
+        "teacher's forward pass (b). No data and no weights are needed.",
+    )
+    parser.add_argument(
+        'configs',
+        nargs='+',
+        metavar='config',
+        help='path or base name of the config of a distillation; several '
+        'must have the same student',
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        metavar='N',
+        help='images per step (default: as the first config trains)',
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help="of the images, in pixels (default: as the first config's data "
+        'pipeline makes them)',
+    )
+    parser.add_argument(
+        '--objects',
+        type=int,
+        default=5,
+        metavar='N',
+        help='objects per image of a detector (default: 5)',
+    )
+    parser.add_argument(
+        '--iters',
+        type=int,
+        default=50,
+        metavar='N',
+        help='rounds that are measured; each runs every step once '
+        '(default: 50)',
+    )
+    parser.add_argument(
+        '--warmup',
+        type=int,
+        default=30,
+        metavar='N',
+        help='rounds of training steps before (default: 30)',
+    )
+    parser.add_argument(
+        '--start-iter',
+        type=int,
+        metavar='N',
+        help='iteration that the first step takes itself for (default: 1000, '
+        'or later where a schedule or phase is not over by then)',
+    )
+    parser.add_argument(
+        '--threads',
+        type=int,
+        metavar='N',
+        help='threads of the CPU (default: 1; with a GPU as they are)',
+    )
+    parser.add_argument(
+        '--device',
+        choices=['cpu', 'cuda'],
+        help='where to run (default: on a GPU, where there is one)',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision'
+    )
+    parser.add_argument(
+        '--out', metavar='FILE', help='write everything measured to this JSON'
+    )
+    _add_config_options(parser)
+    parser.set_defaults(local_rank=0)
+    return parser
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir',
@@ -320,14 +404,14 @@ def _explain(error: BaseException) -> str:
     )
 
 
-def _read_config(args: argparse.Namespace) -> 'Config':
+def _read_config(name: str, options: Sequence[str] | None) -> 'Config':
     from mmengine.config import Config, DictAction
 
     from era_mm.engine.preflight import find_config
 
-    cfg = Config.fromfile(find_config(args.config))
-    if args.cfg_options is not None:
-        for option in args.cfg_options:
+    cfg = Config.fromfile(find_config(name))
+    if options is not None:
+        for option in options:
             if '=' not in option:
                 raise UserError(
                     '--cfg-options: expected KEY=VALUE without spaces, but '
@@ -337,13 +421,13 @@ def _read_config(args: argparse.Namespace) -> 'Config':
         # arguments are parsed would make -h slow.
         parser = argparse.ArgumentParser()
         parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-        parsed = parser.parse_args(['--cfg-options', *args.cfg_options])
+        parsed = parser.parse_args(['--cfg-options', *options])
         cfg.merge_from_dict(parsed.cfg_options)
     return cfg
 
 
 def _load_config(args: argparse.Namespace) -> 'Config':
-    cfg = _read_config(args)
+    cfg = _read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -421,7 +505,7 @@ def _export(args: argparse.Namespace) -> None:
     from era_mm.engine.export import export_student
 
     exported = export_student(
-        _read_config(args),
+        _read_config(args.config, args.cfg_options),
         args.checkpoint,
         args.out,
         mode=args.mode,
@@ -473,3 +557,32 @@ def _print_sources(args: argparse.Namespace) -> None:
             input_size=args.input_size,
         )
     )
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    # What torch's profiler would say on the screen of itself; torch reads it
+    # when it is imported.
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
+    from era_mm.engine.benchmark import Options, measure
+    from era_mm.engine.benchmark_report import check_out, show, write
+
+    options = Options(
+        batch_size=args.batch_size,
+        size=args.size and tuple(args.size),
+        objects=args.objects,
+        iters=args.iters,
+        warmup=args.warmup,
+        start_iter=args.start_iter,
+        threads=args.threads,
+        device=args.device,
+        amp=args.amp,
+    )
+    out = args.out and Path(args.out)
+    if out:
+        check_out(out)
+    cfgs = [_read_config(name, args.cfg_options) for name in args.configs]
+    record = measure(cfgs, options)
+    show(record)
+    if out:
+        write(record, out)

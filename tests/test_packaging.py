@@ -294,6 +294,7 @@ def test_wheel__holds_one_package_and_what_mim_reads(wheel: Path) -> None:
             'tools/export_student.py',
             'tools/make_config.py',
             'tools/print_sources.py',
+            'tools/benchmark.py',
             'configs/packaging_toy.py',
         ):
             assert f'{package}/.mim/{inside}' in names

@@ -15,6 +15,8 @@ from era_mm.engine.preflight import find_config
 from era_mm.errors import UserError
 
 HOSTS = ('mmdet', 'mmpretrain')
+#: Steps of a pipeline after which every image has one size.
+FIXES_SIZE = ('Resize', 'CenterCrop', 'RandomCrop', 'RandomResizedCrop')
 
 
 class HostConfig(NamedTuple):
@@ -210,3 +212,35 @@ def crop_size(config: HostConfig) -> int | None:
                 if isinstance(side, int) and side > 0:
                     return side
     return None
+
+
+def image_size(cfg: Config) -> tuple[int, int, str] | None:
+    """Size of the images that a config's data pipelines put out.
+
+    That of the last step that fixes it, ``Resize`` or a crop, in the pipeline
+    of training, or where that has none (several sizes) in that of testing.
+    mmdet's ``Resize`` to ``(1333, 800)`` is an image 1333 wide.
+
+    Returns:
+        Height, width, and the data loader whose pipeline it was; None where
+        none says.
+    """
+    for name in ('train_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        for dataset in _datasets(loader.get('dataset') if loader else None):
+            for step in reversed(dataset.get('pipeline') or []):
+                size = step.get('scale', step.get('crop_size'))
+                kind = str(step.get('type')).rpartition('.')[2]
+                if isinstance(size, int):
+                    size = (size, size)
+                if kind in FIXES_SIZE and _is_size(size):
+                    return size[1], size[0], name
+    return None
+
+
+def _is_size(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(isinstance(side, int) and side > 0 for side in value)
+    )

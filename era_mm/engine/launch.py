@@ -54,8 +54,17 @@ def prepare_launch(cfg: Config) -> None:
     distributed.init_process_group('gloo')
 
 
-def use_amp(cfg: Config) -> None:
-    """Turn the config's optimiser wrapper into a mixed-precision one."""
+def use_amp(cfg: Config, device: str | None = None) -> None:
+    """Turn the config's optimiser wrapper into a mixed-precision one.
+
+    Args:
+        cfg: Changed in place.
+        device: What the model runs on, 'cpu' or an accelerator. None: what a
+            run would take.
+
+    Raises:
+        UserError: A wrapper of another kind.
+    """
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if kind in ('AmpOptimWrapper', 'CPUAmpOptimWrapper'):
         return
@@ -65,7 +74,7 @@ def use_amp(cfg: Config) -> None:
             f'config, but it is {kind!r}. Leave the flag out and set mixed '
             'precision in the config.'
         )
-    if get_device() == 'cpu':
+    if (device or get_device()) == 'cpu':
         cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
     else:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'

@@ -1,0 +1,242 @@
+"""What a benchmark has measured: statistics, a table and a file."""
+
+import contextlib
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from era_mm.errors import UserError
+from era_mm.hosts import PROFILES, find_profile, installed_version
+from era_mm.version import __version__
+
+MIB = 2**20
+#: Columns that no table needs.
+MOST_COLUMNS = 500
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile of what the rounds gave.
+
+    Percentiles lie linearly between values, as numpy's.
+
+    Args:
+        values: One of each round.
+
+    Returns:
+        ``median``, ``p10``, ``p90``.
+    """
+    low, median, high = (float(np.percentile(values, q)) for q in (10, 50, 90))
+    return dict(median=median, p10=low, p90=high)
+
+
+def timed(values: Sequence[float]) -> dict[str, Any]:
+    """The :func:`spread` of measured times, and all of them (``rounds``)."""
+    return {**spread(values), 'rounds': list(values)}
+
+
+def step_times(
+    *,
+    plain: Sequence[float],
+    teacher: Sequence[float],
+    step: Sequence[float],
+) -> dict[str, dict[str, Any]]:
+    """A distiller's step beside the least that it could take.
+
+        floor = plain + teacher,   ratio = step / floor
+
+    round by round, so what slows the machine down for a while slows down
+    both.
+
+    Args:
+        plain: The plain student's step in each round, in ms.
+        teacher: The teacher's forward pass.
+        step: The distiller's step.
+
+    Returns:
+        ``teacher_ms`` and ``step_ms`` as :func:`timed` gives them,
+        ``floor_ms`` and ``ratio`` as :func:`spread`.
+    """
+    floor = [a + b for a, b in zip(plain, teacher, strict=True)]
+    return dict(
+        teacher_ms=timed(teacher),
+        floor_ms=spread(floor),
+        step_ms=timed(step),
+        ratio=ratio(step, floor),
+    )
+
+
+def ratio(
+    values: Sequence[float], others: Sequence[float]
+) -> dict[str, float]:
+    """The :func:`spread` of the ratio, round by round."""
+    return spread([v / o for v, o in zip(values, others, strict=True)])
+
+
+def step_memory(
+    *,
+    peak: int,
+    plain_peak: int,
+    teacher_weights: int,
+    teacher_feats: int,
+    extras: int,
+) -> dict[str, float]:
+    """A distiller's peak memory beside the least that it could take.
+
+        floor = plain_peak + teacher_weights + teacher_feats + extras
+
+    Args:
+        peak: Of the distiller's step: weights, optimiser state and teachers
+            included; in bytes, as all of these.
+        plain_peak: Likewise of the plain student's step.
+        teacher_weights: Of all teachers, buffers included.
+        teacher_feats: What the teachers hand to the distillers for one
+            batch, elements times their size.
+        extras: What the distillation trains beside the plain student:
+            weights, their gradients and their optimisers' state.
+
+    Returns:
+        What was given, ``floor``, and ``ratio``, the peak's to it.
+    """
+    floor = plain_peak + teacher_weights + teacher_feats + extras
+    return dict(
+        peak=peak,
+        floor=floor,
+        ratio=peak / floor,
+        plain_peak=plain_peak,
+        teacher_weights=teacher_weights,
+        teacher_feats=teacher_feats,
+        extras=extras,
+    )
+
+
+def versions() -> dict[str, str]:
+    """era_mm, and the packages that it plugs into."""
+    found = {'era_mm': __version__, 'python': platform.python_version()}
+    for host in PROFILES[find_profile()]:
+        found[host.distribution] = str(installed_version(host.distribution))
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The processor that did the work, and the threads of the CPU."""
+    cpu = platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                cpu = line.split(':', 1)[1].strip()
+                break
+    found = dict(device=device.type, cpu=cpu, threads=torch.get_num_threads())
+    if device.type == 'cuda':
+        found['gpu'] = torch.cuda.get_device_name(device)
+    return found
+
+
+def table(record: dict[str, Any]) -> Table:
+    """A record of :func:`era_mm.engine.benchmark.measure`, to be read.
+
+    Times are medians with the 10th and 90th percentile; memory is the peak.
+    """
+    machine, setting = record['machine'], record['setting']
+    height, width = setting['size']
+    where = machine.get('gpu') or (
+        f'{machine["cpu"]}, threads: {machine["threads"]}'
+    )
+    result = Table(
+        'step',
+        *('ms', '10..90 %', 'to a + b', '10..90 %', 'MiB', 'to floor'),
+        title=f'{setting["batch_size"]} images of {height}x{width}, '
+        f'{setting["iters"]} rounds, {where}'
+        + (', mixed precision' if setting['amp'] else ''),
+        box=box.SIMPLE,
+    )
+    for column in result.columns:
+        column.no_wrap = True
+    for column in result.columns[1:]:
+        column.justify = 'right'
+    plain = record['plain']
+    result.add_row(
+        f'a: {plain["model"]}, plain',
+        *_shown(plain['step_ms'], 2),
+        *('', '', _mib(plain['peak']), ''),
+    )
+    for entry in record['distillers']:
+        memory = entry['memory']
+        result.add_section()
+        if entry['teachers']:
+            teachers = ', '.join(entry['teachers'].values())
+            result.add_row(
+                f'b: {teachers}, forward', *_shown(entry['teacher_ms'], 2)
+            )
+        result.add_row(
+            'a + b, floor',
+            *_shown(entry['floor_ms'], 2),
+            *('1', '', _mib(memory['floor']), '1'),
+        )
+        result.add_row(
+            entry['config'],
+            *_shown(entry['step_ms'], 2),
+            *_shown(entry['ratio'], 3),
+            *(_mib(memory['peak']), f'{memory["ratio"]:.3f}'),
+        )
+    result.add_section()
+    result.add_row(
+        f'prediction, plain, {plain["params"] / 1e6:.2f} M parameters',
+        *_shown(plain['predict_ms'], 2),
+        '1',
+    )
+    for entry in record['distillers']:
+        result.add_row(
+            f'  {entry["config"]}, {entry["params"] / 1e6:.2f} M',
+            *_shown(entry['predict_ms'], 2),
+            *_shown(entry['predict_ratio'], 3),
+        )
+    return result
+
+
+def _shown(values: dict[str, float], digits: int) -> tuple[str, str]:
+    median, low, high = (
+        f'{values[key]:.{digits}f}' for key in ('median', 'p10', 'p90')
+    )
+    return median, f'{low}..{high}'
+
+
+def _mib(size: int) -> str:
+    return f'{size / MIB:.1f}'
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the :func:`table`, as wide as it has to be."""
+    shown = table(record)
+    console = Console()
+    needed = Console(width=MOST_COLUMNS).measure(shown).maximum
+    # A narrower terminal wraps lines; the table would leave digits out.
+    console.width = max(console.width, needed)
+    console.print(shown)
+
+
+def check_out(file: Path) -> None:
+    """Refuse a place where no file can be written, before minutes of work.
+
+    Raises:
+        UserError: There is no such folder, or the file is one.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(
+            f'--out: expected a file in a folder that exists, but got {file}. '
+            'Make the folder, or give another place.'
+        )
+
+
+def write(record: dict[str, Any], file: Path) -> None:
+    """Write a record as JSON; a file is there whole or not at all."""
+    part = file.with_name(f'{file.name}.part')
+    part.write_text(json.dumps(record, indent=1) + '\n')
+    part.replace(file)

@@ -1,0 +1,141 @@
+"""How much memory a training step takes, on a GPU and on a CPU."""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from era_mm.core import Distillation
+
+
+def peak_of(run: Callable[[], Any], device: torch.device) -> int:
+    """The most that a call has allocated at a time, in bytes.
+
+    Beyond what was there before the call. On a GPU it is what torch's
+    allocator counts; on a CPU the running sum of what torch's profiler sees
+    allocated and freed, work space of operators included where it comes from
+    torch's allocator.
+
+    Args:
+        run: What is called. What it returns is dropped.
+        device: Where it works.
+    """
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with warnings.catch_warnings():
+        # It says that it forgets earlier events; there are none.
+        warnings.simplefilter('ignore')
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True
+        ) as profiler:
+            run()
+    return running_peak(_memory_events(profiler))
+
+
+def _memory_events(profiler: profile) -> list[tuple[int, int]]:
+    """Address and bytes of each allocation, negative where it is freed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, 'trace.json')
+        profiler.export_chrome_trace(file)
+        with open(file, encoding='utf-8') as opened:
+            trace = json.load(opened)
+    events = [e for e in trace['traceEvents'] if e.get('name') == '[memory]']
+    events.sort(key=lambda event: event['ts'])
+    return [(e['args']['Addr'], e['args']['Bytes']) for e in events]
+
+
+def running_peak(events: Iterable[tuple[int, int]]) -> int:
+    """Peak of what is alive, from allocations in their order.
+
+    What was allocated before the first event is not counted, and neither is
+    its end.
+
+    Args:
+        events: Address and bytes; negative bytes where memory is freed.
+    """
+    alive: dict[int, int] = {}
+    now = peak = 0
+    for address, size in events:
+        if size > 0:
+            alive[address] = size
+            now += size
+            peak = max(peak, now)
+        else:
+            now -= alive.pop(address, 0)
+    return peak
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind tensors; what several share counts once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def teacher_bytes(model: Distillation) -> int:
+    """Weights and buffers of all teachers, in bytes."""
+    return bytes_of(
+        tensor
+        for teacher in model.teachers.values()
+        for tensor in _weights(teacher.model)
+    )
+
+
+def state_bytes(model: nn.Module, wrapper: OptimWrapper) -> int:
+    """What a model keeps from step to step, in bytes.
+
+    Parameters, buffers and the optimiser's state; of a distillation the
+    distillers' and inner modules' too, without the teachers.
+    """
+    return bytes_of(_state(model, wrapper))
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """What the gradients of all that is trained take, in bytes."""
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for part in (model, *_inner_modules(model))
+        for parameter in part.parameters()
+        if parameter.requires_grad
+    )
+
+
+def _state(model: nn.Module, wrapper: OptimWrapper) -> Iterator[Tensor]:
+    for part in (model, *_inner_modules(model)):
+        yield from _weights(part)
+    yield from _tensors_in(wrapper.optimizer.state_dict())
+    if isinstance(model, Distillation):
+        for distiller in model.distillers.values():
+            if distiller.inner_optimizer is not None:
+                yield from _tensors_in(distiller.inner_optimizer.state_dict())
+
+
+def _tensors_in(node: Any) -> Iterator[Tensor]:
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, (dict, list, tuple)):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from _tensors_in(part)
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _inner_modules(model: nn.Module) -> list[nn.Module]:
+    if not isinstance(model, Distillation):
+        return []
+    distillers = model.distillers.values()
+    return [d.inner for d in distillers if d.inner is not None]
