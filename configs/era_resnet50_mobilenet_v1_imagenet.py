@@ -14,5 +14,5 @@ model = dict(
         'resnet50_8xb32_in1k_20210831-ea4938fc.pth',
     ),
     # KL with weight 2 and temperature 1: the released script's.
-    distiller=dict(type='era_mm.ERADistiller', logit=dict()),
+    distiller=dict(type='era_mm.ERADistiller'),
 )

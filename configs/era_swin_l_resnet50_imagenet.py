@@ -17,7 +17,6 @@ model = dict(
         type='era_mm.ERADistiller',
         # Layer norms, as the released code has for Swin teachers.
         mbrnet=dict(norm_cfg=dict(type='LN')),
-        logit=dict(),
     ),
     # Swin's last map must not be smaller than its window.
     input_size=224,

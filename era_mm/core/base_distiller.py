@@ -9,7 +9,7 @@ saved is the core's business.
 import fnmatch
 import itertools
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +116,8 @@ class BaseDistiller(BaseModule):
       the student rest; ``least_iters``: how long all but the last take.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
       student's own.
+    - :meth:`extra_flops`: what a step costs, for the summary.
+    - :meth:`compare`: what it measures on the first batches of validation.
     - :meth:`export`: one of these modes as an ordinary host model.
 
     Args:
@@ -425,6 +427,40 @@ class BaseDistiller(BaseModule):
             quantities under names without "loss".
         """
 
+    def compare(
+        self, *, student_feats: Features, teacher_feats: Features
+    ) -> Tensor | None:
+        """What it measures on a batch of validation, without gradient.
+
+        Args:
+            student_feats: Features by source, in eval mode.
+            teacher_feats: The teacher's.
+
+        Returns:
+            Numbers to be averaged over batches, or None.
+        """
+        return None
+
+    def extra_flops(
+        self,
+        count: Callable[[Callable[[], Any]], int],
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> float | None:
+        """FLOPs of a step beyond the student's own and the teachers'.
+
+        Args:
+            count: Gives the FLOPs of a call.
+            student_feats: Features of one image by source, in eval mode.
+            teacher_feats: The teacher's.
+
+        Returns:
+            Those of the forward and the backward pass for such an image;
+            None: not known.
+        """
+        return None
+
     # -- phases ------------------------------------------------------------
 
     def phase(self) -> Phase | None:
@@ -584,6 +620,16 @@ class BaseDistiller(BaseModule):
         """
         return {}
 
+    def is_complete(self, step: int) -> bool:
+        """Whether a step has every loss term.
+
+        Only then is a schedule without a term an error.
+
+        Args:
+            step: The run's global iteration.
+        """
+        return True
+
     def scheduled(self, losses: dict[str, Any], step: int) -> dict[str, Any]:
         """Apply the schedules to the terms of one step.
 
@@ -595,7 +641,7 @@ class BaseDistiller(BaseModule):
             keys = [
                 key for key in fnmatch.filter(losses, pattern) if 'loss' in key
             ]
-            if not keys:
+            if not keys and self.is_complete(step):
                 raise ValueError(
                     f'`schedules` of {type(self).__name__} names {pattern!r}, '
                     f'which is none of its losses: {sorted(losses)}.'

@@ -172,7 +172,21 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
                 with an entry for each teacher that sees other tensors than
                 the student.
         """
-        if not training or not self._own:
+        if not training:
+            return self.student(data, training)
+        return self.with_teachers(data, training)
+
+    def with_teachers(self, data: Any, training: bool) -> Any:
+        """Preprocess a batch for the student and for the teachers.
+
+        Args:
+            data: What the dataloader gives.
+            training: Whether the student's batch is augmented.
+
+        Returns:
+            As :meth:`forward` in training.
+        """
+        if not self._own:
             return self.student(data, training)
         own = {
             name: teacher.model.data_preprocessor

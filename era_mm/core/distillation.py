@@ -3,7 +3,7 @@
 import copy
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -283,13 +283,7 @@ class Distillation(BaseModel):
         for name, distiller in distillers.items():
             distiller.choose_sources(**pairs[name])
         self._student_recorder = Recorder(
-            self.student,
-            dict.fromkeys(
-                source
-                for distiller in distillers.values()
-                for source in distiller.student_sources
-            ),
-            owner='student',
+            self.student, self._all_sources(), owner='student'
         )
         size = (
             (input_size, input_size)
@@ -330,6 +324,18 @@ class Distillation(BaseModel):
                 ),
             )
             distiller.set_up_inner()
+        # Some are found to be of no use only when the pair is met.
+        self._student_recorder = Recorder(
+            self.student, self._all_sources(), owner='student'
+        )
+
+    def _all_sources(self) -> dict[str, None]:
+        """What is recorded of the student, each once, in order."""
+        return dict.fromkeys(
+            source
+            for distiller in self.distillers.values()
+            for source in distiller.student_sources
+        )
 
     def init_weights(self) -> None:
         """Initialise the student as a plain run does, then the extras.
@@ -574,8 +580,10 @@ class Distillation(BaseModel):
         inputs: Tensor,
         data_samples: list | None,
         teacher_inputs: dict[str, Tensor] | None,
+        load: bool = True,
     ) -> dict[str, dict]:
-        self.load_teachers()
+        if load:
+            self.load_teachers()
         own = teacher_inputs or {}
         return {
             name: teacher.extract(own.get(name, inputs), data_samples)
@@ -713,25 +721,79 @@ class Distillation(BaseModel):
             data: What the dataloader gives.
         """
         data = self.data_preprocessor(data, True)
-        inputs, data_samples = data['inputs'], data['data_samples']
+        data_samples = data['data_samples']
+        feats_of = self.record(**data)
+        log_vars = {}
+        for name, distiller in self.distillers.items():
+            if self.step < distiller.pretrain_iters:
+                feats = feats_of(distiller)
+                loss = distiller.inner_step(**feats, data_samples=data_samples)
+                log_vars[f'{name}.pretrain'] = loss
+        return {'loss': sum(log_vars.values()), **log_vars}
+
+    def record(
+        self,
+        inputs: Tensor,
+        data_samples: list | None = None,
+        teacher_inputs: dict[str, Tensor] | None = None,
+        load: bool = True,
+    ) -> Callable[[BaseDistiller], dict[str, Any]]:
+        """Features of a batch in eval mode, without gradient.
+
+        Args:
+            inputs: As of :meth:`forward`, as are the others.
+            data_samples: Ground truth and meta data.
+            teacher_inputs: Batches of teachers that see other tensors.
+            load: Whether teachers take their weights in, if they are not yet.
+
+        Returns:
+            What gives a distiller its ``student_feats`` and
+            ``teacher_feats``.
+        """
         with torch.no_grad(), evaluating(self.student):
             teacher_feats = self._teach(
-                inputs, data_samples, data.get('teacher_inputs')
+                inputs, data_samples, teacher_inputs, load=load
             )
             with self._student_recorder as recorder:
                 forward_until(
                     self.student, inputs, recorder.sources, data_samples
                 )
         student_feats = recorder.pop()
-        log_vars = {}
-        for name, distiller in self.distillers.items():
-            if self.step < distiller.pretrain_iters:
-                feats = distiller.connect(
-                    **self._feats_of(distiller, student_feats, teacher_feats)
-                )
-                loss = distiller.inner_step(**feats, data_samples=data_samples)
-                log_vars[f'{name}.pretrain'] = loss
-        return {'loss': sum(log_vars.values()), **log_vars}
+
+        def feats_of(distiller: BaseDistiller) -> dict:
+            feats: dict[str, Any] = self._feats_of(
+                distiller, student_feats, teacher_feats
+            )
+            return distiller.connect(**feats)
+
+        return feats_of
+
+    @torch.no_grad()
+    def compare(self, data: Any) -> dict[str, Tensor]:
+        """What the distillers measure on a batch of validation, by name.
+
+        Only those that measure anything (``BaseDistiller.compare``).
+
+        Args:
+            data: What the dataloader gives.
+        """
+        measuring = {
+            name: distiller
+            for name, distiller in self.distillers.items()
+            if type(distiller).compare is not BaseDistiller.compare
+            # Validation alone need not have the teacher's weights.
+            and all(teacher.is_loaded for teacher in self.teachers.values())
+        }
+        if not measuring:
+            return {}
+        feats_of = self.record(
+            **self.data_preprocessor.with_teachers(data, training=False)
+        )
+        found = {
+            name: distiller.compare(**feats_of(distiller))
+            for name, distiller in measuring.items()
+        }
+        return {k: value for k, value in found.items() if value is not None}
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Mmengine's step, or one of the pre-training phase."""

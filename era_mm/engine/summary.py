@@ -13,6 +13,7 @@ from torch import nn
 from era_mm.core import BaseDistiller, Distillation, MutualDistillation
 from era_mm.core.mutual import Peer
 from era_mm.core.utils import blank_sample, preserve_rng
+from era_mm.engine.step_cost import cost_line
 
 #: Pixels above which a CPU takes too long to count FLOPs.
 MAX_CPU_PIXELS = 512 * 512
@@ -50,6 +51,9 @@ def _lines(model: Distillation, name: str, batch: Any) -> Iterator[str]:
             yield _model_line(key, teacher.model, batch, size)
     for key, distiller in model.distillers.items():
         yield _extras_line(key, distiller)
+    cost = cost_line(model)
+    if cost is not None:
+        yield cost
     if model.student_shapes:
         yield f'sources, for an image of {size[0]} x {size[1]}'
     owners = {name: model.student_shapes, **model.teacher_shapes}

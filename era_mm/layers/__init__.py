@@ -2,19 +2,27 @@
 
 from .connector import Connector, crop_to_common
 from .logits import (
+    bernoulli_entropy,
+    bernoulli_kl,
     bernoulli_kl_loss,
+    best_rows,
     dist_loss,
     kl_loss,
+    rows_at,
     rows_of_levels,
     top_rows,
 )
 
 __all__ = [
     'Connector',
+    'bernoulli_entropy',
+    'bernoulli_kl',
     'bernoulli_kl_loss',
+    'best_rows',
     'crop_to_common',
     'dist_loss',
     'kl_loss',
+    'rows_at',
     'rows_of_levels',
     'top_rows',
 ]

@@ -74,12 +74,17 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def bernoulli_kl_loss(
+def bernoulli_entropy(q: Tensor) -> Tensor:
+    """Entropy of each probability of a yes, in nats."""
+    return torch.special.entr(q) + torch.special.entr(1 - q)
+
+
+def bernoulli_kl(
     *, student_logits: Tensor, target: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """KL from sigmoid scores to their targets, class by class.
+    """KL from sigmoid scores to their targets, added up by row.
 
-        T^2 / R * sum_r sum_c KL(q_rc || sigmoid(z_rc / T))
+        sum_c KL(q_rc || sigmoid(z_rc / T))
 
     The binary cross-entropy less the target's entropy: equal in gradient, and
     0 where both agree.
@@ -88,14 +93,30 @@ def bernoulli_kl_loss(
 
     Shape:
         - student_logits, target: ``(R, classes)``
-        - out: scalar
+        - out: ``(R,)``
     """
     logits, target = _full(student_logits), _full(target)
     cross = binary_cross_entropy_with_logits(
         logits / temperature, target, reduction='none'
     )
-    entropy = torch.special.entr(target) + torch.special.entr(1 - target)
-    return temperature**2 * (cross - entropy).sum(dim=1).mean()
+    return (cross - bernoulli_entropy(target)).sum(dim=1)
+
+
+def bernoulli_kl_loss(
+    *, student_logits: Tensor, target: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """``T^2`` times the mean of :func:`bernoulli_kl` over the rows.
+
+    Source: [ours], for dense heads.
+
+    Shape:
+        - student_logits, target: ``(R, classes)``
+        - out: scalar
+    """
+    gap = bernoulli_kl(
+        student_logits=student_logits, target=target, temperature=temperature
+    )
+    return temperature**2 * gap.mean()
 
 
 def rows_of_levels(scores: Sequence[Tensor], num_classes: int) -> Tensor:
@@ -128,3 +149,61 @@ def top_rows(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     columns = best.topk(min(topk, best.shape[1]), dim=1).indices
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     return rows, columns
+
+
+def best_rows(levels: Sequence[Tensor], num_classes: int, topk: int) -> Tensor:
+    """Where an image's highest class scores are, over all levels.
+
+    A row is an anchor of a place: level by level, place by place, anchor by
+    anchor.
+
+    Args:
+        levels: One ``(N, A * K, H, W)`` per level, A anchors by place.
+        num_classes: K.
+        topk: Rows per image; all of them if there are no more.
+
+    Returns:
+        Their numbers, ``(N, k)``.
+    """
+    best = [
+        level.unflatten(1, (-1, num_classes))
+        .amax(dim=2)
+        .permute(0, 2, 3, 1)
+        .flatten(1)
+        for level in levels
+    ]
+    scores = torch.cat(best, dim=1)
+    return scores.topk(min(topk, scores.shape[1]), dim=1).indices
+
+
+def rows_at(levels: Sequence[Tensor], rows: Tensor, width: int) -> Tensor:
+    """What a dense head says of some rows.
+
+    Only these are copied, not the maps.
+
+    Args:
+        levels: One ``(N, A * width, H, W)`` per level.
+        rows: As :func:`best_rows` gives them.
+        width: Numbers of a row.
+
+    Shape:
+        - rows: ``(N, k)``
+        - out: ``(N, k, width)``
+    """
+    images = torch.arange(len(rows), device=rows.device)[:, None, None]
+    numbers = torch.arange(width, device=rows.device)
+    found, start = None, 0
+    for level in levels:
+        anchors = level.shape[1] // width
+        size = anchors * level.shape[2] * level.shape[3]
+        local = rows - start
+        inside = (local >= 0) & (local < size)
+        local = local.clamp(0, size - 1)
+        channels = (local % anchors)[..., None] * width + numbers
+        places = (local // anchors)[..., None]
+        values = level.flatten(2)[images, channels, places]
+        values = torch.where(inside[..., None], values, 0)
+        found = values if found is None else found + values
+        start += size
+    assert found is not None
+    return found

@@ -469,12 +469,16 @@ def test_schedule__unknown_key_shows_the_nearest():
         MODELS.build(config)
 
 
-def test_load__extras_of_other_settings_are_refused():
+@pytest.mark.parametrize(
+    ('form', 'reason'),
+    # Bottlenecks lie side by side in one tensor.
+    [('released', 'missing'), ('normalised', 'other shapes')],
+)
+def test_load__extras_of_other_settings_are_refused(form, reason):
     def with_branches(num):
-        return MODELS.build(
-            distillation_config(dict(ERA, mbrnet=dict(num_branches=num)))
-        )
+        era = dict(ERA, form=form, mbrnet=dict(num_branches=num))
+        return MODELS.build(distillation_config(era))
 
     state = with_branches(3).state_dict()
-    with pytest.raises(ValueError, match=r"extras of 'distiller'.*missing"):
+    with pytest.raises(ValueError, match=f"extras of 'distiller'.*{reason}"):
         with_branches(4).load_state_dict(state)

@@ -30,6 +30,7 @@ ERA = dict(type='era_mm.ERADistiller')
 ERA_OFF = dict(
     type='era_mm.ERADistiller',
     loss=dict(align_weight=0.0, residual_weight=0.0, twi_weight=0.0),
+    logit=dict(weight=0.0, box_weight=0.0),
 )
 
 
@@ -60,8 +61,13 @@ def train(make_runner, model, **kwargs):
 # -- 1. weights 0 are the plain model ---------------------------------------
 
 
+@pytest.mark.parametrize(
+    'options',
+    [dict(), dict(form='released'), dict(form='released', logit=None)],
+    ids=['default', 'released', 'released-without-logits'],
+)
 def test_zero_weights__ten_steps_are_the_plain_run_bit_for_bit(
-    make_runner, teacher_file, tmp_path
+    options, make_runner, teacher_file, tmp_path
 ):
     # No clipping: the norm over more tensors sums in another order.
     kwargs = dict(
@@ -76,7 +82,7 @@ def test_zero_weights__ten_steps_are_the_plain_run_bit_for_bit(
     )
     off, off_losses = train(
         make_runner,
-        distillation_config(ERA_OFF, checkpoint=teacher_file),
+        distillation_config(ERA_OFF | options, checkpoint=teacher_file),
         work_dir=tmp_path / 'b',
         **kwargs,
     )

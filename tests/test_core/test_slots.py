@@ -227,18 +227,30 @@ def test_schedule__scales_a_term_by_the_global_step(teacher_file):
     ]
 
 
+@pytest.mark.parametrize(
+    ('form', 'terms'),
+    [('released', ('cls', 'bbox')), ('normalised', ('logit', 'box'))],
+)
 def test_schedule__goes_on_where_a_resumed_run_does(
-    make_runner, teacher_file, tmp_path
+    form, terms, make_runner, teacher_file, tmp_path
 ):
     """Every kind of schedule, by the factors of a whole and a resumed run."""
     kinds = {
         'loss_era_align': dict(scale=0.5),
         'loss_era_residual': dict(ramp=6),
-        'loss_era_twi_cls': dict(start=2, stop=7, ramp=6, shape='cosine'),
-        'loss_era_twi_bbox': dict(milestones=[3, 6], gamma=0.5),
+        f'loss_era_twi_{terms[0]}': dict(
+            start=2, stop=7, ramp=6, shape='cosine'
+        ),
+        f'loss_era_twi_{terms[1]}': dict(milestones=[3, 6], gamma=0.5),
     }
     config = distillation_config(
-        dict(type='era_mm.ERADistiller', schedules=kinds),
+        dict(
+            type='era_mm.ERADistiller',
+            form=form,
+            # It may rest in some steps.
+            twi_interval=2,
+            schedules=kinds,
+        ),
         checkpoint=teacher_file,
     )
 
@@ -295,6 +307,31 @@ def test_schedule__patterns_meet_several_terms_and_multiply():
     assert list(distiller.scheduled(terms, 3).values()) == [0.5, 1, 2, 8]
 
 
+@pytest.mark.parametrize('step', [0, 1])
+def test_schedule__of_a_term_that_rests_is_known(step, teacher_file):
+    def losses(*patterns):
+        model = MODELS.build(
+            distillation_config(
+                dict(
+                    type='era_mm.ERADistiller',
+                    twi_interval=2,
+                    schedules={key: dict(scale=0.0) for key in patterns},
+                ),
+                checkpoint=teacher_file,
+            )
+        )
+        MessageHub.get_current_instance().update_info('iter', step)
+        data = model.data_preprocessor(detection_batch(), True)
+        return model(**data, mode='loss')
+
+    found = losses('loss_era_twi_*', '*twi_box')
+    assert ('loss_era_twi_logit' in found) == (step == 0)
+    assert not any(value for key, value in found.items() if 'twi' in key)
+    if step == 0:
+        with pytest.raises(ValueError, match="'loss_era_tvi_box', which is"):
+            losses('loss_era_tvi_box')
+
+
 def test_schedule__of_an_unknown_term_is_refused(teacher_file):
     config = coder_config(teacher_file, schedules=dict(loss_code=dict()))
     model = MODELS.build(config)
@@ -303,15 +340,27 @@ def test_schedule__of_an_unknown_term_is_refused(teacher_file):
         model(**data, mode='loss')
 
 
-def test_two_teachers__at_half_weight_are_one(teacher_file):
+@pytest.mark.parametrize(
+    ('form', 'logit', 'terms'),
+    [('released', False, 4), ('normalised', True, 6)],
+)
+def test_two_teachers__at_half_weight_are_one(
+    form, logit, terms, teacher_file
+):
     def era(teacher, factor):
         return dict(
             type='era_mm.ERADistiller',
+            form=form,
             teacher=teacher,
             loss=dict(
                 align_weight=5 * factor,
                 residual_weight=factor,
                 twi_weight=factor,
+            ),
+            **(
+                {'logit': dict(weight=factor, box_weight=factor)}
+                if logit
+                else {}
             ),
         )
 
@@ -339,7 +388,7 @@ def test_two_teachers__at_half_weight_are_one(teacher_file):
         if 'loss_era' in name:
             found[name] = found.get(name, 0) + value
     expected = one(**data, mode='loss')
-    assert len(found) == 4
+    assert len(found) == terms
     for key, value in found.items():
         # Halves are exact in binary: no rounding to allow for.
         assert torch.equal(value, expected[key]), key

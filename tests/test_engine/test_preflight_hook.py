@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,9 +147,21 @@ def test_summary__leaves_the_model_as_it_was(teacher_file):
 # -- the summary ------------------------------------------------------------
 
 
-def test_summary__of_a_detector():
+@pytest.mark.parametrize(
+    ('form', 'sources', 'weights', 'others'),
+    [
+        ('released', [], (5, 1), []),
+        (
+            'auto',
+            ['3x8x8 3x4x4 4x8x8 4x4x4'],
+            (1, 4),
+            ['logit', 'box'],
+        ),
+    ],
+)
+def test_summary__of_a_detector(form, sources, weights, others):
     schedules = {'loss_era_twi_*': dict(start=300, ramp=450)}
-    config = distillation_config(dict(ERA, schedules=schedules))
+    config = distillation_config(dict(ERA, form=form, schedules=schedules))
     model = MODELS.build(config)
     lines = summary_of(model, detection_batch(1)).splitlines()
     count = sum(p.numel() for p in model.student.parameters())
@@ -166,17 +179,24 @@ def test_summary__of_a_detector():
     assert lines[1].split()[:2] == ['teacher', 'RetinaNet']
     count = sum(p.numel() for p in model.distillers.parameters())
     assert f'{count / 1e6:.2f} M parameters in training only' in lines[2]
-    assert lines[3:] == [
+    assert re.fullmatch(
+        r'a step costs about \d\.\d\d times the plain one \(FLOPs at 256 x '
+        r'256\)',
+        lines[3],
+    )
+    assert lines[4:] == [
         'sources, for an image of 64 x 64',
         f'  {"student neck":<30} 16x8x8 16x4x4',
+        *(f'  {"student bbox_head":<30} {shapes}' for shapes in sources),
         f'  {"teacher neck":<30} 24x8x8 24x4x4',
         'losses, with their weights',
         f'  {"bbox_head.loss_cls":<30} 1',
         f'  {"bbox_head.loss_bbox":<30} 1',
-        f'  {"loss_era_align":<30} 5',
-        f'  {"loss_era_residual":<30} 1',
+        f'  {"loss_era_align":<30} {weights[0]}',
+        f'  {"loss_era_residual":<30} {weights[1]}',
         f'  {"loss_era_twi_*":<30} 1  0 to 1 over 450 iterations (linear), '
         'from iteration 300',
+        *(f'  {f"loss_era_{term}":<30} 1' for term in others),
     ]
     assert all(len(line) < 100 for line in lines)
 

@@ -64,10 +64,15 @@ def test_modes__one_pass_gives_what_separate_runs_give(
     trained, make_runner, teacher_file, tmp_path
 ):
     found, calls, file = trained
+    # Those of validation alone, before the modes' metrics.
+    shares = [f'era/unexplained_e{step}' for step in range(3)]
+    for key in shares:
+        assert 0 < found.pop(key)
     prefixes = {key.rpartition('coco/')[0] for key in found}
     assert prefixes == {'', 'E0/', 'E1/', 'T/', 'ST/'}
-    # Features once per validation batch, whatever the number of modes.
-    assert calls.count(False) == 4
+    # Features once per validation batch, whatever the number of modes, and
+    # once more to compare the estimates.
+    assert calls.count(False) == 4 + 4
     values = {
         prefix: found[f'{prefix}coco/bbox_mAP_50'] for prefix in prefixes
     }
@@ -78,6 +83,7 @@ def test_modes__one_pass_gives_what_separate_runs_give(
     for text in (logs[0].read_text(), scalars[0].read_text()):
         assert 'T/coco/bbox_mAP' in text
         assert 'E1/coco/bbox_mAP' in text
+        assert 'era/unexplained_e2' in text
 
     # The file alone gives the same again: extras come with it.
     model = distillation_config(ERA, checkpoint=teacher_file)
@@ -158,4 +164,4 @@ def test_testing__needs_no_teacher_weights(
     found, _, file = trained
     model = distillation_config(ERA, checkpoint='https://nowhere/t.pth')
     alone = evaluate(make_runner, model, tmp_path / 'no_teacher', file)
-    assert alone == {k: v for k, v in found.items() if k.count('/') == 1}
+    assert alone == {k: v for k, v in found.items() if k.startswith('coco/')}

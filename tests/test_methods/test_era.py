@@ -1,6 +1,8 @@
 """ERA: values by hand, a slow reference, gradient routing, heads, modes."""
 
 import copy
+import math
+import re
 
 import pytest
 import torch
@@ -20,9 +22,10 @@ from era_mm.methods.era import (
     estimates_of,
     residual_targets,
 )
-from era_mm.methods.era.distiller import LogitTerm
+from era_mm.methods.era.detector_terms import DenseTerm, RoITerm
 from era_mm.methods.era.mbrnet import ResidualBranch
 from era_mm.methods.era.twi_blend import can_blend_raw, merge
+from era_mm.methods.era.twi_heads import DenseTWIHead
 from era_mm.testing import (
     detection_batch,
     detector_config,
@@ -300,13 +303,30 @@ def build(checkpoint='random', student=None, teacher=None, **kwargs):
     return model
 
 
+def released(*args, **kwargs):
+    """The released arithmetic on a detector, without a logit term."""
+    return build(*args, **(dict(form='released', logit=None) | kwargs))
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the distiller and its terms say."""
+    messages = []
+    for module in ('distiller', 'detector_terms'):
+        monkeypatch.setattr(
+            f'era_mm.methods.era.{module}.print_log',
+            lambda message, **kwargs: messages.append(message),
+        )
+    return messages
+
+
 def losses_of(model, seed=0):
     data = model.data_preprocessor(detection_batch(4, seed=seed), True)
     return model(**data, mode='loss')
 
 
 def test_distiller__total_against_a_written_out_reference(teacher_file):
-    model = build(teacher_file)
+    model = released(teacher_file)
     era = model.distillers['distiller']
     model.load_teachers()
     data = model.data_preprocessor(detection_batch(4), True)
@@ -336,12 +356,14 @@ def test_distiller__total_against_a_written_out_reference(teacher_file):
             twi = head.loss(tuple(estimate), samples)
             cls = cls + s[k] / n * sum(twi['loss_cls'])
             bbox = bbox + s[k] / n * sum(twi['loss_bbox'])
-    for key, value in {
+    expected = {
         'loss_era_align': 5 * align,
         'loss_era_residual': residual,
         'loss_era_twi_cls': cls,
         'loss_era_twi_bbox': bbox,
-    }.items():
+    }
+    assert {key for key in losses if 'loss_era' in key} == set(expected)
+    for key, value in expected.items():
         torch.testing.assert_close(
             losses[key].detach(), value, rtol=1e-5, atol=1e-6, msg=key
         )
@@ -371,7 +393,7 @@ def reached(loss, model):
 
 def test_distiller__gradient_routing():
     # era.md 1.5, with n = 2.
-    model = build(mbrnet=dict(num_branches=2))
+    model = released(mbrnet=dict(num_branches=2))
     losses = losses_of(model)
     branches = {'branch0', 'branch1'}
     assert reached(losses['loss_bbox'][0], model) == {'backbone', 'head'}
@@ -388,7 +410,7 @@ def test_distiller__gradient_routing():
 def test_distiller__residual_of_a_branch_reaches_it_alone(branch):
     scales = [0.0, 0.0, 0.0]
     scales[branch] = 1.0
-    model = build(
+    model = released(
         mbrnet=dict(num_branches=3), loss=dict(scales=scales), twi_steps='none'
     )
     losses = losses_of(model)
@@ -399,7 +421,7 @@ def test_distiller__residual_of_a_branch_reaches_it_alone(branch):
 
 
 def test_distiller__detach_keeps_branch_losses_from_the_student():
-    model = build(detach=True, mbrnet=dict(num_branches=2))
+    model = released(detach=True, mbrnet=dict(num_branches=2))
     era = model.distillers['distiller']
     losses = losses_of(model)
     branches = {'branch0', 'branch1'}
@@ -424,7 +446,7 @@ def test_distiller__detach_keeps_branch_losses_from_the_student():
 
 
 def test_distiller__twi_head_gets_no_gradient_and_passes_it_on():
-    model = build()
+    model = released()
     head = model.distillers['distiller'].twi_head.head
     before = {k: v.clone() for k, v in head.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -437,7 +459,7 @@ def test_distiller__twi_head_gets_no_gradient_and_passes_it_on():
 
 
 def test_distiller__sampled_steps_have_the_expectation_of_all(monkeypatch):
-    model = build(mbrnet=dict(num_branches=2))
+    model = released(mbrnet=dict(num_branches=2))
     era = model.distillers['distiller']
     model.load_teachers()
     model.eval()
@@ -461,7 +483,7 @@ def test_distiller__sampled_steps_have_the_expectation_of_all(monkeypatch):
 
 
 def test_distiller__last_step_alone_has_the_sum_of_the_weights():
-    model = build(mbrnet=dict(num_branches=2), twi_steps='last')
+    model = released(mbrnet=dict(num_branches=2), twi_steps='last')
     era = model.distillers['distiller']
     model.load_teachers()
     model.eval()
@@ -472,20 +494,18 @@ def test_distiller__last_step_alone_has_the_sum_of_the_weights():
     torch.testing.assert_close(found, 1.75 * expected['loss_cls'])
 
 
-def test_distiller__other_class_count_turns_twi_off_with_a_message(
-    monkeypatch,
-):
-    said = []
-    monkeypatch.setattr(
-        'era_mm.methods.era.distiller.print_log',
-        lambda message, **kwargs: said.append(message),
-    )
+def test_distiller__other_class_count_turns_twi_off_with_a_message(said):
     teacher = detector_config(width=16, channels=24)
     teacher['bbox_head'] |= dict(num_classes=7)
     model = build(teacher=teacher)
+    assert len(said) == 1
+    assert 'ERA without TWI' in said[0]
     assert 'teacher has 7 classes and the student 3' in said[0]
     losses = losses_of(model)
-    assert not any('twi' in key for key in losses)
+    assert {key for key in losses if 'loss_era' in key} == {
+        'loss_era_align',
+        'loss_era_residual',
+    }
     assert model.distillers['distiller'].inference_modes() == ()
 
 
@@ -507,6 +527,7 @@ def test_distiller__strides_must_agree():
     ('kwargs', 'error', 'message'),
     [
         (dict(twi_steps='some'), ValueError, 'twi_steps'),
+        (dict(form='new'), ValueError, r"`form` .*'released'.*'new'"),
         (dict(alpha=2.0), ValueError, 'alpha'),
         (dict(num_branches=4), TypeError, 'Did you mean|Known keys'),
         (dict(mbrnt=dict()), TypeError, "Did you mean 'mbrnet'"),
@@ -526,99 +547,320 @@ def test_distiller__refuses(kwargs, error, message):
         build(**kwargs)
 
 
-# -- the logits of dense heads ------------------------------------------------
+# -- the scores and boxes of dense heads --------------------------------------
 
-BINARY = dict(kind='binary', weight=3.0, temperature=2.0, topk=7)
+HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
+
+
+def dense_config(head, **kwargs):
+    """A detector of one head, an anchor-based one with two anchors."""
+    config = detector_config(head=head, **kwargs)
+    if head == 'RetinaHead':
+        config['bbox_head']['anchor_generator'] = dict(
+            config['bbox_head']['anchor_generator'], ratios=[0.5, 2.0]
+        )
+    return config
+
+
+@torch.no_grad()
+def give_opinions(model):
+    """Scores other than 0.01, which a fresh head of a teacher gives all."""
+    head = model.teachers['teacher'].model.bbox_head
+    for name, parameter in head.named_parameters():
+        if name.endswith(('_cls.weight', '_reg.weight')):
+            parameter.mul_(30)
+
+
+def dense_pair(head, folder, **kwargs):
+    """A pair in double precision, whose teacher is of some opinion."""
+    config = dense_config(head, width=16, channels=24)
+    model = build(
+        save_teacher(config, folder / 'teacher.pth'),
+        student=dense_config(head),
+        teacher=config,
+        twi_steps='none',
+        **kwargs,
+    )
+    model.init_weights()
+    give_opinions(model)
+    return model.double()
+
+
+def entropy_of(probabilities):
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def kl_of(target, prediction):
+    return sum(
+        t * math.log(t / p)
+        for t, p in zip(target, prediction, strict=True)
+        if t > 0
+    )
+
+
+def sigmoid(value):
+    return 1 / (1 + math.exp(-value))
+
+
+def softmax(values):
+    powers = [math.exp(value) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+def rows_by_hand(outs, image, num_classes, box_width):
+    """Scores and boxes of an image, anchor by anchor of each place."""
+    return [
+        (
+            scores[
+                image, a * num_classes : (a + 1) * num_classes, y, x
+            ].tolist(),
+            boxes[image, a * box_width : (a + 1) * box_width, y, x].tolist(),
+        )
+        for scores, boxes in zip(outs[0], outs[1], strict=True)
+        for y in range(scores.shape[2])
+        for x in range(scores.shape[3])
+        for a in range(scores.shape[1] // num_classes)
+    ]
+
+
+def yes_and_no(score):
+    return (score, 1 - score)
+
+
+class SlowUnits:
+    """The units of all batches so far, row by row."""
+
+    def __init__(self, bins):
+        self.bins = bins
+        #: Scores, boxes and sureness of every row so far.
+        self.rows = []
+
+    def sides(self, box):
+        """The four distributions of a row."""
+        size = self.bins
+        return [softmax(box[size * i : size * (i + 1)]) for i in range(4)]
+
+    def score(self):
+        # mean_r KL(q_r || mean_r q_r)
+        number = len(self.rows)
+        scores = [scores for scores, _, _ in self.rows]
+        mean = [sum(column) / number for column in zip(*scores, strict=True)]
+        return (
+            sum(
+                kl_of(yes_and_no(q), yes_and_no(m))
+                for row in scores
+                for q, m in zip(row, mean, strict=True)
+            )
+            / number
+        )
+
+    def boxes(self):
+        # mean_r w_r times the spread around what the sure rows have.
+        sure = [w for _, _, w in self.rows]
+        share = sum(sure) / len(sure)
+
+        def mean(values):
+            pairs = zip(sure, values, strict=True)
+            return sum(w * v for w, v in pairs) / sum(sure)
+
+        coded = [box for _, box, _ in self.rows]
+        if self.bins == 1:
+            columns = list(zip(*coded, strict=True))
+            return [
+                share
+                * math.sqrt(mean([(v - mean(column)) ** 2 for v in column]))
+                for column in columns
+            ]
+        sides = [self.sides(box) for box in coded]
+        total = 0.0
+        for side in range(4):
+            own = [row[side] for row in sides]
+            guess = [mean(bin_) for bin_ in zip(*own, strict=True)]
+            total += mean([kl_of(row, guess) for row in own]) / 4
+        return share * total
 
 
 @pytest.mark.parametrize('head', ['RetinaHead', 'FCOSHead', 'GFLHead'])
-def test_logit__of_a_dense_head_against_a_slow_reference(head, tmp_path):
-    teacher_config = detector_config(width=16, channels=24, head=head)
-    model = build(
-        save_teacher(teacher_config, tmp_path / 'teacher.pth'),
-        student=detector_config(head=head),
-        teacher=teacher_config,
-        logit=BINARY,
-        twi_steps='none',
-    )
-    model.load_teachers()
-    data = model.data_preprocessor(detection_batch(4), True)
-    student = copy.deepcopy(model.student)
+def test_dense__against_a_slow_reference(head, tmp_path):
+    # From the docstring of DetectorTerm, in plain loops.
+    options = dict(weight=3.0, box_weight=0.5, topk=7)
+    model = dense_pair(head, tmp_path, logit=options)
     teacher = copy.deepcopy(model.teachers['teacher'].model)
-    found = model(**data, mode='loss')['loss_era_logit']
-    # An FCOS head in eval mode puts out pixels; its scores are the same.
-    with torch.no_grad():
-        levels = [
-            (scores, targets)
-            for scores, targets in zip(
-                student.bbox_head(student.extract_feat(data['inputs']))[0],
-                teacher.bbox_head(teacher.extract_feat(data['inputs']))[0],
-                strict=True,
+    # FCOS gives pixels at test: training form alone is compared.
+    teacher.bbox_head.training = True
+    bins = 9 if head == 'GFLHead' else 1
+    units = SlowUnits(bins)
+    for seed in (0, 1):
+        data = model.data_preprocessor(detection_batch(4, seed=seed), True)
+        data['inputs'] = data['inputs'].double()
+        student = copy.deepcopy(model.student)
+        found = model(**data, mode='loss')
+        # Extras that no gradient reached would be asked for in the next step.
+        model.parse_losses(found)[0].backward()
+        with torch.no_grad():
+            outs = [
+                one.bbox_head(one.extract_feat(data['inputs']))
+                for one in (student, teacher)
+            ]
+        pairs = []
+        for image in range(4):
+            own, theirs = (
+                rows_by_hand(out, image, 3, 4 * bins) for out in outs
             )
+            best = sorted(
+                range(len(theirs)), key=lambda row: -max(theirs[row][0])
+            )
+            pairs += [(own[row], theirs[row]) for row in best[:7]]
+        assert len(pairs) == 28
+        units.rows += [
+            (
+                [sigmoid(z) for z in scores],
+                box,
+                sigmoid(max(scores)),
+            )
+            for _, (scores, box) in pairs
         ]
-    total, rows = 0.0, 0
-    for image in range(4):
-        anchors = [
-            (t[image, c : c + 3, y, x], s[image, c : c + 3, y, x])
-            for s, t in levels
-            for y in range(s.shape[2])
-            for x in range(s.shape[3])
-            for c in range(0, s.shape[1], 3)
-        ]
-        anchors.sort(key=lambda pair: -pair[0].max().item())
-        for t, s in anchors[:7]:
-            rows += 1
-            for q, p in zip(
-                (t.double() / 2).sigmoid(),
-                (s.double() / 2).sigmoid(),
-                strict=True,
-            ):
-                total += q * (q / p).log()
-                total += (1 - q) * ((1 - q) / (1 - p)).log()
-    expected = 3.0 * 2.0**2 * total / rows
-    assert rows == 28
-    assert expected > 1e-4
-    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+        unit, box_unit = units.score(), units.boxes()
+        scores = boxes = 0.0
+        for (p, b), (q, t) in pairs:
+            scores += sum(
+                kl_of(yes_and_no(sigmoid(x)), yes_and_no(sigmoid(y)))
+                for x, y in zip(q, p, strict=True)
+            )
+            if bins == 1:
+                distance = [
+                    abs(x - y) / one
+                    for x, y, one in zip(b, t, box_unit, strict=True)
+                ]
+            else:
+                distance = [
+                    kl_of(x, y) / box_unit
+                    for x, y in zip(
+                        units.sides(t), units.sides(b), strict=True
+                    )
+                ]
+            boxes += sigmoid(max(q)) * sum(distance) / 4
+        expected = {
+            'loss_era_logit': 3.0 * scores / 28 / unit,
+            'loss_era_box': 0.5 * boxes / 28,
+        }
+        for key, value in expected.items():
+            assert value > 1e-2, key
+            assert found[key].item() == pytest.approx(value, rel=1e-6), key
 
 
-def test_logit__of_a_dense_head_reaches_the_students_own_head():
-    model = build(logit=dict(kind='binary'))
+def test_dense__of_what_the_teacher_says_alike_has_the_unit_one():
+    # A teacher that scores every anchor the same: nothing to divide by.
+    model = build(twi_steps='none')
+    model.init_weights()
+    with torch.no_grad():
+        head = model.teachers['teacher'].model.bbox_head
+        head.retina_cls.weight.zero_()
+        head.retina_reg.weight.zero_()
     losses = losses_of(model)
-    assert reached(losses['loss_era_logit'], model) == {'backbone', 'head'}
-    # The regression branch of the head hears nothing of it.
-    model.zero_grad()
-    losses['loss_era_logit'].backward()
-    assert model.student.bbox_head.retina_cls.weight.grad.any()
-    assert model.student.bbox_head.retina_reg.weight.grad is None
+    term = model.distillers['distiller'].logit
+    assert term.score_unit.value == 1
+    assert (term.box_unit.value == 1).all()
+    assert losses['loss_era_logit'].isfinite()
+    assert losses['loss_era_box'].isfinite()
+
+
+def test_dense__units_are_those_of_the_first_batches():
+    model = build(twi_steps='none')
+    model.init_weights()
+    give_opinions(model)
+    term = model.distillers['distiller'].logit
+    batches = term.first_batches
+    assert batches.number == 20
+    batches.number = 2
+
+    def units():
+        return [term.score_unit.value.clone(), term.box_unit.value.clone()]
+
+    # Validation's losses and those of a model in eval mode measure nothing.
+    with torch.no_grad():
+        losses_of(model)
+    model.eval()
+    losses_of(model)
+    assert int(batches.seen) == 0
+    model.train()
+    seen = []
+    for seed in range(4):
+        model.parse_losses(losses_of(model, seed=seed))[0].backward()
+        seen.append(units())
+    assert int(batches.seen) == 2
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert not torch.equal(seen[0][1], seen[1][1])
+    for later in seen[2:]:
+        for one, other in zip(seen[1], later, strict=True):
+            assert torch.equal(one, other)
+    # And saved: a resumed run goes on with them.
+    again = build(twi_steps='none')
+    again.load_state_dict(model.state_dict())
+    term = again.distillers['distiller'].logit
+    term.first_batches.number = 2
+    for one, other in zip(seen[1], units(), strict=True):
+        assert torch.equal(one, other)
+    losses_of(again, seed=5)
+    assert torch.equal(units()[0], seen[1][0])
+
+
+def test_dense__terms_reach_the_students_own_head():
+    model = released(logit=dict())
+    losses = losses_of(model)
+    head = model.student.bbox_head
+    # Each its own last layer, and not the other's.
+    for term, hears, rests in (
+        ('logit', head.retina_cls, head.retina_reg),
+        ('box', head.retina_reg, head.retina_cls),
+    ):
+        loss = losses[f'loss_era_{term}']
+        assert reached(loss, model) == {'backbone', 'head'}
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        assert hears.weight.grad.any()
+        assert rests.weight.grad is None
     teacher = model.teachers['teacher'].model
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_logit__of_dense_estimates_is_half_of_both_targets():
+def test_dense__of_estimates_is_half_of_both_targets():
     # One estimate alone (no branch weighs): half of the head's own losses.
     options = dict(
-        mbrnet=dict(num_branches=1), loss=dict(scales=[0.0]), logit=BINARY
+        mbrnet=dict(num_branches=1),
+        loss=dict(scales=[0.0]),
+        logit=dict(weight=3.0, topk=7),
     )
-    labels = losses_of(build(**options))
-    both = build(twi_targets='both', **options)
+    torch.manual_seed(0)
+    labels = losses_of(released(**options))
+    torch.manual_seed(0)
+    both = released(twi_targets='both', **options)
     era = both.distillers['distiller']
     net = copy.deepcopy(era.mbrnet)
     student = copy.deepcopy(both.student)
-    torch.manual_seed(0)
     losses = losses_of(both)
-    assert set(losses) - set(labels) == {'loss_era_twi_logit'}
+    assert set(losses) - set(labels) == {
+        'loss_era_twi_logit',
+        'loss_era_twi_box',
+    }
+    for name in ('cls', 'bbox'):
+        torch.testing.assert_close(
+            losses[f'loss_era_twi_{name}'],
+            labels[f'loss_era_twi_{name}'] / 2,
+        )
     data = both.data_preprocessor(detection_batch(4), True)
     maps = student.extract_feat(data['inputs'])
     teacher = both.teachers['teacher'].model
-    expected = era.logit(
-        student_logits=teacher.bbox_head(tuple(net.align(maps)))[0],
-        teacher_logits=teacher.bbox_head(teacher.extract_feat(data['inputs']))[
-            0
-        ],
-        num_classes=3,
+    feats = teacher.extract_feat(data['inputs'])
+    said = era.logit.target(era.twi_head, feats, data['data_samples'])
+    expected = era.logit.of_outputs(
+        teacher.bbox_head(tuple(net.align(maps))), said
     )
-    torch.testing.assert_close(losses['loss_era_twi_logit'], expected / 2)
-    assert reached(losses['loss_era_twi_logit'], both) == {'backbone', 'align'}
+    for name, value in expected.items():
+        found = losses[f'loss_era_twi_{name}']
+        assert found > 0
+        torch.testing.assert_close(found, value / 2)
+        assert reached(found, both) == {'backbone', 'align'}
 
 
 @pytest.mark.parametrize(
@@ -655,12 +897,85 @@ def test_logit__of_dense_estimates_is_half_of_both_targets():
         ),
     ],
 )
-def test_logit__dense_heads_that_differ_are_refused(change, message):
+def test_logit__dense_heads_that_differ_are_refused(change, message, said):
     teacher = detector_config(width=16, channels=24)
     teacher['bbox_head'] |= change
     with pytest.raises(ValueError, match=message) as error:
-        build(teacher=teacher, logit=dict(kind='binary'), twi_steps='none')
+        build(teacher=teacher, logit=dict(kind='dense'), twi_steps='none')
     assert 'Remove `logit`' in str(error.value)
+    assert said == []
+    # By default it is left out with the same words.
+    model = build(teacher=teacher)
+    assert len(said) == 1
+    assert re.search(message, said[0])
+    losses = losses_of(model)
+    assert not {'loss_era_logit', 'loss_era_box'} & set(losses)
+    era = model.distillers['distiller']
+    assert era.student_sources == ('neck',)
+    # The ground truth remains, where its classes are the teacher's.
+    if 'num_classes' in change:
+        assert era.twi_steps == 'none'
+    else:
+        assert era.twi_targets == 'labels'
+        assert losses['loss_era_twi_bbox'].isfinite()
+        for targets in ('teacher', 'both'):
+            with pytest.raises(ValueError, match="twi_targets='labels'"):
+                build(teacher=teacher, twi_targets=targets)
+
+
+@pytest.mark.parametrize(
+    ('heads', 'change', 'message'),
+    [
+        (
+            ('RetinaHead', 'ATSSHead'),
+            dict(),
+            'RetinaHead and ATSSHead code them in ways of their own',
+        ),
+        (
+            ('RetinaHead', 'RetinaHead'),
+            dict(
+                bbox_coder=dict(
+                    type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]
+                )
+            ),
+            'two RetinaHeads code them with other settings',
+        ),
+        (
+            ('FCOSHead', 'FCOSHead'),
+            dict(norm_on_bbox=False),
+            'two FCOSHeads code them with other settings',
+        ),
+        (
+            ('GFLHead', 'GFLHead'),
+            dict(reg_max=4),
+            'two GFLHeads code them with other settings',
+        ),
+        (
+            ('RetinaHead', 'RetinaHead'),
+            dict(reg_decoded_bbox=True, loss_bbox=dict(type='GIoULoss')),
+            'two RetinaHeads code them with other settings',
+        ),
+    ],
+)
+def test_dense__boxes_of_another_code_are_left_out(
+    heads, change, message, said
+):
+    teacher = detector_config(width=16, channels=24, head=heads[1])
+    teacher['bbox_head'] |= change
+    model = build(
+        student=detector_config(head=heads[0]),
+        teacher=teacher,
+        twi_steps='none',
+    )
+    assert len(said) == 1
+    assert 'ERA without distilled boxes' in said[0]
+    assert message in said[0]
+    losses = losses_of(model)
+    assert losses['loss_era_logit'] > 0
+    assert 'loss_era_box' not in losses
+    weights = model.distillers['distiller'].loss_weights()
+    assert weights['loss_era_logit'] == 1
+    assert 'loss_era_box' not in weights
 
 
 @pytest.mark.parametrize(
@@ -676,6 +991,8 @@ def test_logit__dense_heads_that_differ_are_refused(change, message):
     ],
 )
 def test_logit__knows_heads_by_what_their_scores_are(change, message):
+    maps = [torch.zeros(1, 3, 4, 4)]
+
     class Head(torch.nn.Module):
         cls_out_channels = 3
 
@@ -686,17 +1003,20 @@ def test_logit__knows_heads_by_what_their_scores_are(change, message):
             self.loss_cls.activated = kwargs.pop('activated', False)
             vars(self).update(kwargs)
 
-    maps = [torch.zeros(1, 3, 4, 4)]
-    term = LogitTerm(kind='binary')
+        def forward(self, feats):
+            return maps, [torch.zeros(1, 4, 4, 4)]
+
     for swapped in (False, True):
         heads = [Head(**change), Head()]
         if swapped:
             heads.reverse()
-        found = term.problem(
-            student_logits=maps,
-            teacher_logits=maps,
-            student_head=heads[0],
-            teacher_head=heads[1],
+        student = torch.nn.Module()
+        student.bbox_head = heads[0]
+        found = DenseTerm().prepare(
+            head=DenseTWIHead(heads[1]),
+            student=student,
+            student_feats={'bbox_head': (*maps, torch.zeros(1, 4, 4, 4))},
+            teacher_feats=maps,
         )
         expected = message and (
             message.replace('student', 'teacher') if swapped else message
@@ -704,9 +1024,46 @@ def test_logit__knows_heads_by_what_their_scores_are(change, message):
         assert found is expected is None or expected in found
 
 
+@pytest.mark.parametrize(
+    ('term', 'kwargs'),
+    [
+        (term, kwargs)
+        for term in (DenseTerm, RoITerm)
+        for kwargs in (dict(weight=-1.0), dict(box_weight=-1.0), dict(topk=0))
+    ],
+)
+def test_logit__of_a_detector_has_weights_and_rows(term, kwargs):
+    with pytest.raises(ValueError, match='at least'):
+        term(**kwargs)
+
+
+def test_logit__binary_is_dense_now(said):
+    model = build(logit=dict(kind='binary', weight=3.0, temperature=2.0))
+    assert len(said) == 1
+    assert "now kind='dense'" in said[0]
+    assert 'next version' in said[0]
+    term = model.distillers['distiller'].logit
+    assert type(term) is DenseTerm
+    assert (term.weight, term.box_weight, term.topk) == (3.0, 1.0, 100)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'message'),
+    [
+        ('kl', "kind 'kl' does not fit .*RetinaHead.*kind='dense'"),
+        ('dist', "kind 'dist' does not fit .*RetinaHead.*kind='dense'"),
+        ('roi', "kind 'roi' does not fit .*RetinaHead.*kind='dense'"),
+        ('mse', "one of .*'dense', 'dist', 'kl', 'roi'.*'mse'"),
+    ],
+)
+def test_logit__kind_is_the_heads(kind, message):
+    with pytest.raises(ValueError, match=message):
+        build(logit=dict(kind=kind))
+
+
 def test_logit__sees_the_teachers_scores_in_training_form():
     # Guided anchors mask their maps at test, for a batch of one alone.
-    model = build(logit=dict(kind='binary'))
+    model = build(logit=dict(kind='dense'))
     head = model.teachers['teacher'].model.bbox_head
     seen = []
     head.register_forward_pre_hook(lambda *_: seen.append(head.training))
@@ -717,7 +1074,7 @@ def test_logit__sees_the_teachers_scores_in_training_form():
 
 
 def test_logit__modes_alone_run_no_head_of_the_student(teacher_file):
-    model = build(teacher_file, logit=dict(kind='binary')).eval()
+    model = build(teacher_file, logit=dict(kind='dense')).eval()
     model.load_state_dict(model.state_dict())
     calls = []
     model.student.bbox_head.register_forward_hook(
@@ -733,8 +1090,6 @@ def test_logit__modes_alone_run_no_head_of_the_student(teacher_file):
 
 
 # -- TWI on the heads ---------------------------------------------------------
-
-HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
 
 
 @pytest.mark.parametrize('head', HEADS)
@@ -797,7 +1152,7 @@ def test_modes__e_n_of_the_teacher_itself_predicts_as_the_teacher(
     # teacher.
     config = detector_config(head=head)
     file = save_teacher(config, tmp_path / 't.pth')
-    model = build(file, student=config, teacher=config)
+    model = released(file, student=config, teacher=config)
     model.load_teachers()
     teacher = model.teachers['teacher'].model
     model.student.load_state_dict(teacher.state_dict())
@@ -883,11 +1238,25 @@ def test_modes__inference_mode_returns_that_mode(teacher_file):
         MODELS.build(config)
 
 
-def test_twi_head__refuses_a_detector_without_one():
-    class Headless(torch.nn.Module):
-        pass
+class Headless(torch.nn.Module):
+    """A detector without a head."""
 
+
+def test_twi_head__that_is_not_there_is_named(said):
     distiller = ERADistiller()
+    distiller._find_head(Headless(), Headless())
+    assert said[0].startswith(
+        "ERA without TWI and terms on the student's own logits: TWI cannot "
+        'use the head of Headless'
+    )
+    assert 'bbox_head' in said[0]
+    assert distiller.twi_head is None
+    assert distiller.twi_steps == 'none'
+
+
+@pytest.mark.parametrize('steps', ['all', 'last', 'sampled'])
+def test_twi_head__asked_for_by_name_must_be_there(steps):
+    distiller = ERADistiller(twi_steps=steps)
     with pytest.raises(ValueError, match="twi_steps='none'"):
         distiller._find_head(Headless(), Headless())
 
@@ -1046,7 +1415,7 @@ def test_twi__counting_losses_leave_the_teachers_buffers(tmp_path):
         loss_cls=dict(type='GHMC', bins=5, momentum=0.75)
     )
     file = save_teacher(config, tmp_path / 't.pth')
-    model = build(file, teacher=config)
+    model = released(file, teacher=config)
     model.load_teachers()
     teacher = model.teachers['teacher']
     total, _ = model.parse_losses(losses_of(model))
@@ -1057,8 +1426,6 @@ def test_twi__counting_losses_leave_the_teachers_buffers(tmp_path):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(source='backbone'), "usually 'neck'"),
-        (dict(source='neck.fpn_convs.0'), 'priors for 2 levels, but got 1'),
         (dict(loss=dict(scales=[])), 'one value per branch'),
         (dict(loss=dict(scales=[1.0, 1.0, 1.0, -1.0])), 'negative'),
     ],
@@ -1068,15 +1435,59 @@ def test_pair__that_does_not_fit_is_refused_when_built(change, message):
         build(**change)
 
 
-def test_pair__teacher_without_train_cfg_is_refused_when_built():
+@pytest.mark.parametrize('form', ['auto', 'released'])
+@pytest.mark.parametrize(
+    ('source', 'message'),
+    [
+        # The head reads 24 channels, and the backbone gives 32 and 64.
+        ('backbone', 'expected input.* to have 24 channels'),
+        ('neck.fpn_convs.0', 'priors for 2 levels, but got 1'),
+    ],
+)
+def test_source__that_the_head_cannot_judge_leaves_twi(
+    source, message, form, said
+):
+    model = build(source=source, form=form)
+    assert len(said) == 1
+    assert re.search(
+        "ERA without TWI( and terms on the student's own logits)?: "
+        'the teacher.s head .RetinaHead. cannot judge the '
+        f"source '{source}': .*{message}",
+        said[0],
+    )
+    losses = losses_of(model)
+    assert {key for key in losses if 'loss_era' in key} == {
+        'loss_era_align',
+        'loss_era_residual',
+    }
+    assert model.distillers['distiller'].inference_modes() == ()
+    # It is a sentence of its own where it was asked for.
+    for asked in (dict(twi_steps='all'), dict(logit=dict())):
+        with pytest.raises(ValueError, match=message) as error:
+            build(source=source, form=form, **asked)
+        assert str(error.value).startswith("The teacher's head (RetinaHead)")
+        assert "usually 'neck'" in str(error.value)
+    assert len(said) == 1
+
+
+def test_pair__teacher_without_train_cfg_judges_nothing(said):
     teacher = detector_config(width=16, channels=24, train_cfg=None)
+    model = build(teacher=teacher)
+    assert len(said) == 1
+    assert 'ERA without TWI' in said[0]
+    assert 'no `train_cfg` and so cannot assign truth' in said[0]
+    assert not any('twi' in key for key in losses_of(model))
     with pytest.raises(ValueError, match='no `train_cfg`'):
-        build(teacher=teacher)
-    build(teacher=teacher, twi_steps='none')
+        build(teacher=teacher, twi_steps='all')
+    model = build(teacher=teacher, twi_steps='none')
+    # It can predict, and score.
+    assert 'T' in model.distillers['distiller'].inference_modes()
+    assert 'loss_era_logit' in losses_of(model)
+    assert len(said) == 1
 
 
 def test_sampled__draws_by_the_global_step():
-    model = build(twi_steps='sampled')
+    model = released(twi_steps='sampled')
     model.load_teachers()
     model.eval()
 

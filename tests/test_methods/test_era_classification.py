@@ -6,7 +6,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 from torch.nn.functional import cross_entropy, log_softmax, relu, softmax
 
+from era_mm.methods.era.logit import LogitTerm
 from era_mm.methods.era.twi import find_head, mismatch
+from era_mm.methods.era.twi_heads import TWIHead
 from era_mm.testing import (
     classifier_config,
     detector_config,
@@ -120,15 +122,22 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize('width', [8, 16])  # equal and other channels
-@pytest.mark.parametrize('halved', [False, True])
+@pytest.mark.parametrize(
+    ('options', 'halved'),
+    [
+        (dict(logit={}, twi_targets='labels'), False),
+        (dict(logit={}, twi_targets='both'), True),
+        # A classifier gets it by default.
+        (dict(), False),
+        (dict(form='released'), False),
+        (dict(twi_targets='both'), True),
+    ],
+    ids=['labels', 'both', 'default', 'released', 'default-both'],
+)
 def test_official__every_term_and_gradient_is_the_released_scripts(
-    build, width, halved
+    build, width, options, halved
 ):
-    model = build(
-        width=width,
-        logit={},
-        twi_targets='both' if halved else 'labels',
-    )
+    model = build(width=width, **options)
     inputs, labels, samples = batch()
     found = model(inputs, samples, mode='loss')
     found = {k: v for k, v in found.items() if 'loss' in k}
@@ -171,9 +180,14 @@ def test_inference__blend_is_on_raw_logits(build):
 
 def test_logit__of_a_detector_is_refused():
     init_default_scope('mmdet')
-    config = distillation_config(dict(type='era_mm.ERADistiller', logit={}))
+    config = distillation_config(
+        dict(type='era_mm.ERADistiller', logit=dict(kind='kl'))
+    )
+    with pytest.raises(ValueError, match=r"kind 'kl' does not fit .* a Ret"):
+        MODELS.build(config | dict(student=detector_config()))
+    # Of its own kind it has another source.
     config['distiller']['logit'] = dict(source='bbox_head.retina_cls')
-    with pytest.raises(ValueError, match="it is 'kl' and the teacher a Ret"):
+    with pytest.raises(TypeError, match="no config key 'source'"):
         MODELS.build(config | dict(student=detector_config()))
 
 
@@ -181,18 +195,73 @@ def test_logit__of_a_detector_is_refused():
     ('kwargs', 'error', 'message'),
     [
         (dict(logit=dict(kind='mse')), ValueError, 'kind'),
-        (dict(logit=dict(topk=0)), ValueError, '`topk` of at least 1'),
+        (dict(logit=dict(topk=0)), TypeError, "no config key 'topk'"),
         (dict(logit=dict(temperature=0.0)), ValueError, 'above 0'),
         (dict(logit=dict(weight=-1.0)), ValueError, 'at least 0'),
-        (dict(logit=dict(kind='binary')), ValueError, "it is 'binary'"),
+        (
+            dict(logit=dict(kind='binary')),
+            ValueError,
+            "kind 'dense' does not fit .* a LinearClsHead",
+        ),
+        (
+            dict(logit=dict(kind='roi')),
+            ValueError,
+            "kind 'roi' does not fit .* a LinearClsHead",
+        ),
         (dict(logit=dict(wieght=1.0)), TypeError, "'weight'"),
-        (dict(twi_targets='both'), ValueError, 'which is None'),
+        (dict(logit=None, twi_targets='both'), ValueError, 'which is None'),
+        (dict(logit=None, twi_targets='teacher'), ValueError, 'which is None'),
         (dict(twi_targets='some'), ValueError, 'twi_targets'),
     ],
 )
 def test_logit__refuses(build, kwargs, error, message):
     with pytest.raises(error, match=message):
         build(**kwargs)
+
+
+def test_targets__of_the_teacher_are_its_logits_alone(build):
+    model = build(mbrnet=dict(num_branches=1), twi_targets='teacher')
+    inputs, _, samples = batch()
+    found = model(inputs, samples, mode='loss')
+    assert {key for key in found if 'twi' in key} == {'loss_era_twi_logit'}
+    era = model.distillers['distiller']
+    teacher = model.teachers['teacher'].model
+    f_s = model.student.extract_feat(inputs)[-1]
+    z_t = teacher.head(teacher.extract_feat(inputs))
+    u = era.mbrnet.aligns[0](f_s)
+    d = branch_by_hand(era.mbrnet.levels[0][0], f_s)
+
+    def kd(e):
+        p, z = softmax(z_t, 1), teacher.head((e,))
+        return 2 * (p * (p.log() - log_softmax(z, 1))).sum() / len(z)
+
+    # w_0 = 1 and s_1 / n = 1.
+    expected = kd(u) + kd(u + d)
+    assert relative(found['loss_era_twi_logit'], expected) < 1e-10
+    # Labels have no say in it.
+    model.parse_losses(found)[0].backward()
+    for sample in samples:
+        sample.set_gt_label((sample.gt_label + 1) % CLASSES)
+    again = model(inputs, samples, mode='loss')
+    assert again['loss'] != found['loss']
+    assert relative(again['loss_era_twi_logit'], expected) < 1e-10
+
+
+def test_logit__of_a_head_that_gives_no_logits_is_left_out():
+    class Several(torch.nn.Module):
+        def forward(self, feats):
+            return dict(one=feats[0], two=feats[0])
+
+    feats = [torch.zeros(1, CLASSES)]
+    reason = LogitTerm().prepare(
+        head=TWIHead(Several()),
+        student=torch.nn.Identity(),
+        student_feats={'head': feats},
+        teacher_feats=feats,
+    )
+    assert reason == (
+        "the teacher's Several gives a dict, not the logits of classes"
+    )
 
 
 def test_head__without_weights_judges_nothing():

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from era_mm.core.pairing import Member, Pair
 from era_mm.methods.era import ERADistiller, ERALoss, MBRNet, mbrnet
+from era_mm.methods.era.building import ChannelLayerNorm
 from era_mm.testing import (
     classifier_config,
     detection_batch,
@@ -246,7 +247,7 @@ def test_norm__ln2d_is_ln_and_layouts_are_plain():
     two.load_state_dict(one.state_dict())
     x = feature(2)
     assert torch.equal(one([x])[0], two([x])[0])
-    layer = mbrnet.ChannelLayerNorm(4).double()
+    layer = ChannelLayerNorm(4).double()
     assert layer(x).is_contiguous()
 
 
@@ -291,6 +292,23 @@ def test_norm__default_is_batch_norm_with_the_released_momentum(dims, kind):
         (dict(norm_cfg=dict(type='GN', num_groups=3)), 'divisible'),
         (dict(topology='paralel'), "'parallel', .*'paralel'"),
         (dict(reduction='avg'), "'sum', 'mean'.*'avg'"),
+        (dict(branch='wide'), "'released', 'bottleneck'.*'wide'"),
+        (dict(branch='bottleneck', spatial_dims=0), 'for maps and sequences'),
+        (dict(branch_width=8), "`branch_width` is no option of 'released'"),
+        *(
+            (
+                dict(branch='bottleneck') | option,
+                f"`{next(iter(option))}` is no option of 'bottleneck'",
+            )
+            for option in (
+                dict(num_blocks=3),
+                dict(topology='serial'),
+                dict(share_projection=True),
+                dict(share_levels=True),
+                dict(group_width=2),
+                dict(zero_init=True),
+            )
+        ),
     ],
 )
 def test_options__refused_when_built(kwargs, message):
@@ -573,6 +591,8 @@ def test_twi_on_aligned__off_takes_e0_out(build, steps, weights):
         mbrnet=dict(num_branches=2),
         loss=dict(twi_on_aligned=False),
         twi_steps=steps,
+        # It runs the head on the teacher's own feature.
+        logit=None,
     ).eval()
     calls = []
     head = model.teachers['teacher'].model.head
@@ -600,7 +620,12 @@ def test_twi_on_aligned__on_is_the_default(build):
 
 def test_logit__kl_dist_or_none(build):
     inputs, samples = batch()
-    for logit in (None, dict(), dict(kind='dist', weight=3.0, temperature=2)):
+    for logit in (
+        None,
+        'auto',
+        dict(),
+        dict(kind='dist', weight=3.0, temperature=2),
+    ):
         model = build(logit=logit).eval()
         losses = model(inputs, samples, mode='loss')
         if logit is None:
@@ -609,7 +634,7 @@ def test_logit__kl_dist_or_none(build):
         s = model.student.head(model.student.extract_feat(inputs))
         teacher = model.teachers['teacher'].model
         t = teacher.head(teacher.extract_feat(inputs))
-        if not logit:
+        if logit in ('auto', dict()):
             p = t.softmax(1)
             expected = 2 * (p * (p.log() - s.log_softmax(1))).sum() / len(s)
         else:
@@ -661,7 +686,9 @@ def pair(dims, levels=2, **kwargs):
     student = [feature(dims, i).requires_grad_() for i in range(levels)]
     teacher = [feature(dims, 10 + i, channels=5) for i in range(levels)]
     hosts = dict(student=Host(dims, 4), teacher=Host(dims, 5))
-    era = ERADistiller(mbrnet=dict(num_branches=2), **kwargs)
+    # A head of no known kind has no logits to compare.
+    options = dict(form='released', logit=None) | kwargs
+    era = ERADistiller(mbrnet=dict(num_branches=2), **options)
     feats = dict(
         student_feats={'neck': tuple(student)},
         teacher_feats={'neck': tuple(teacher)},
@@ -787,7 +814,8 @@ def test_no_head__needs_nothing_but_features(dims):
     assert era.inference_modes() == ()
 
 
-def test_detector__trains_with_every_option_at_once():
+def detector(**kwargs):
+    """A pair of toy detectors."""
     init_default_scope('mmdet')
     model = MODELS.build(
         dict(
@@ -797,23 +825,14 @@ def test_detector__trains_with_every_option_at_once():
                 config=detector_config(width=16, channels=24),
                 checkpoint='random',
             ),
-            distiller=dict(
-                type='era_mm.ERADistiller',
-                mbrnet=dict(
-                    num_branches=2,
-                    num_blocks=3,
-                    topology='accumulated',
-                    share_projection=True,
-                    share_levels=True,
-                    reduction='mean',
-                    norm_cfg=dict(type='LN'),
-                    act_cfg=dict(type='PReLU'),
-                ),
-                loss=dict(twi_on_aligned=False),
-            ),
+            distiller=dict(type='era_mm.ERADistiller', **kwargs),
         )
     )
     model.init_weights()
+    return model
+
+
+def train(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
     for _ in range(3):  # The third would say which extras got no gradient.
         data = model.data_preprocessor(detection_batch(), True)
@@ -822,6 +841,52 @@ def test_detector__trains_with_every_option_at_once():
         total.backward()
         optimizer.step()
     assert total.isfinite()
+
+
+EVERY_OPTION = dict(
+    num_branches=2,
+    num_blocks=3,
+    share_projection=True,
+    share_levels=True,
+    reduction='mean',
+    norm_cfg=dict(type='LN'),
+    act_cfg=dict(type='PReLU'),
+)
+
+
+@pytest.mark.parametrize('topology', MBRNet.TOPOLOGIES)
+def test_detector__trains_with_every_option_at_once(topology):
+    train(
+        detector(
+            form='released',
+            mbrnet=dict(EVERY_OPTION, topology=topology),
+            loss=dict(twi_on_aligned=False),
+        )
+    )
+
+
+def test_detector__released_options_make_released_branches_in_any_form():
+    model = detector(mbrnet=EVERY_OPTION, loss=dict(twi_on_aligned=False))
+    net = model.distillers['distiller'].mbrnet
+    assert net.branch == 'released'
+    # Of the form remain the space and the start at zero.
+    assert net.space is not None
+    assert not any(
+        d.any()
+        for branch in net.residuals(
+            [torch.randn(2, 16, size, size) for size in (8, 4)]
+        )
+        for d in branch
+    )
+    train(model)
+
+
+@pytest.mark.parametrize('topology', ['serial', 'accumulated'])
+def test_detector__branches_that_read_one_another_have_no_space(topology):
+    model = detector(mbrnet=dict(topology=topology))
+    assert model.distillers['distiller'].form == 'released'
+    with pytest.raises(ValueError, match="needs topology='parallel'"):
+        detector(form='normalised', mbrnet=dict(topology=topology))
 
 
 def test_norm__that_does_not_fit_is_refused_with_the_pair():
@@ -879,14 +944,21 @@ def test_groups__refused_when_built(width, dims):
         MBRNet(4, 4, spatial_dims=dims, group_width=width)
 
 
-@pytest.mark.parametrize(('channels', 'width'), [(520, 256), (512, None)])
-def test_groups__are_planned_for_maps_wider_than_necks(channels, width):
+def test_groups__are_not_needed_by_bottlenecks():
+    # So `plan_for` sets none, however wide the maps.
+    with torch.device('meta'):
+        net = MBRNet([256, 512, 1024, 2048], 8, 4, branch='bottleneck')
+    convs = sum(
+        p.numel() for n, p in net.named_parameters() if 'aligns' not in n
+    )
+    assert convs < 70_778_880 / 10
     pair = Pair(
         *(
             Member(role, role, ConfigDict(detector_config(channels=number)))
-            for role, number in (('student', channels), ('teacher', 600))
+            for role, number in (('student', 520), ('teacher', 600))
         ),
         input_sizes=[64],
     )
     plan = ERADistiller.plan_for(pair)
-    assert plan.distiller.get('mbrnet', {}).get('group_width') == width
+    assert plan.distiller == dict(type='era_mm.ERADistiller')
+    assert plan.modes == ('E0', 'T', 'ST')

@@ -698,6 +698,7 @@ def test_feature_form__is_era_of_one_branch_without_head_reuse(channels):
         distillation_config(
             dict(
                 type='era_mm.ERADistiller',
+                form='released',
                 mbrnet=dict(num_branches=1, norm_cfg=dict(type='BN')),
                 loss=dict(align_weight=1.0, residual_weight=1.0),
                 twi_steps='none',

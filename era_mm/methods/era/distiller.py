@@ -1,29 +1,24 @@
 """ERADistiller: the residual approximation and TWI, put together."""
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from mmengine.dist import all_reduce
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, HostModel
 from ...core.pairing import Pair, Plan, is_query_based
 from ...core.utils import evaluating, preserve_rng
-from ...layers import (
-    bernoulli_kl_loss,
-    dist_loss,
-    kl_loss,
-    rows_of_levels,
-    top_rows,
-)
-from ...registry import MODELS, explain_unknown_keys
+from ...registry import MODELS
+from .detector_terms import DenseTerm, DetectorTerm, RoITerm
 from .export import export_estimate
+from .logit import LogitTerm, full
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
 from .twi import find_head, mismatch, tower_sources, why_not_reused
-from .twi_blend import same_priors
 from .twi_heads import (
     DenseTWIHead,
     StudentProposals,
@@ -31,149 +26,22 @@ from .twi_heads import (
     TwoStageTWIHead,
 )
 
-#: Maps of more channels, of backbones, would make branches that are several
-#: times the student; they are convolved in groups of the width of an FPN.
-MAX_FULL_WIDTH = 512
-GROUP_WIDTH = 256
+#: Iterations between two looks at the running shares, for which the ranks wait
+#: for each other, and how far the shares follow the batch that is looked at.
+EXPLAINED_EVERY = 10
+EXPLAINED_RATE = 0.5
 
 
-@explain_unknown_keys
-class LogitTerm:
-    """ERA's distillation of class logits.
-
-        'kl', 'dist'   weight * loss of the (N, K) logits; classifiers
-        'binary'       weight * tau^2 / R * sum_r sum_c
-                           KL(sigmoid(z_t / tau) || sigmoid(z_s / tau));
-                       dense detectors
-
-    where r are the ``topk`` anchors of each image that the teacher scores
-    highest: most of an image is background, on which both agree. Heads whose
-    class scores are no sigmoid logits of their own are refused: softmax,
-    probabilities (TOOD), scores that an objectness has to complete (YOLO,
-    AutoAssign).
-
-    'binary' is [ours]: a detection form was never released, and with one loss
-    on logits less the student's own head hears nothing of the teacher.
+class Parts(NamedTuple):
+    """What estimates are made of, in the space of the branches.
 
     Args:
-        kind: 'kl', 'dist' or 'binary'.
-        weight: Its weight. 2 is [official code].
-        temperature: tau. 1 is [official code].
-        source: The student's module that puts out the logits. None: 'head'
-            of a classifier, 'bbox_head' of a detector.
-        topk: Anchors per image, for 'binary'.
-
-    Raises:
-        ValueError: An unknown kind, a weight below 0, a temperature that is
-            not above 0, a ``topk`` below 1.
+        aligned: u by level.
+        residuals: d by level and branch.
     """
 
-    #: What heads have that tell objects from background apart from the class.
-    OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
-
-    KINDS: ClassVar[dict[str, Callable]] = {
-        'kl': kl_loss,
-        'dist': dist_loss,
-        'binary': bernoulli_kl_loss,
-    }
-
-    def __init__(
-        self,
-        kind: str = 'kl',
-        weight: float = 2.0,
-        temperature: float = 1.0,
-        source: str | None = None,
-        topk: int = 100,
-    ) -> None:
-        if kind not in self.KINDS:
-            raise ValueError(
-                f'`logit.kind` must be one of {sorted(self.KINDS)}, but got '
-                f'{kind!r}.'
-            )
-        if weight < 0 or temperature <= 0 or topk < 1:
-            raise ValueError(
-                '`logit` needs a weight of at least 0, a temperature above 0 '
-                f'and a `topk` of at least 1, but got {weight}, {temperature} '
-                f'and {topk}.'
-            )
-        self.kind, self.weight = kind, weight
-        self.temperature, self.topk = temperature, topk
-        self.is_dense = kind == 'binary'
-        self.source = source or ('bbox_head' if self.is_dense else 'head')
-
-    def problem(
-        self,
-        *,
-        student_logits: Any,
-        teacher_logits: Any,
-        student_head: nn.Module,
-        teacher_head: nn.Module,
-    ) -> str | None:
-        """Why the logits of a pair cannot be compared, if so."""
-        if not self.is_dense:
-            return None
-        heads = dict(student=student_head, teacher=teacher_head)
-        for owner, head in heads.items():
-            loss = getattr(head, 'loss_cls', None)
-            name = f"the {owner}'s {type(head).__name__}"
-            if any(hasattr(head, part) for part in self.OBJECTNESS):
-                return f'{name} scores objects apart from their classes'
-            if (
-                not getattr(loss, 'use_sigmoid', False)
-                or getattr(loss, 'activated', False)
-                or not getattr(head, 'cls_out_channels', 0)
-            ):
-                return f'{name} has no sigmoid scores'
-        shapes = [
-            [tuple(level.shape[1:]) for level in logits]
-            for logits in (
-                student_logits[: len(teacher_logits)],
-                teacher_logits,
-            )
-        ]
-        if shapes[0] != shapes[1]:
-            return (
-                f'the student scores {shapes[0]} at {self.source!r} and the '
-                f'teacher {shapes[1]}: anchors and classes must agree'
-            )
-        if not same_priors(student_head, teacher_head, teacher_logits):
-            return 'the anchors of the two have other sizes or places'
-        return None
-
-    def __call__(
-        self, *, student_logits: Any, teacher_logits: Any, num_classes: int
-    ) -> Tensor:
-        """The weighted loss.
-
-        Args:
-            student_logits: ``(N, K)``; of a dense head one
-                ``(N, A * K, H, W)`` per level, and what else it puts out.
-            teacher_logits: The same.
-            num_classes: K.
-        """
-        if not self.is_dense:
-            return self.weight * self.KINDS[self.kind](
-                student_logits=_full(student_logits),
-                teacher_logits=_full(teacher_logits),
-                temperature=self.temperature,
-            )
-        student, teacher = (
-            _full(rows_of_levels(logits, num_classes))
-            for logits in (
-                student_logits[: len(teacher_logits)],
-                teacher_logits,
-            )
-        )
-        best = top_rows(teacher, self.topk)
-        return self.weight * bernoulli_kl_loss(
-            student_logits=student[best].flatten(0, 1),
-            target=(teacher[best] / self.temperature).sigmoid().flatten(0, 1),
-            temperature=self.temperature,
-        )
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    aligned: list[Tensor]
+    residuals: list[Sequence[Tensor]]
 
 
 @MODELS.register_module()
@@ -182,71 +50,125 @@ class ERADistiller(BaseDistiller):
 
         u_l  = align_l(P_l)          d_il = branch_i(P_l)
         e_0l = u_l                   e_il = e_(i-1)l + d_il
-        L = align_weight * sum_l MSE(u_l, T_l) + twi_weight * H_t(e_0; GT)
-          + (1/n) sum_i s_i [ residual_weight * sum_l MSE(d_il, sg r_il)
-                              + twi_weight * H_t(e_i; GT) ]
+        L = align_weight * D(u, T) + twi_weight * w_0 * H(e_0)
+          + (1/n) sum_i s_i [ residual_weight * D(d_i, sg r_i)
+                              + twi_weight * w_i * H(e_i) ]
+          + terms on the student's own logits and boxes
 
-    P and T are the features of student and teacher at ``source``, H_t(e; GT)
-    the losses of the teacher's frozen head on an estimate (of its RPN and RoI
-    head in a two-stage detector). Added to the student's own losses.
+    P and T are the features of student and teacher at ``source``, D a squared
+    distance, H what the teacher's frozen head says of an estimate. Added to
+    the student's own losses. With no arguments it is the best recipe known
+    for the pair: the 'normalised' form on feature maps, the 'released' one on
+    pooled vectors.
 
-    Source: ERA, arXiv 2508.16050. For classification (``(N, C)`` features) it
-    is the arithmetic of the [official code]. The detection form, on feature
-    maps and with a detector's heads, is [ours]: the authors' was never
-    released. DETR-like detectors get it without TWI: their heads read the
-    queries of a decoder.
+    =============  =======================  ===============================
+    form           'released'               'normalised'
+    =============  =======================  ===============================
+    D              MSE, summed over levels  share of the teacher's variance
+                                            that is not explained, averaged
+                                            over levels
+    branches       two blocks of full       bottlenecks that start at zero
+                   width
+    align_weight   5                        1
+    residual       1                        4
+    twi_steps      'all'                    'sampled': e_0 or e_n
+    twi_targets    'labels'                 'teacher'
+    w_i            1                        share explained by e_i, running
+    =============  =======================  ===============================
+
+    Where something that is not asked for by name cannot be (a head that
+    cannot judge estimates, scores that cannot be compared), it is left out
+    with a message.
+
+    Source: ERA, arXiv 2508.16050. The released form is the arithmetic of the
+    [official code] on ``(N, C)`` features. On feature maps and with a
+    detector's heads both forms are [ours]: the authors' was never released.
+    DETR-like detectors get it without TWI: their heads read the queries of a
+    decoder.
 
     Args:
         source: Module whose output is approximated; see ``BaseDistiller``.
+        form: 'auto', 'released' or 'normalised': defaults of what follows.
         mbrnet: Arguments of ``MBRNet`` other than channels, levels and
-            dimensions, which are found by a dry run.
+            dimensions, which are inferred from a dry run.
         loss: Arguments of ``ERALoss``.
         twi_steps: Estimates that go through the teacher's head in training:
             'all', 'last' (e_n alone, with the sum of all weights) or
             'sampled' (one of them per iteration, drawn in proportion to its
             weight and given the sum of all: the same expectation as 'all'
             for the cost of one pass) or 'none' (no TWI). 'all' is [official
-            code].
-        twi_place: Where the teacher's head takes over: 'head' (all of it, on
-            estimates of its input); or 'predictors' (its last layers alone,
-            on estimates of what its two towers put out; the sources are then
-            found by themselves, dense heads only). Both [ours]; in a linear
-            classifier they would be the same.
+            code]. 'auto': by the form; 'none' where the head cannot be used.
+        logit: What the student's own head hears of the teacher's: arguments
+            of ``LogitTerm`` (classifiers), ``DenseTerm`` or ``RoITerm``
+            (detectors), with which to choose by the ``kind``: 'kl', 'dist',
+            'dense', 'roi'. 'auto': by the teacher's head; None: nothing.
+        twi_targets: What the teacher's head compares estimates with:
+            'labels', the ground truth [official code]; 'teacher', its own
+            outputs on the teacher's feature, by the ``logit`` term [ours]; or
+            'both', each halved [official code, its option featKL]. 'auto': by
+            the form; in the normalised one 'both' for two-stage detectors,
+            whose RPN is judged by labels alone; 'labels' without a ``logit``
+            term.
+        twi_interval: TWI takes part in every so many iterations, with so many
+            times its weight: the same expectation, for less time. [ours].
         detach: Keep the branches' losses from the student: they see its
             feature detached. False is what the published script uses.
-        logit: Arguments of ``LogitTerm`` to distil class logits as well: for
-            classifiers ``{}`` is [official code]; for dense detectors
-            ``dict(kind='binary')``. None: not at all.
-        twi_targets: What the teacher's head compares estimates with:
-            'labels', the ground truth [official code]; or 'both', the
-            teacher's logits too by the ``logit`` term, each of the two
-            halved [official code, its option featKL].
         alpha: Share of the teacher's head in mode ST, in [0, 1]. 0.5 is
             [inference]: which value the paper calls ST is unknown.
+        twi_place: Where the teacher's head takes over: 'head' (all of it, on
+            estimates of its input); or 'predictors' (its last layers alone,
+            on estimates of its two towers' outputs; the sources are then
+            inferred, dense heads only). Both [ours]; in a linear classifier
+            they would be the same.
         teacher: Name of the teacher.
         schedules: See ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Another number of levels, other map sizes, a head TWI
-            cannot use, a student without proposals for the teacher's RoI
-            head.
+        ValueError: Another number of levels, other map sizes; what was asked
+            for by name and cannot be: a head that TWI cannot use, a student
+            without proposals for the teacher's RoI head, logits that cannot
+            be compared.
     """
 
-    TWI_STEPS = ('all', 'last', 'sampled', 'none')
+    FORMS = ('auto', 'released', 'normalised')
+    TWI_STEPS = ('auto', 'all', 'last', 'sampled', 'none')
     TWI_PLACES = ('head', 'predictors')
-    TWI_TARGETS = ('labels', 'both')
+    TWI_TARGETS = ('auto', 'labels', 'teacher', 'both')
+
+    #: What a form sets where the config does not.
+    DEFAULTS: ClassVar[dict[str, dict[str, Any]]] = {
+        'released': dict(
+            mbrnet=dict(),
+            loss=dict(),
+            twi_steps='all',
+            twi_targets='labels',
+        ),
+        'normalised': dict(
+            mbrnet=dict(branch='bottleneck', normalize=True),
+            loss=dict(
+                align_weight=1.0,
+                residual_weight=4.0,
+                twi_scales=(1.0, 1.0),
+            ),
+            twi_steps='sampled',
+            twi_targets='teacher',
+        ),
+    }
 
     def __init__(
         self,
         source: str | list | dict = 'neck',
+        *,
+        form: str = 'auto',
         mbrnet: dict | None = None,
         loss: dict | None = None,
-        twi_steps: str = 'all',
-        logit: dict | None = None,
-        twi_targets: str = 'labels',
+        twi_steps: str = 'auto',
+        logit: dict | str | None = 'auto',
+        twi_targets: str = 'auto',
         detach: bool = False,
         alpha: float = 0.5,
+        twi_interval: int = 1,
         twi_place: str = 'head',
         teacher: str = 'teacher',
         schedules: dict[str, dict] | None = None,
@@ -258,55 +180,77 @@ class ERADistiller(BaseDistiller):
                 'ERADistiller approximates one source, but got '
                 f'{self.student_sources} and {self.teacher_sources}.'
             )
-        if twi_steps not in self.TWI_STEPS:
-            raise ValueError(
-                f'`twi_steps` must be one of {self.TWI_STEPS}, but got '
-                f'{twi_steps!r}.'
-            )
-        if twi_place not in self.TWI_PLACES:
-            raise ValueError(
-                f'`twi_place` must be one of {self.TWI_PLACES}, but got '
-                f'{twi_place!r}.'
-            )
+        for name, choice, choices in (
+            ('form', form, self.FORMS),
+            ('twi_steps', twi_steps, self.TWI_STEPS),
+            ('twi_place', twi_place, self.TWI_PLACES),
+            ('twi_targets', twi_targets, self.TWI_TARGETS),
+        ):
+            if choice not in choices:
+                raise ValueError(
+                    f'`{name}` must be one of {choices}, but got {choice!r}.'
+                )
         if twi_place == 'predictors' and source != 'neck':
             raise ValueError(
-                "`twi_place='predictors'` finds its sources by itself, but "
-                f'got source={source!r}. Remove `source`.'
+                "`twi_place='predictors'` infers its sources, but got "
+                f'source={source!r}. Remove `source`.'
             )
-        self.logit = None if logit is None else LogitTerm(**logit)
-        if twi_targets not in self.TWI_TARGETS:
+        if not (logit in ('auto', None) or isinstance(logit, Mapping)):
             raise ValueError(
-                f'`twi_targets` must be one of {self.TWI_TARGETS}, but got '
-                f'{twi_targets!r}.'
+                "`logit` must be 'auto', None (no such term) or a dict of "
+                f'arguments, but got {logit!r}.'
             )
-        if twi_targets == 'both' and self.logit is None:
+        if twi_targets in ('teacher', 'both') and logit is None:
             raise ValueError(
-                "`twi_targets='both'` compares with the teacher's logits by "
-                'the `logit` term, which is None. Set logit=dict().'
+                f'`twi_targets={twi_targets!r}` compares with the '
+                "teacher's outputs by the `logit` term, which is None. Set "
+                'logit=dict().'
             )
-        self.twi_targets = twi_targets
-        self.feature_sources: tuple[str, ...] = self.student_sources
+        if twi_interval < 1:
+            raise ValueError(
+                f'`twi_interval` must be at least 1, but got {twi_interval}.'
+            )
         if not 0 <= alpha <= 1:
             raise ValueError(f'`alpha` must be in [0, 1], but got {alpha}.')
         self._mbrnet_cfg = dict(mbrnet or {})
-        self.loss_terms = ERALoss(**(loss or {}))
+        topology = self._mbrnet_cfg.get('topology', 'parallel')
+        if form == 'auto' and topology != 'parallel':
+            form = 'released'
+            print_log(
+                f'ERA in the released form: with mbrnet.topology={topology!r} '
+                'branches read one another, for which there is no normalised '
+                'one.',
+                logger='current',
+            )
+        self.form = form
+        self._loss_cfg = dict(loss or {})
+        # Refuses unknown keys now; the form sets the rest.
+        self.loss_terms = ERALoss(**self._loss_cfg)
+        self._logit_cfg = logit
+        self.logit: LogitTerm | DetectorTerm | None = None
         self.twi_steps = twi_steps
+        self.twi_targets = twi_targets
+        self.twi_interval = twi_interval
         self.twi_place = twi_place
         self.detach = detach
         self.alpha = alpha
+        self.feature_sources: tuple[str, ...] = self.student_sources
         self.mbrnet: MBRNet
         self.twi_head: TWIHead | None = None
         self._proposals: StudentProposals | None = None
         self._blends = self._lacks_masks = self._tokens = False
+        # What must be there, or else the pair is refused.
+        self._asks_for_twi = twi_steps not in ('auto', 'none')
+        self._asks_for_logit = isinstance(logit, Mapping)
+        self._asks_for_targets = twi_targets in ('teacher', 'both')
 
     @classmethod
     def plan_for(cls, pair: Pair) -> Plan:
         """ERA with TWI where the teacher's head can be reused.
 
         With it every level of the teacher gets an estimate. Classifiers get
-        the term on logits [official code], and layer norms where the
-        teacher's backbone has them, as the [official code] for Swin. Maps
-        wider than those of necks are convolved in groups [ours].
+        layer norms where the teacher's backbone has them, as the [official
+        code] for Swin. All else are the defaults for the pair.
         """
         reason = cls._why_no_twi(pair)
         # Its levels are the teacher's own where the head can be reused.
@@ -318,14 +262,9 @@ class ERADistiller(BaseDistiller):
             for module in pair.teacher.model.backbone.modules()
         ):
             distiller['mbrnet'] = dict(norm_cfg=dict(type='LN'))
-        widest = max(feat.shape[1] for feat in student_feats)
-        if student_feats[0].dim() == 4 and widest > MAX_FULL_WIDTH:
-            distiller['mbrnet'] = dict(group_width=GROUP_WIDTH)
         if reason is not None:
             distiller['twi_steps'] = 'none'
             return Plan(distiller, match, f'not reused: {reason}')
-        if not pair.is_detector:
-            distiller['logit'] = dict()
         head = find_head(pair.teacher.model)
         assert head is not None
         kind = type(head.head).__name__
@@ -355,6 +294,8 @@ class ERADistiller(BaseDistiller):
             problem = head.problem(teacher_feats, training=True)
         return problem and f'{type(head.head).__name__}: {problem}'
 
+    # -- meeting the pair --------------------------------------------------
+
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None
     ) -> None:
@@ -364,18 +305,182 @@ class ERADistiller(BaseDistiller):
             self.feature_sources = tower_sources(student)
             self.teacher_sources = tower_sources(teacher)
         self._find_head(student, teacher)
+        self._choose_logit(student)
         self.student_sources = self.feature_sources
         if self.logit is not None:
-            self.student_sources += (self.logit.source,)
+            self.student_sources += tuple(
+                source
+                for source in self.logit.sources
+                if source not in self.student_sources
+            )
         if self._proposals is not None:
             self.student_sources += self._proposals.SOURCES
+
+    def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Find the teacher's head, and how the student's goes with it."""
+        head = find_head(teacher, self.twi_place)
+        reason = mismatch(student, teacher)
+        if reason is None and head is None:
+            reason = (
+                f'TWI cannot use the head of {type(teacher).__name__}: it '
+                'needs `bbox_head` (dense), `rpn_head` and `roi_head` '
+                '(two-stage) or `head` (classifier) with `loss` and `predict`'
+            )
+            if self._asks_for_twi:
+                raise ValueError(
+                    f"{reason}. Set twi_steps='none' for ERA without TWI."
+                )
+        if reason is None and isinstance(head, TwoStageTWIHead):
+            head = self._two_stage(head, student)
+        if head is None or reason is not None:
+            if reason is not None:
+                self._leave_head(reason)
+            return
+        # The blend needs the student's features as its own head gets them.
+        student_head = find_head(student, self.twi_place)
+        self._blends = student_head is not None and not self.pair_connectors
+        self._lacks_masks = getattr(student, 'with_mask', False) and not (
+            isinstance(head, TwoStageTWIHead) and head.has_masks
+        )
+        if self._lacks_masks:
+            print_log(
+                'ERA without the modes T, ST and E0 ...: the student predicts '
+                f'masks, but {type(head.head).__name__}, which is reused of '
+                'the teacher, does not.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        self.twi_head = head
+
+    def _two_stage(
+        self, head: TwoStageTWIHead, student: nn.Module
+    ) -> TwoStageTWIHead | None:
+        wants_logit = self._asks_for_logit or (
+            self._logit_cfg is not None and self.form != 'released'
+        )
+        if self.twi_steps != 'none' or wants_logit:
+            try:
+                self._proposals = StudentProposals(student)
+            except ValueError as error:
+                if self._asks_for_twi or self._asks_for_logit:
+                    raise
+                reason = str(error).partition('. ')[0]
+                self._leave_head(f'{reason[0].lower()}{reason[1:]}')
+                return None
+        if head.has_masks and not getattr(student, 'with_mask', False):
+            print_log(
+                "TWI without the teacher's mask branch: the student predicts "
+                'no masks, so the data need not have any.',
+                logger='current',
+            )
+            head = head.without_masks()
+        return head
+
+    def _leave_head(self, reason: str) -> None:
+        """Go on without the teacher's head, where that was not asked for."""
+        if self._asks_for_logit:
+            raise ValueError(
+                f'`logit` cannot be distilled: {reason}. Remove `logit`.'
+            )
+        parts = ['TWI'] if self.twi_steps != 'none' else []
+        if self._logit_cfg is not None and self.form != 'released':
+            parts.append("terms on the student's own logits")
+        if parts:
+            print_log(
+                f'ERA without {" and ".join(parts)}: {reason}.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        self.twi_steps = 'none'
+        self.twi_head = self._proposals = None
+        self._leave_logit()
+
+    def _choose_logit(self, student: nn.Module) -> None:
+        """The term on the student's own head that its kind needs."""
+        if self._logit_cfg is None or self.twi_head is None:
+            return
+        if (
+            self.form == 'released'
+            and not self._asks_for_logit
+            and type(self.twi_head) is not TWIHead
+        ):
+            # The released code has a term for the logits of classifiers.
+            return
+        cfg: dict[str, Any] = {}
+        if isinstance(self._logit_cfg, Mapping):
+            cfg |= self._logit_cfg
+        kind = cfg.pop('kind', None)
+        if kind == 'binary':
+            kind = 'dense'
+            for key in ('temperature', 'source'):
+                cfg.pop(key, None)
+            print_log(
+                "logit=dict(kind='binary') of ERADistiller is now kind="
+                "'dense': `weight` (default 1) is in units of the teacher's "
+                'own scores, boxes are distilled beside them (`box_weight`), '
+                'and `temperature` and `source` have no effect. '
+                "'binary' goes with the next version.",
+                logger='current',
+                level=logging.WARNING,
+            )
+        own = 'kl'
+        if isinstance(self.twi_head, DenseTWIHead):
+            own = 'dense'
+        elif isinstance(self.twi_head, TwoStageTWIHead):
+            own = 'roi'
+        kind = own if kind is None else kind
+        if kind == 'dense':
+            self.logit = DenseTerm(**cfg)
+        elif kind == 'roi':
+            self.logit = RoITerm(**cfg)
+        else:
+            self.logit = LogitTerm(kind=kind, **cfg)
+        # Now: a student without the term's source would be told of that.
+        if kind != own and not (own == 'kl' and kind in LogitTerm.KINDS):
+            raise ValueError(
+                f'`logit` of kind {kind!r} does not fit the teacher, whose '
+                f'head is a {type(self.twi_head.head).__name__}. Remove '
+                f'`kind`, or set kind={own!r}.'
+            )
+        modules = dict(student.named_modules())
+        lacking = [s for s in self.logit.sources if s not in modules]
+        if is_query_based(student):
+            self._drop_logit(
+                f'{type(student).__name__} predicts from queries, not from '
+                'features'
+            )
+        elif lacking and not self._asks_for_logit:
+            self._drop_logit(f'{type(student).__name__} has no {lacking[0]!r}')
+
+    def _drop_logit(self, reason: str) -> None:
+        """Go on without the term, where that was not asked for."""
+        if self._asks_for_logit:
+            raise ValueError(
+                f'`logit` cannot be distilled: {reason}. Remove `logit`, or '
+                'give both heads the same anchors and classes.'
+            )
+        print_log(
+            f"ERA without a term on the student's own logits: {reason}.",
+            logger='current',
+            level=logging.WARNING,
+        )
+        self._leave_logit()
+
+    def _leave_logit(self) -> None:
+        self.logit = None
+        if self._asks_for_targets and self.twi_steps != 'none':
+            raise ValueError(
+                f'`twi_targets={self.twi_targets!r}` needs the `logit` term, '
+                "which this pair cannot have. Set twi_targets='labels'."
+            )
+        self.twi_targets = 'labels'
 
     def _maps(
         self, feats: Features, sources: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
         """The features of some sources in a row, channels in dimension 1."""
         maps = tuple(feat for source in sources for feat in feats[source])
-        # Encoders of DETR-like detectors put out (N, L, C).
+        # Encoders of DETR-like detectors give (N, L, C).
         return tuple(m.mT for m in maps) if self._tokens else maps
 
     def prepare(
@@ -395,6 +500,77 @@ class ERADistiller(BaseDistiller):
         )
         student_maps = self._maps(student_feats, self.feature_sources)
         teacher_maps = self._maps(teacher_feats, self.teacher_sources)
+        self._check_levels(student_maps, teacher_maps)
+        found = dict(
+            in_channels=[m.shape[1] for m in student_maps],
+            out_channels=[m.shape[1] for m in teacher_maps],
+            num_levels=len(student_maps),
+            spatial_dims=student_maps[0].dim() - 2,
+        )
+        self._take_form(is_map=bool(found['spatial_dims']))
+        for key, value in found.items():
+            given = self._mbrnet_cfg.pop(key, value)
+            if isinstance(given, int) and isinstance(value, list):
+                given = [given] * len(value)
+            if given != value:
+                raise ValueError(
+                    f'`mbrnet.{key}` is {given} in the config, but the pair '
+                    f'has {value} at {", ".join(self.feature_sources)!r}. '
+                    'Remove the key: it is inferred.'
+                )
+        self.mbrnet = MBRNet(**found, **self._mbrnet_cfg)
+        # Refuses what does not fit now, not in the first step.
+        self.loss_terms.branch_weights(self.mbrnet.num_branches)
+        self.loss_terms.step_weights(self.mbrnet.num_branches)
+        self._try_out(student_maps, teacher_maps)
+        if self.logit is not None:
+            self._meet_logit(student, student_feats, teacher_maps)
+        if self.twi_steps != 'none' and self.mbrnet.space is not None:
+            #: Running share of the teacher's variance that each estimate
+            #: explains.
+            self.register_buffer(
+                'explained', torch.zeros(self.mbrnet.num_branches + 1)
+            )
+
+    def _take_form(self, *, is_map: bool) -> None:
+        """Fill in what the config leaves to the form."""
+        if self.form == 'auto':
+            self.form = 'normalised' if is_map else 'released'
+        defaults = self.DEFAULTS[self.form]
+        mbrnet = dict(defaults['mbrnet'])
+        if 'branch' not in self._mbrnet_cfg and (
+            not is_map or MBRNet.RELEASED_ONLY & set(self._mbrnet_cfg)
+        ):
+            # Its options are of the released branches.
+            mbrnet |= dict(branch='released')
+        self._mbrnet_cfg = mbrnet | self._mbrnet_cfg
+        if (
+            self.form == 'normalised'
+            and self._mbrnet_cfg['branch'] == 'released'
+        ):
+            self._mbrnet_cfg.setdefault('zero_init', True)
+        loss = dict(defaults['loss'])
+        if 'twi_on_aligned' in self._loss_cfg:
+            # It says the same in the released way.
+            loss.pop('twi_scales', None)
+        self.loss_terms = ERALoss(**(loss | self._loss_cfg))
+        if self.twi_steps == 'auto':
+            self.twi_steps = defaults['twi_steps']
+        if self.twi_targets == 'auto':
+            self.twi_targets = defaults['twi_targets']
+            if self.logit is None:
+                self.twi_targets = 'labels'
+            elif self.twi_targets == 'teacher' and isinstance(
+                self.logit, RoITerm
+            ):
+                # Which compares no outputs of the RPN.
+                self.twi_targets = 'both'
+
+    def _check_levels(
+        self,
+        student_maps: tuple[Tensor, ...],
+        teacher_maps: tuple[Tensor, ...],
+    ) -> None:
         where = ', '.join(self.feature_sources)
         if len(student_maps) != len(teacher_maps):
             raise ValueError(
@@ -415,39 +591,6 @@ class ERADistiller(BaseDistiller):
                     f'and {tuple(t.shape)} in the teacher: all but the '
                     'channels must agree. Choose sources of the same stride, '
                     'or let tools/make_config.py write a `source.connector`.'
-                )
-        found = dict(
-            in_channels=[m.shape[1] for m in student_maps],
-            out_channels=[m.shape[1] for m in teacher_maps],
-            num_levels=len(student_maps),
-            spatial_dims=student_maps[0].dim() - 2,
-        )
-        for key, value in found.items():
-            given = self._mbrnet_cfg.pop(key, value)
-            if isinstance(given, int) and isinstance(value, list):
-                given = [given] * len(value)
-            if given != value:
-                raise ValueError(
-                    f'`mbrnet.{key}` is {given} in the config, but the pair '
-                    f'has {value} at {where!r}. Remove the '
-                    'key: it is found by itself.'
-                )
-        self.mbrnet = MBRNet(**found, **self._mbrnet_cfg)
-        # Refuses what does not fit now, not in the first step.
-        self.loss_terms.branch_weights(self.mbrnet.num_branches)
-        self._try_out(student_maps, teacher_maps)
-        if self.logit is not None:
-            with torch.no_grad():
-                problem = self.logit.problem(
-                    student_logits=self._student_logits(student_feats),
-                    teacher_logits=self._head_logits(teacher_maps),
-                    student_head=student.get_submodule(self.logit.source),
-                    teacher_head=self._head.head,
-                )
-            if problem:
-                raise ValueError(
-                    f'`logit` cannot be distilled: {problem}. Remove `logit`, '
-                    'or give both heads the same anchors.'
                 )
 
     @torch.no_grad()
@@ -472,121 +615,78 @@ class ERADistiller(BaseDistiller):
         problem = self.twi_head.problem(
             teacher_maps, training=self.twi_steps != 'none'
         )
-        if problem and self.twi_steps == 'none' and self.logit is None:
-            self.twi_head = None
-        elif problem:
-            raise ValueError(
-                f"The teacher's head ({type(self.twi_head.head).__name__}) "
-                'cannot judge the source '
-                f'{", ".join(self.teacher_sources)!r}: '
-                f'{problem}. TWI needs the source that feeds the head, '
-                "usually 'neck', and the config the teacher was trained with; "
-                "else set twi_steps='none'."
-            )
-
-    def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
-        head = find_head(teacher, self.twi_place)
-        student_head = find_head(student, self.twi_place)
-        if self.twi_steps == 'none' and head is None:
-            if self.logit is not None:
-                self._turn_off(
-                    f'{type(teacher).__name__} has no head that scores such '
-                    'features'
-                )
+        if problem is None:
             return
-        reason = mismatch(student, teacher)
-        if reason is not None:
-            self._turn_off(reason)
-            return
-        if head is None:
-            raise ValueError(
-                f'TWI cannot use the head of {type(teacher).__name__}: it '
-                'needs `bbox_head` (dense), `rpn_head` and `roi_head` '
-                '(two-stage) or `head` (classifier) with `loss` and '
-                "`predict`. Set twi_steps='none' for ERA without TWI."
-            )
-        if isinstance(head, TwoStageTWIHead):
-            head = self._two_stage(head, student)
-        # The blend needs the student's features as its own head gets them.
-        self._blends = student_head is not None and not self.pair_connectors
-        self._lacks_masks = getattr(student, 'with_mask', False) and not (
-            isinstance(head, TwoStageTWIHead) and head.has_masks
+        problem = (
+            f"the teacher's head ({type(self.twi_head.head).__name__}) "
+            f'cannot judge the source {", ".join(self.teacher_sources)!r}: '
+            f'{problem}'
         )
-        if self._lacks_masks:
-            print_log(
-                'ERA without the modes T, ST and E0 ...: the student predicts '
-                f'masks, but {type(head.head).__name__}, which is reused of '
-                'the teacher, does not.',
-                logger='current',
-                level=logging.WARNING,
+        if self._asks_for_twi or self._asks_for_logit:
+            raise ValueError(
+                f'{problem[0].upper()}{problem[1:]}. TWI needs the source '
+                "that feeds the head, usually 'neck', and the config the "
+                "teacher was trained with; else set twi_steps='none'."
             )
-        self.twi_head = head
-        if self.logit is not None:
-            fits = (
-                isinstance(head, DenseTWIHead)
-                if self.logit.is_dense
-                else type(head) is TWIHead
+        self._leave_head(problem)
+
+    @torch.no_grad()
+    def _meet_logit(
+        self,
+        student: nn.Module,
+        student_feats: Features,
+        teacher_maps: tuple[Tensor, ...],
+    ) -> None:
+        assert self.logit is not None
+        if self.pair_connectors and isinstance(self.logit, RoITerm):
+            # Its RoI head reads what its neck gives.
+            reason: str | None = 'a connector follows its neck'
+        else:
+            reason = self._try_logit(student, student_feats, teacher_maps)
+        if reason is None:
+            return
+        self.student_sources = tuple(
+            source
+            for source in self.student_sources
+            if source in self.feature_sources
+            or source not in self.logit.sources
+        )
+        self._drop_logit(reason)
+
+    def _try_logit(
+        self,
+        student: nn.Module,
+        student_feats: Features,
+        teacher_maps: tuple[Tensor, ...],
+    ) -> str | None:
+        """Why the term cannot compare this pair, if so."""
+        assert self.logit is not None
+        try:
+            reason = self.logit.prepare(
+                head=self._head,
+                student=student,
+                student_feats=student_feats,
+                teacher_feats=teacher_maps,
             )
-            if not fits:
-                raise ValueError(
-                    "`logit` of kind 'kl' or 'dist' distils the logits of "
-                    "classifiers, of kind 'binary' those of dense detectors, "
-                    f'but it is {self.logit.kind!r} and the teacher a '
-                    f'{type(teacher).__name__}. Change or remove `logit`.'
+            if reason is None:
+                said = self.logit.target(
+                    self._head,
+                    teacher_maps,
+                    [self._head.trial_sample(teacher_maps)],
                 )
+                self.logit.of_student(student_feats, said)
+                self.logit.of_estimate(self._head, teacher_maps, said)
+        except Exception as error:
+            # Heads of third parties nest their outputs as they like.
+            return f'{type(error).__name__}: {error}'
+        return reason
 
     @property
     def _head(self) -> TWIHead:
         assert self.twi_head is not None
         return self.twi_head
 
-    def _head_logits(self, feats: Sequence[Tensor]) -> Any:
-        """What the teacher's head scores of a feature, for the logit term."""
-        assert self.logit is not None
-        outs = self._head.training_forward(feats)
-        # Scores come first in every dense head.
-        return outs[0] if self.logit.is_dense else outs
-
-    def _student_logits(self, feats: Features) -> Any:
-        assert self.logit is not None
-        found = feats[self.logit.source]
-        return found if self.logit.is_dense else found[0]
-
-    def _compare_logits(
-        self, student_logits: Any, teacher_logits: Any
-    ) -> Tensor:
-        assert self.logit is not None
-        return self.logit(
-            student_logits=student_logits,
-            teacher_logits=teacher_logits,
-            num_classes=getattr(self._head.head, 'cls_out_channels', 0),
-        )
-
-    def _turn_off(self, reason: str) -> None:
-        if self.logit is not None:
-            raise ValueError(
-                f'`logit` cannot be distilled: {reason}. Remove `logit`.'
-            )
-        print_log(
-            f'ERA without TWI: {reason}.',
-            logger='current',
-            level=logging.WARNING,
-        )
-        self.twi_steps = 'none'
-
-    def _two_stage(
-        self, head: TwoStageTWIHead, student: nn.Module
-    ) -> TwoStageTWIHead:
-        if self.twi_steps != 'none':
-            self._proposals = StudentProposals(student)
-        if head.has_masks and not getattr(student, 'with_mask', False):
-            print_log(
-                "TWI without the teacher's mask branch: the student predicts "
-                'no masks, so the data need not have any.',
-                logger='current',
-            )
-            head = head.without_masks()
-        return head
+    # -- losses ------------------------------------------------------------
 
     def loss(
         self,
@@ -595,10 +695,13 @@ class ERADistiller(BaseDistiller):
         teacher_feats: Features,
         data_samples: list,
     ) -> dict[str, Tensor]:
-        """``loss_era_align``, ``loss_era_residual``, ``loss_era_twi_*``."""
+        """``loss_era_align``, ``_residual``, ``_logit``, ``_box``, ``_twi_*``.
+
+        Those of the head only where they are on.
+        """
         maps = self._maps(student_feats, self.feature_sources)
-        targets_of = self._maps(teacher_feats, self.teacher_sources)
-        for level, (s, t) in enumerate(zip(maps, targets_of, strict=True)):
+        targets = self._maps(teacher_feats, self.teacher_sources)
+        for level, (s, t) in enumerate(zip(maps, targets, strict=True)):
             if s.shape[2:] != t.shape[2:]:
                 raise ValueError(
                     f'Level {level}: student {tuple(s.shape)}, teacher '
@@ -607,63 +710,112 @@ class ERADistiller(BaseDistiller):
                 )
         # Sums and differences of estimates in full precision: the last
         # residuals are small.
-        targets_of = tuple(_full(t) for t in targets_of)
-        aligned = [_full(u) for u in self.mbrnet.align(maps)]
-        residuals = [
-            [_full(d) for d in branch]
-            for branch in self.mbrnet.residuals(
-                [m.detach() for m in maps] if self.detach else maps
-            )
-        ]
-        start = [u.detach() for u in aligned] if self.detach else aligned
-        # By level, then by step.
-        estimates = [
-            estimates_of(
-                aligned=start[level], residuals=[d[level] for d in residuals]
-            )
-            for level in range(len(aligned))
-        ]
-        targets = [
-            residual_targets(estimates=steps, teacher_feat=teacher_feat)
-            for steps, teacher_feat in zip(estimates, targets_of, strict=True)
-        ]
-        losses = self.loss_terms(
-            aligned=aligned,
-            residuals=residuals,
-            targets=[
-                [level[branch] for level in targets]
-                for branch in range(len(residuals))
-            ],
-            teacher_feats=targets_of,
-        )
-        teacher_logits = None
+        targets = tuple(full(t) for t in targets)
+        learns = self.training and torch.is_grad_enabled()
+        losses, parts = self._approximate(maps, targets, learns=learns)
+        if self._proposals is not None:
+            data_samples = self._proposals.attach(student_feats, data_samples)
+        said = None
         if self.logit is not None:
             with torch.no_grad():
-                teacher_logits = self._head_logits(targets_of)
-            losses['loss_era_logit'] = self._compare_logits(
-                self._student_logits(student_feats), teacher_logits
-            )
-        if self.twi_steps != 'none':
-            steps = [list(step) for step in zip(*estimates, strict=True)]
-            # e_0 trains the student whether or not the branches do.
-            steps[0] = aligned
-            if self._proposals is not None:
-                data_samples = self._proposals.attach(
-                    student_feats, data_samples
-                )
-            losses |= self._twi_losses(steps, data_samples, teacher_logits)
+                said = self.logit.target(self._head, targets, data_samples)
+                if learns:
+                    self.logit.measure(said)
+            terms = self.logit.of_student(student_feats, said)
+            losses |= {f'loss_era_{k}': value for k, value in terms.items()}
+        if self.twi_steps != 'none' and self.step % self.twi_interval == 0:
+            losses |= self._twi_losses(parts, data_samples, said)
         return losses
 
-    def _twi_losses(
+    def _approximate(
         self,
-        steps: list[list[Tensor]],
-        data_samples: list,
-        teacher_logits: Any,
+        maps: tuple[Tensor, ...],
+        targets: tuple[Tensor, ...],
+        *,
+        learns: bool,
+    ) -> tuple[dict[str, Tensor], Parts]:
+        """The feature terms, and what estimates are made of."""
+        space = self.mbrnet.space
+        seen = [m.detach() for m in maps] if self.detach else maps
+        aligned = [full(u) for u in self.mbrnet.align(maps)]
+        if space is not None:
+            if learns:
+                space.update(targets)
+            stacked = self.mbrnet.stacked_residuals(seen)
+            losses = self.loss_terms.of_shares(
+                aligned=aligned,
+                residuals=stacked,
+                targets=space.normalize(targets),
+                share_weights=space.share_weights,
+            )
+            parts = Parts(aligned, [d.unbind(dim=1) for d in stacked])
+        else:
+            parts = Parts(
+                aligned,
+                [
+                    [full(d) for d in level]
+                    for level in zip(*self.mbrnet.residuals(seen), strict=True)
+                ],
+            )
+            # Of estimates only the values count here.
+            with torch.no_grad():
+                missing = [
+                    residual_targets(
+                        estimates=estimates_of(aligned=u, residuals=d),
+                        teacher_feat=target,
+                    )
+                    for u, d, target in zip(*parts, targets, strict=True)
+                ]
+            losses = self.loss_terms(
+                aligned=aligned,
+                residuals=list(zip(*parts.residuals, strict=True)),
+                targets=list(zip(*missing, strict=True)),
+                teacher_feats=targets,
+            )
+        if (
+            learns
+            and space is not None
+            and self.twi_steps != 'none'
+            and self.step % EXPLAINED_EVERY == 0
+        ):
+            self._explain(losses)
+        return losses, parts
+
+    def _shares(self, losses: dict[str, Tensor]) -> Tensor:
+        return torch.stack(
+            [
+                losses[f'era_unexplained_e{step}']
+                for step in range(self.mbrnet.num_branches + 1)
+            ]
+        )
+
+    def _explain(self, losses: dict[str, Tensor]) -> None:
+        """Take a batch into the running shares that weigh TWI."""
+        shares = self._shares(losses)
+        all_reduce(shares, 'mean')
+        self.explained.lerp_((1 - shares).clamp(0, 1), EXPLAINED_RATE)
+
+    def _estimate(self, parts: Parts, step: int) -> list[Tensor]:
+        """An estimate with its graph, on the teacher's scale."""
+        start = parts.aligned
+        # e_0 trains the student whether or not the branches do.
+        if self.detach and step:
+            start = [u.detach() for u in start]
+        estimate = [
+            estimates_of(aligned=u, residuals=[full(x) for x in d[:step]])[-1]
+            for u, d in zip(start, parts.residuals, strict=True)
+        ]
+        space = self.mbrnet.space
+        return estimate if space is None else space.restore(estimate)
+
+    def _twi_losses(
+        self, parts: Parts, data_samples: list, said: Any
     ) -> dict[str, Tensor]:
-        assert self.twi_head is not None
-        weights = self.loss_terms.step_weights(len(steps) - 1)
+        last = self.mbrnet.num_branches
+        weights = self.loss_terms.step_weights(last)
+        chosen = [k for k, weight in enumerate(weights) if weight]
         if self.twi_steps != 'all':
-            index = len(steps) - 1
+            index = last
             if self.twi_steps == 'sampled':
                 # Its own generator, so that the draw does not shift the
                 # data's random state; by step, so that a resumed run and
@@ -674,30 +826,80 @@ class ERADistiller(BaseDistiller):
                         torch.tensor(weights), 1, generator=generator
                     )
                 )
-            steps, weights = [steps[index]], [sum(weights)]
+            chosen = [index]
+            weights[index] = sum(weights)
+        term = self.logit
+        judged = self._head.judge(
+            [self._estimate(parts, k) for k in chosen],
+            data_samples,
+            by_labels=self.twi_targets != 'teacher',
+            term=None if self.twi_targets == 'labels' else term,
+            said=said,
+        )
         losses: dict[str, Tensor] = {}
-        for step, weight in zip(steps, weights, strict=True):
-            if weight == 0:
-                continue
-            terms = {
-                'cls' if key == 'loss' else key.replace('loss_', ''): value
-                for key, value in self.twi_head.loss(
-                    step, data_samples
-                ).items()
-            }
+        for k, terms in zip(chosen, judged, strict=True):
+            weight: float | Tensor = weights[k] * self.twi_interval
+            weight = self.loss_terms.twi_weight * weight
             if self.twi_targets == 'both':
-                terms['logit'] = self._compare_logits(
-                    self._head_logits(step), teacher_logits
-                )
-                terms = {name: value / 2 for name, value in terms.items()}
+                weight = weight / 2
+            if self.mbrnet.space is not None:
+                weight = weight * self.explained[k]
             for name, value in terms.items():
+                name = 'cls' if name == 'loss' else name.replace('loss_', '')
                 key = f'loss_era_twi_{name}'
-                value = self.loss_terms.twi_weight * weight * value
-                losses[key] = losses.get(key, 0) + value
+                losses[key] = losses.get(key, 0) + weight * value
         return losses
 
+    def compare(
+        self, *, student_feats: Features, teacher_feats: Features
+    ) -> Tensor | None:
+        """Share of the teacher's variance that each estimate leaves.
+
+        None without a normalised space, or before anything was measured.
+        """
+        space = self.mbrnet.space
+        if space is None or not int(space.first_batches.seen):
+            return None
+        maps = self._maps(student_feats, self.feature_sources)
+        targets = self._maps(teacher_feats, self.teacher_sources)
+        found = self.loss_terms.of_shares(
+            aligned=[full(u) for u in self.mbrnet.align(maps)],
+            residuals=self.mbrnet.stacked_residuals(maps),
+            targets=space.normalize([full(t) for t in targets]),
+            share_weights=space.share_weights,
+        )
+        return self._shares(found)
+
+    def extra_flops(
+        self,
+        count: Callable[[Callable[[], Any]], int],
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> float | None:
+        """Of the branches, and of what the teacher's head judges.
+
+        Passes through the frozen head have no weights to find gradients for:
+        two forward passes each, and one for the teacher's own feature. A RoI
+        head's regions are not counted.
+        """
+        maps = self._maps(student_feats, self.feature_sources)
+        targets = self._maps(teacher_feats, self.teacher_sources)
+        total = 3.0 * count(lambda: self.mbrnet.estimates(maps))
+        if self.twi_head is None:
+            return total
+        head = count(lambda: self._head(targets))
+        if self.logit is not None and not isinstance(self.logit, RoITerm):
+            total += head
+        if self.twi_steps != 'none':
+            weights = self.loss_terms.step_weights(self.mbrnet.num_branches)
+            judged = sum(weight > 0 for weight in weights)
+            passes = judged if self.twi_steps == 'all' else 1
+            total += 2.0 * passes / self.twi_interval * head
+        return total
+
     def loss_weights(self) -> dict[str, float]:
-        """Of the two feature terms, the head's terms and the logits'."""
+        """Of the two feature terms, the head's terms and the student's."""
         weights = {
             'loss_era_align': self.loss_terms.align_weight,
             'loss_era_residual': self.loss_terms.residual_weight,
@@ -705,8 +907,15 @@ class ERADistiller(BaseDistiller):
         if self.twi_steps != 'none':
             weights['loss_era_twi_*'] = self.loss_terms.twi_weight
         if self.logit is not None:
-            weights['loss_era_logit'] = self.logit.weight
+            weights |= {
+                f'loss_era_{name}': weight
+                for name, weight in self.logit.loss_weights().items()
+            }
         return weights
+
+    def is_complete(self, step: int) -> bool:
+        """Not in the iterations that TWI leaves out."""
+        return self.twi_steps == 'none' or step % self.twi_interval == 0
 
     # -- inference ---------------------------------------------------------
 

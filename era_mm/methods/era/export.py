@@ -52,6 +52,8 @@ def export_estimate(
              convolutions, the teacher's head; for a classifier the align
              layer is folded into the teacher's linear head instead
 
+    Statistics of a normalised space are folded into the layers in both.
+
     Source: ours.
 
     Args:
@@ -78,16 +80,15 @@ def export_estimate(
                 'a connector that resizes or chooses its levels follows it',
             )
         stages.append((_connector_config(connector), {}))
-    aligns = distiller.mbrnet.aligns
+    mbrnet = distiller.mbrnet.folded()
+    aligns = mbrnet.aligns
     config, state = _teacher_around(student, teacher)
     folds_into_head = False
     if mode == 'T':
-        stages.append(
-            (_mbrnet_config(distiller), distiller.mbrnet.state_dict())
-        )
+        stages.append((_mbrnet_config(distiller), mbrnet.state_dict()))
     elif keep_align:
         stages.append(_align_stage(aligns))
-    elif distiller.mbrnet.spatial_dims == 0:
+    elif mbrnet.spatial_dims == 0:
         folds_into_head = True
         config['head']['in_channels'] = aligns[-1].in_features
         state |= fold_into_head(teacher.module.head, aligns[-1])
@@ -175,13 +176,20 @@ def _neck_stages(
 
 def _mbrnet_config(distiller: 'ERADistiller') -> dict:
     mbrnet: MBRNet = distiller.mbrnet
+    settings = {
+        key: value
+        for key, value in distiller._mbrnet_cfg.items()
+        if key not in MBRNet.SPACE_OPTIONS
+    }
+    if mbrnet.space is not None:
+        settings.pop('share_levels', None)
     return dict(
         type='era_mm.MBRNet',
         in_channels=[align.weight.shape[1] for align in mbrnet.aligns],
         out_channels=[align.weight.shape[0] for align in mbrnet.aligns],
         num_levels=mbrnet.num_levels,
         spatial_dims=mbrnet.spatial_dims,
-        **distiller._mbrnet_cfg,
+        **settings,
     )
 
 
@@ -405,7 +413,7 @@ def _compare(
     mbrnet = double(distiller.mbrnet)
     plain, module = double(student.module), double(exported.module)
     feats = distiller.connected(plain.extract_feat(inputs.double()))
-    wanted = mbrnet(feats) if mode == 'T' else tuple(mbrnet.align(feats))
+    wanted = mbrnet(feats) if mode == 'T' else mbrnet.estimates(feats, 0)[0]
     found = module.extract_feat(inputs.double())
     if head is not None:
         wanted, found = (double(head)(wanted),), (module.head(found),)

@@ -5,6 +5,7 @@ estimate, r what is still missing, all ``(N, C_t, *)``.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,68 @@ def _mse(prediction: Tensor, target: Tensor) -> Tensor:
     return mse_loss(prediction.to(dtype), target.to(dtype))
 
 
+class _StepErrors(torch.autograd.Function):
+    """See :func:`step_errors`.
+
+    Finds the gradients in the forward pass: in place of residuals, estimates
+    and targets it keeps the differences alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, aligned: Tensor, residuals: Tensor, target: Tensor
+    ) -> Tensor:
+        dtype = torch.promote_types(aligned.dtype, torch.float32)
+        first = aligned.to(dtype) - target.to(dtype)
+        later = torch.empty_like(residuals, dtype=dtype)
+        error = first
+        for step, residual in enumerate(residuals.unbind(dim=1)):
+            error = error + residual
+            later[:, step] = error
+        ctx.save_for_backward(first, later)
+        ctx.dtypes = aligned.dtype, residuals.dtype, target.dtype
+        return torch.stack(
+            [error.square().mean() for error in (first, *later.unbind(dim=1))]
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        first, later = ctx.saved_tensors
+        scale = 2 / first.numel() * grad
+        shape = (1, -1, *(1,) * (later.dim() - 2))
+        of_first = scale[0] * first
+        return (
+            of_first.to(ctx.dtypes[0]),
+            (scale[1:].view(shape) * later).to(ctx.dtypes[1]),
+            # SoKD learns to refine the teacher's feature.
+            -of_first.to(ctx.dtypes[2]) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def step_errors(
+    *, aligned: Tensor, residuals: Tensor, target: Tensor
+) -> Tensor:
+    """How far each estimate of a level is from the target.
+
+        MSE(e_0, t), MSE(d_1, r_1), ..., MSE(d_n, r_n)
+        r_i = sg(t - e_(i-1))
+
+    In value all are MSE(e_i, t); the gradient of the first reaches u and t
+    alone, that of the others d_i alone. In float32 at least.
+
+    Source: ERA [official code] for the targets; in one function is ours.
+
+    Shape:
+        - aligned, target: ``(N, C_t, *)``
+        - residuals: ``(N, B, C_t, *)``
+        - out: ``(B + 1,)``
+    """
+    return _StepErrors.apply(aligned, residuals, target)
+
+
 @MODELS.register_module()
 class ERALoss(nn.Module):
     """ERA's losses; head losses come in from outside.
@@ -82,7 +145,8 @@ class ERALoss(nn.Module):
         w_0 = 1 (0 without twi_on_aligned),  w_i = s_i / n
 
     MSE is the mean over batch, channels and positions, in float32 at least.
-    The divisor is n, not the sum of the scales.
+    The divisor is n, not the sum of the scales. In a normalised space the
+    sums over levels are weighted means: shares of the teacher's variance.
 
     Source: ERA. The numbers are [official code], profile ``official``:
     align 5, residual 1, TWI 1, scales 1, 1/2, 1/4, 1/8. The sum over levels
@@ -96,6 +160,9 @@ class ERALoss(nn.Module):
         twi_on_aligned: The teacher's head judges e_0 = u too, not only what
             the branches add to it: [official code], its option featcls, which
             its script sets.
+        twi_scales: w_k, one per estimate e_0 ... e_n, in place of those above
+            [ours]. Two numbers are those of the first and of the last
+            estimate, with 0 between.
     """
 
     def __init__(
@@ -105,6 +172,7 @@ class ERALoss(nn.Module):
         twi_weight: float = 1.0,
         scales: Sequence[float] | None = None,
         twi_on_aligned: bool = True,
+        twi_scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.align_weight = align_weight
@@ -112,6 +180,7 @@ class ERALoss(nn.Module):
         self.twi_weight = twi_weight
         self.scales = None if scales is None else tuple(scales)
         self.twi_on_aligned = twi_on_aligned
+        self.twi_scales = None if twi_scales is None else tuple(twi_scales)
 
     def branch_weights(self, num_branches: int) -> list[float]:
         """s_i / n for each branch.
@@ -131,7 +200,27 @@ class ERALoss(nn.Module):
         return [scale / num_branches for scale in scales]
 
     def step_weights(self, num_branches: int) -> list[float]:
-        """Weights w_k of the head's losses on e_0 ... e_n."""
+        """Weights w_k of the head's losses on e_0 ... e_n.
+
+        Raises:
+            ValueError: ``twi_scales`` of another number, a negative one, or
+                nothing but zeros.
+        """
+        if self.twi_scales is not None:
+            scales = list(self.twi_scales)
+            if len(scales) == 2:
+                scales[1:1] = [0.0] * (num_branches - 1)
+            if (
+                len(scales) != num_branches + 1
+                or min(scales) < 0
+                or sum(scales) == 0
+            ):
+                raise ValueError(
+                    '`twi_scales` needs two values or one per estimate '
+                    f'({num_branches + 1}), none negative and not all 0, but '
+                    f'got {list(self.twi_scales)}.'
+                )
+            return scales
         first = 1.0 if self.twi_on_aligned else 0.0
         return [first, *self.branch_weights(num_branches)]
 
@@ -143,7 +232,7 @@ class ERALoss(nn.Module):
         targets: Sequence[Sequence[Tensor]],
         teacher_feats: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """Feature losses of a batch.
+        """Feature losses of a batch in the released form.
 
         Args:
             aligned: u by level.
@@ -164,12 +253,49 @@ class ERALoss(nn.Module):
             sum(_mse(d, r) for d, r in zip(branch, target, strict=True))
             for branch, target in zip(residuals, targets, strict=True)
         ]
-        weights = self.branch_weights(len(residuals))
+        return self._weighed(errors, 'mse')
+
+    def of_shares(
+        self,
+        *,
+        aligned: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        share_weights: Tensor,
+    ) -> dict[str, Tensor]:
+        """Feature losses of a batch in a normalised space.
+
+        An error is the share of the teacher's variance that is left: 0 where
+        all are equal, 1 where every estimate is the mean.
+
+        Source: ours.
+
+        Args:
+            aligned: u by level.
+            residuals: d by level, ``(N, B, C_t, *)``.
+            targets: The teacher's feature by level.
+            share_weights: Weights of the levels, as the space has them.
+
+        Returns:
+            The two losses, and ``era_unexplained_e0`` ...
+            ``era_unexplained_en`` for the log.
+        """
+        by_level = torch.stack(
+            [
+                step_errors(aligned=u, residuals=d, target=t)
+                for u, d, t in zip(aligned, residuals, targets, strict=True)
+            ]
+        )
+        shares = (share_weights[:, None] * by_level).mean(dim=0)
+        return self._weighed(list(shares.unbind()), 'unexplained')
+
+    def _weighed(self, errors: list, name: str) -> dict[str, Tensor]:
+        weights = self.branch_weights(len(errors) - 1)
         losses = {
             'loss_era_align': self.align_weight * errors[0],
             'loss_era_residual': self.residual_weight
             * sum(w * e for w, e in zip(weights, errors[1:], strict=True)),
         }
         for index, error in enumerate(errors):
-            losses[f'era_mse_e{index}'] = error.detach()
+            losses[f'era_{name}_e{index}'] = error.detach()
         return losses

@@ -4,61 +4,20 @@ Legend: N batch, C_s and C_t channels of student and teacher, L levels,
 B branches, * any spatial dimensions.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
-from typing import Any
 
-from mmcv.cnn import build_activation_layer, build_norm_layer
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...registry import MODELS
+from .bottleneck import BottleneckBranches
+from .building import LAYERS, build_activation, build_norm
 from .losses import REDUCTIONS, estimates_of
-
-_LAYERS = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d}
-
-
-class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels, at every position by itself.
-
-    PyTorch's normalises the last dimensions, which on ``(N, C, *)`` are not
-    the channels; mmpretrain's LN2d takes maps only.
-
-    Source: Ba et al., arXiv 1607.06450; channels first is [ours].
-
-    Shape:
-        - x, out: ``(N, C, *)``
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(N, C, *)``."""
-        # Contiguous, because heads of the hosts take views.
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1).contiguous()
-
-
-def _norm(norm_cfg: dict, channels: int, spatial_dims: int) -> nn.Module:
-    cfg: dict[str, Any] = dict(norm_cfg)
-    kind = cfg.get('type')
-    if kind == 'BN':
-        cfg['type'] = f'BN{max(spatial_dims, 1)}d'
-    elif kind in ('LN', 'LN2d'):
-        cfg['type'] = ChannelLayerNorm
-    elif kind == 'GN' and 'num_groups' not in cfg:
-        raise ValueError(
-            '`norm_cfg` of type GN needs `num_groups`, a divisor of the '
-            f'{channels} channels, but got {norm_cfg}. Set for instance '
-            "norm_cfg=dict(type='GN', num_groups=32)."
-        )
-    return build_norm_layer(cfg, channels)[1]
-
-
-def _activation(act_cfg: dict) -> nn.Module:
-    cfg: dict[str, Any] = dict(act_cfg)
-    if cfg.get('type') == 'Mish':
-        # ERA offers it, mmcv does not register it.
-        cfg['type'] = nn.Mish
-    return build_activation_layer(cfg)
+from .space import FeatureSpace
 
 
 def _projection(
@@ -66,7 +25,7 @@ def _projection(
 ) -> nn.Module:
     if spatial_dims == 0:
         return nn.Linear(in_channels, out_channels)
-    return _LAYERS[spatial_dims](in_channels, out_channels, 1)
+    return LAYERS[spatial_dims](in_channels, out_channels, 1)
 
 
 def _groups(channels: int, group_width: int | None) -> int:
@@ -124,7 +83,7 @@ class ResidualBranch(BaseModule):
         else:
             groups = _groups(in_channels, group_width)
             layers = [
-                _LAYERS[spatial_dims](
+                LAYERS[spatial_dims](
                     in_channels,
                     in_channels,
                     3,
@@ -137,14 +96,14 @@ class ResidualBranch(BaseModule):
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(
             nn.ModuleList(
-                _norm(norm_cfg, in_channels, spatial_dims)
+                build_norm(norm_cfg, in_channels, spatial_dims)
                 for _ in range(num_norms)
             )
             for _ in range(num_blocks)
         )
         # One per block: some activations learn (PReLU).
         self.activations = nn.ModuleList(
-            _activation(act_cfg) for _ in range(num_blocks - 1)
+            build_activation(act_cfg) for _ in range(num_blocks - 1)
         )
         self.projection = (
             _projection(in_channels, out_channels, spatial_dims)
@@ -199,6 +158,17 @@ def _init_like_released(module: nn.Module) -> None:
             )
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def _scale(
+    layer: nn.Module, factor: Tensor, shift: Tensor | float = 0.0
+) -> None:
+    """Make a layer give ``factor * y + shift`` by output channel."""
+    weight = layer.weight.double()
+    shape = (-1, *(1,) * (weight.dim() - 1))
+    layer.weight.copy_(factor.double().view(shape) * weight)
+    layer.bias.copy_(factor.double() * layer.bias.double() + shift)
 
 
 @MODELS.register_module()
@@ -257,15 +227,43 @@ class MBRNet(BaseModule):
             wider features are convolved in groups. None: all. [ours], for
             detectors without a neck: on a ResNet-50's own maps the branches
             have 401 million weights without it and 71 million with 256.
+        branch: 'released' branches, or 'bottleneck' ones [ours], for maps and
+            sequences: see ``BottleneckBranches``. These have no norm unless
+            ``norm_cfg`` says so, and none of the options ``num_blocks``,
+            ``topology``, ``share_projection``, ``share_levels``,
+            ``group_width`` and ``zero_init``.
+        branch_width: Channels within a bottleneck branch. None: an eighth of
+            the widest level's, at least 8 and at most 64.
+        zero_init: Residuals start at zero: the closing norm's weight does.
+            Bottleneck branches always start so. [ours].
+        normalize: Align layers and branches work in the teacher's normalised
+            space, and estimates are mapped back: see ``FeatureSpace``. [ours].
+        num_batches: Batches that its statistics are measured on.
         init_cfg: As in mmengine.
 
     Raises:
         ValueError: Channel lists that do not fit the levels, counts below 1,
-            groups of vectors, shared levels of different width, an unknown
-            topology or reduction, GN without its groups.
+            groups or bottlenecks of vectors, shared levels of different
+            width, an unknown topology, reduction or branch, GN without its
+            groups, options of the other kind of branch, a normalised space
+            with branches that read one another.
     """
 
     TOPOLOGIES = ('parallel', 'serial', 'accumulated')
+    BRANCHES = ('released', 'bottleneck')
+    #: Options that bottleneck branches do not have.
+    RELEASED_ONLY = frozenset(
+        (
+            'num_blocks',
+            'topology',
+            'share_projection',
+            'share_levels',
+            'group_width',
+            'zero_init',
+        )
+    )
+    #: Options of the normalised space, which a folded one has no use for.
+    SPACE_OPTIONS = frozenset(('normalize', 'num_batches'))
 
     def __init__(
         self,
@@ -282,12 +280,17 @@ class MBRNet(BaseModule):
         norm_cfg: dict | None = None,
         act_cfg: dict | None = None,
         group_width: int | None = None,
+        branch: str = 'released',
+        branch_width: int | None = None,
+        zero_init: bool = False,
+        normalize: bool = False,
+        num_batches: int = 20,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        if spatial_dims not in _LAYERS:
+        if spatial_dims not in LAYERS:
             raise ValueError(
-                f'`spatial_dims` must be one of {sorted(_LAYERS)}, but got '
+                f'`spatial_dims` must be one of {sorted(LAYERS)}, but got '
                 f'{spatial_dims}.'
             )
         if num_branches < 1 or num_blocks < 1 or num_levels < 1:
@@ -305,11 +308,43 @@ class MBRNet(BaseModule):
         for name, choice, choices in (
             ('topology', topology, self.TOPOLOGIES),
             ('reduction', reduction, REDUCTIONS),
+            ('branch', branch, self.BRANCHES),
         ):
             if choice not in choices:
                 raise ValueError(
                     f'`{name}` must be one of {choices}, but got {choice!r}.'
                 )
+        if branch_width is not None and branch_width < 1:
+            raise ValueError(
+                f'`branch_width` must be at least 1, but got {branch_width}.'
+            )
+        if branch == 'bottleneck' and spatial_dims == 0:
+            raise ValueError(
+                "`branch='bottleneck'` is for maps and sequences, but the "
+                "features are vectors. Set branch='released'."
+            )
+        others = {
+            'num_blocks': num_blocks != 2,
+            'topology': topology != 'parallel',
+            'share_projection': share_projection,
+            'share_levels': share_levels,
+            'group_width': group_width is not None,
+            'zero_init': zero_init,
+        }
+        if branch == 'released':
+            others = {'branch_width': branch_width is not None}
+        foreign = [name for name, is_given in others.items() if is_given]
+        if foreign:
+            raise ValueError(
+                f'`{foreign[0]}` is no option of {branch!r} branches. Remove '
+                'it, or set the other `branch`.'
+            )
+        if normalize and topology != 'parallel':
+            # The scale of a residual would reach the branches that read it.
+            raise ValueError(
+                "`normalize=True` needs topology='parallel', but got "
+                f'{topology!r}.'
+            )
         channels = {}
         for name, value in (
             ('in_channels', in_channels),
@@ -345,11 +380,29 @@ class MBRNet(BaseModule):
         self.reduction = reduction
         self.spatial_dims = spatial_dims
         self.share_levels = share_levels
-        norm_cfg = norm_cfg or dict(type='BN', momentum=0.01)
         act_cfg = act_cfg or dict(type='ReLU', inplace=True)
         self.aligns = nn.ModuleList(
             _projection(c_s, c_t, spatial_dims) for c_s, c_t in pairs
         )
+        self.space = (
+            FeatureSpace(channels['out_channels'], num_batches)
+            if normalize
+            else None
+        )
+        self.branch = branch
+        self.zero_init = zero_init
+        if branch == 'bottleneck':
+            self.bottlenecks = BottleneckBranches(
+                channels['in_channels'],
+                channels['out_channels'],
+                num_branches,
+                branch_width,
+                norm_cfg,
+                act_cfg,
+                spatial_dims,
+            )
+            return
+        norm_cfg = norm_cfg or dict(type='BN', momentum=0.01)
         # What the levels have of their own, or one for all of them.
         branch_pairs = pairs[:1] if share_levels else pairs
         self.levels = nn.ModuleList(
@@ -375,15 +428,31 @@ class MBRNet(BaseModule):
             for c_s, c_t in branch_pairs
         )
 
+        if (normalize or zero_init) and any(
+            norm.weight is None
+            for branches in self.levels
+            for branch in branches
+            for norm in branch.norms[-1]
+        ):
+            raise ValueError(
+                '`normalize` and `zero_init` need a norm with weights behind '
+                f'the last block, but got {norm_cfg}.'
+            )
+
     def init_weights(self) -> None:
         """Initialise branches and shared projections as the released code.
 
         mmengine asks direct children only, and these sit in lists.
         """
         super().init_weights()
+        if self.branch == 'bottleneck':
+            return
         for branches in self.levels:
             for branch in branches:
                 branch.init_weights()
+                if self.zero_init:
+                    for norm in branch.norms[-1]:
+                        nn.init.zeros_(norm.weight)
         _init_like_released(self.projections)
 
     def align(self, feats: Sequence[Tensor]) -> list[Tensor]:
@@ -412,11 +481,32 @@ class MBRNet(BaseModule):
             - out: B lists of L of ``(N, C_t, *)``
         """
         self._check(feats)
+        if self.branch == 'bottleneck':
+            by_level = [
+                level.unbind(dim=1)[:num_branches]
+                for level in self.bottlenecks(feats)
+            ]
+            return [list(branch) for branch in zip(*by_level, strict=True)]
         by_level = [
             self._residuals_of_level(level, feat, num_branches)
             for level, feat in enumerate(feats)
         ]
         return [list(branch) for branch in zip(*by_level, strict=True)]
+
+    def stacked_residuals(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        """All residuals, by level.
+
+        Shape:
+            - feats: L of ``(N, C_s, *)``
+            - out: L of ``(N, B, C_t, *)``
+        """
+        if self.branch == 'bottleneck':
+            self._check(feats)
+            return self.bottlenecks(feats)
+        return [
+            torch.stack(level, dim=1)
+            for level in zip(*self.residuals(feats), strict=True)
+        ]
 
     def _residuals_of_level(
         self, level: int, feat: Tensor, num_branches: int | None
@@ -457,11 +547,61 @@ class MBRNet(BaseModule):
             )
             for level, aligned in enumerate(self.align(feats))
         ]
-        return [list(step) for step in zip(*by_level, strict=True)]
+        steps = [list(step) for step in zip(*by_level, strict=True)]
+        if self.space is None:
+            return steps
+        return [self.space.restore(step) for step in steps]
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The final estimate e_n, one per level."""
         return tuple(self.estimates(feats)[-1])
+
+    def folded(self) -> 'MBRNet':
+        """The same estimates without a space of their own.
+
+        A copy whose align layers and last layers of the branches give the
+        teacher's scale: ``std * (W x + b) + mean`` is
+        ``(std W) x + (std b + mean)``. Levels of another scale share nothing.
+        """
+        net = copy.deepcopy(self)
+        space, net.space = net.space, None
+        if space is None:
+            return net
+        if net.share_levels:
+            net._unshare_levels()
+        for level, align in enumerate(net.aligns):
+            mean, std = space.statistics(level)
+            _scale(align, std, mean)
+            if net.branch == 'bottleneck':
+                _scale(
+                    net.bottlenecks.expand[level],
+                    std.repeat(self.num_branches),
+                )
+                continue
+            for branch in net.levels[level]:
+                closes = branch.projection
+                if isinstance(closes, nn.Identity):
+                    closes = net.projections[level]
+                if isinstance(closes, nn.Identity):
+                    closes = branch.norms[-1][0]
+                _scale(closes, std)
+                if closes is net.projections[level]:
+                    break
+        return net
+
+    def _unshare_levels(self) -> None:
+        """Give every level layers of its own, as they are."""
+        self.share_levels = False
+        (shared,), (projection,) = self.levels, self.projections
+        self.levels, self.projections = nn.ModuleList(), nn.ModuleList()
+        for level in range(self.num_levels):
+            branches = copy.deepcopy(shared)
+            for branch in branches:
+                branch.norms = nn.ModuleList(
+                    nn.ModuleList([norms[level]]) for norms in branch.norms
+                )
+            self.levels.append(branches)
+            self.projections.append(copy.deepcopy(projection))
 
     def _check(self, feats: Sequence[Tensor]) -> None:
         if len(feats) != self.num_levels:

@@ -51,10 +51,10 @@ def can_blend_raw(
             return False
     if not same_priors(student_head, teacher_head, student_outs[0]):
         return False
-    return _coder(student_head) == _coder(teacher_head)
+    return coder_of(student_head) == coder_of(teacher_head)
 
 
-def _coder(head: nn.Module) -> dict[str, Any] | None:
+def coder_of(head: nn.Module) -> dict[str, Any] | None:
     """A box coder's settings; None where the priors alone decode (YOLOX)."""
     coder = getattr(head, 'bbox_coder', None)
     if coder is None:

@@ -9,8 +9,9 @@ dimensions.
 
 import contextlib
 import copy
+import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,17 @@ def with_children(
     # A copy shares even this table; torch has no public way to part it.
     view._modules = {**module._modules, **children}
     return view
+
+
+def _summed(losses: Mapping[str, Any]) -> dict[str, Any]:
+    """A head's losses, lists over levels summed up."""
+    return {
+        key: sum(term.mean() for term in value)
+        if isinstance(value, (list, tuple))
+        else value.mean()
+        for key, value in losses.items()
+        if 'loss' in key
+    }
 
 
 @MODELS.register_module()
@@ -119,6 +131,15 @@ class TWIHead(BaseModule):
         # layers below stay as they are, so norms and dropout remain frozen.
         for head in self.heads:
             head.training = True
+        try:
+            yield
+        finally:
+            for head in self.heads:
+                head.training = False
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Each estimate of a step finds the same head and the same draws."""
         # Some losses count in buffers (GHM's running bins).
         buffers = [
             (buffer, buffer._version, buffer.clone())
@@ -126,13 +147,10 @@ class TWIHead(BaseModule):
             for buffer in head.buffers()
         ]
         try:
-            # Samplers draw. The run's own draws must not shift, and each
-            # estimate of a step should see the same.
+            # Samplers draw. The run's own draws must not shift.
             with preserve_rng():
                 yield
         finally:
-            for head in self.heads:
-                head.training = False
             for buffer, version, value in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
@@ -151,15 +169,43 @@ class TWIHead(BaseModule):
         Returns:
             Its terms under its own names, lists over levels summed up.
         """
-        with self._training_outputs():
-            losses = self._losses(tuple(feats), data_samples)
-        return {
-            key: sum(term.mean() for term in value)
-            if isinstance(value, (list, tuple))
-            else value.mean()
-            for key, value in losses.items()
-            if 'loss' in key
-        }
+        with self._training_outputs(), self._as_it_was():
+            return _summed(self._losses(tuple(feats), data_samples))
+
+    def judge(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        data_samples: list,
+        *,
+        by_labels: bool = True,
+        term: Any = None,
+        said: Any = None,
+    ) -> list[dict[str, Tensor]]:
+        """What the head says of several estimates of one batch.
+
+        Args:
+            steps: The estimates, each L of ``(N, C_t, *)``.
+            data_samples: The batch's ground truth.
+            by_labels: Whether to compare with the ground truth, as
+                :meth:`loss` does.
+            term: The term that compares with the teacher's own outputs,
+                beside or in place of those; None: not at all.
+            said: What its ``target`` gave.
+
+        Returns:
+            The terms of each estimate.
+        """
+        judged = []
+        for step in steps:
+            terms = self.loss(step, data_samples) if by_labels else {}
+            if term is not None:
+                terms = terms | term.of_estimate(self, step, said)
+            judged.append(terms)
+        return judged
+
+    def trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
+        """Data of an image to try the head on."""
+        return blank_sample(1, 1)
 
     def predict(self, feats: Sequence[Tensor], data_samples: list) -> list:
         """The head's predictions on an estimate, as new data samples."""
@@ -224,14 +270,14 @@ class _DetectorTWIHead(TWIHead):
         ]
         try:
             with _progress():
-                self.loss(noise, [self._trial_sample(feats)])
+                self.judge([noise], [self.trial_sample(feats)])
         except Exception as error:
             if self.head.train_cfg is None:
                 return 'it has no `train_cfg` and so cannot assign truth'
             return f'its losses raise {type(error).__name__}: {error}'
         return None
 
-    def _trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
+    def trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
         """An image with one object, of the size that the maps come from."""
         priors = getattr(self._first, 'prior_generator', None)
         stride = priors.strides[0] if priors is not None else 8
@@ -287,6 +333,62 @@ def _with_instances(
     return samples
 
 
+def _part(outs: Any, images: slice) -> Any:
+    """Some images of raw outputs, nested as heads nest them."""
+    if isinstance(outs, Tensor):
+        return outs[images]
+    if isinstance(outs, (list, tuple)):
+        return type(outs)(_part(item, images) for item in outs)
+    return outs
+
+
+#: Arguments of ``get_targets`` in mmdet that no prediction is part of.
+_FROM_TRUTH = {
+    'anchor_list',
+    'valid_flag_list',
+    'num_level_anchors',
+    'points',
+    'batch_gt_instances',
+    'batch_img_metas',
+    'batch_gt_instances_ignore',
+    'unmap_outputs',
+    'return_sampling_results',
+}
+
+
+def _assigning_once(
+    head: nn.Module,
+) -> tuple[nn.Module, Callable[[], None]]:
+    """A view of a dense head that assigns a batch's truth once.
+
+    Heads whose assigner looks at predictions (by the arguments of their
+    ``get_targets``) assign anew each time.
+
+    Returns:
+        The view, and what to call before each of its losses.
+    """
+    assign = getattr(head, 'get_targets', None)
+    if assign is None or not _FROM_TRUTH.issuperset(
+        inspect.signature(assign).parameters
+    ):
+        return head, lambda: None
+    view = with_children(head)
+    kept: list[Any] = []
+    calls = [0]
+
+    def begin() -> None:
+        calls[0] = 0
+
+    def get_targets(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > len(kept):
+            kept.append(assign(*args, **kwargs))
+        return kept[calls[0] - 1]
+
+    view.get_targets = get_targets
+    return view, begin
+
+
 class DenseTWIHead(_DetectorTWIHead):
     """A dense head, anchor-based or anchor-free, with all of its layers."""
 
@@ -312,6 +414,63 @@ class DenseTWIHead(_DetectorTWIHead):
 
     def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
         return self.head.loss(self._levels(feats), data_samples)
+
+    def _truth(self, data_samples: list) -> list:
+        """The ground truth as the head learns it."""
+        return data_samples
+
+    def judge(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        data_samples: list,
+        *,
+        by_labels: bool = True,
+        term: Any = None,
+        said: Any = None,
+    ) -> list[dict[str, Tensor]]:
+        """As in the base class, by one forward for all estimates.
+
+        The norms of the head are frozen, so an image's outputs do not depend
+        on what else is in the batch.
+        """
+        from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+        from mmdet.models.utils import unpack_gt_instances
+
+        if type(self.head).loss is not BaseDenseHead.loss:
+            return super().judge(
+                steps,
+                data_samples,
+                by_labels=by_labels,
+                term=term,
+                said=said,
+            )
+        batch = len(data_samples)
+        truth, ignored, metas = unpack_gt_instances(self._truth(data_samples))
+        levels = [self._levels(step) for step in steps]
+        judged = []
+        with self._training_outputs():
+            # Of a single estimate nothing needs to be copied.
+            outs = self.head(
+                levels[0]
+                if len(levels) == 1
+                else tuple(
+                    torch.cat(level) for level in zip(*levels, strict=True)
+                )
+            )
+            head, begin = _assigning_once(self.head)
+            for index in range(len(steps)):
+                own = _part(outs, slice(index * batch, (index + 1) * batch))
+                terms = {}
+                if by_labels:
+                    begin()
+                    with self._as_it_was():
+                        terms = _summed(
+                            head.loss_by_feat(*own, truth, metas, ignored)
+                        )
+                if term is not None:
+                    terms |= term.of_outputs(own, said)
+                judged.append(terms)
+        return judged
 
     def _instances(
         self, feats: tuple[Tensor, ...], data_samples: list
@@ -360,8 +519,11 @@ class ProposalTWIHead(DenseTWIHead):
     Source: ours.
     """
 
+    def _truth(self, data_samples: list) -> list:
+        return [_one_class(sample) for sample in data_samples]
+
     def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
-        return super()._losses(feats, [_one_class(s) for s in data_samples])
+        return super()._losses(feats, self._truth(data_samples))
 
 
 class PredictorTWIHead(DenseTWIHead):
@@ -436,15 +598,15 @@ class TwoStageTWIHead(_DetectorTWIHead):
         found = super().problem(feats, training=training)
         if found:
             return found
-        sample = self._trial_sample(feats)
+        sample = self.trial_sample(feats)
         try:
             self.head(tuple(feats), [sample.proposals], [sample])
         except Exception as error:
             return f'its RoI head raises {type(error).__name__}: {error}'
         return None
 
-    def _trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
-        sample = super()._trial_sample(feats)
+    def trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
+        sample = super().trial_sample(feats)
         if self.has_masks:
             from mmdet.structures.mask import BitmapMasks
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mmengine.config import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from ...core import BaseDistiller, HostModel, Phase
 
@@ -62,6 +62,14 @@ class WrappingDistiller(BaseDistiller):
     def phase(self) -> Phase | None:
         """The wrapped distiller's."""
         return self.base.phase()
+
+    def is_complete(self, step: int) -> bool:
+        """The wrapped distiller's."""
+        return self.base.is_complete(step)
+
+    def compare(self, **feats: Any) -> Tensor | None:
+        """The wrapped distiller's."""
+        return self.base.compare(**feats)
 
     @property
     def predict_sources(self) -> tuple[str, ...]:

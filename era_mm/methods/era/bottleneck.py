@@ -1,0 +1,123 @@
+"""Slim branches of MBRNet for maps: all branches of all levels in one module.
+
+Legend: N batch, C_s and C_t channels of student and teacher, B branches,
+w channels of a branch, L levels, * spatial dimensions.
+"""
+
+from collections.abc import Sequence
+
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .building import LAYERS, build_activation, build_norm
+
+
+def _layer(
+    conv: nn.Module, norm_cfg: dict | None, act_cfg: dict, spatial_dims: int
+) -> nn.Sequential:
+    parts = [conv]
+    if norm_cfg is not None:
+        parts.append(build_norm(norm_cfg, conv.out_channels, spatial_dims))
+    return nn.Sequential(*parts, build_activation(act_cfg))
+
+
+class BottleneckBranches(BaseModule):
+    """Branches that narrow, look around, and widen again.
+
+        h_il = act(W1_il P_l)                    (N, w, *)
+        d_il = W3_il act(W2_il * h_il)           W2 3x3, W3 1x1 from zero
+
+    The layers of the branches lie side by side in grouped convolutions: the
+    same numbers as separate modules with a fraction of the calls.
+
+    Without norms by default: their statistics would differ from rank to rank
+    and need more than one value, which a small batch of 1x1 maps has not.
+
+    Source: ours; the shape of the block is ResNet's (arXiv 1512.03385).
+
+    Args:
+        in_channels: C_s of each level.
+        out_channels: C_t of each level.
+        num_branches: B.
+        width: w. None: an eighth of the widest level, at least 8 and at most
+            64.
+        norm_cfg: Norm behind the first two layers. None: none.
+        act_cfg: Activation.
+        spatial_dims: 1 for ``(N, C, L)``, 2 for maps.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        num_branches: int,
+        width: int | None,
+        norm_cfg: dict | None,
+        act_cfg: dict,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        conv = LAYERS[spatial_dims]
+        if width is None:
+            width = min(max(max(in_channels) // 8, 8), 64)
+        self.num_branches = num_branches
+        self.width = width
+        inner = num_branches * width
+        bias = norm_cfg is None
+        self.reduce = nn.ModuleList()
+        self.spatial = nn.ModuleList()
+        self.expand = nn.ModuleList()
+        for c_s, c_t in zip(in_channels, out_channels, strict=True):
+            self.reduce.append(
+                _layer(
+                    conv(c_s, inner, 1, bias=bias),
+                    norm_cfg,
+                    act_cfg,
+                    spatial_dims,
+                )
+            )
+            self.spatial.append(
+                _layer(
+                    conv(
+                        inner,
+                        inner,
+                        3,
+                        padding=1,
+                        groups=num_branches,
+                        bias=bias,
+                    ),
+                    norm_cfg,
+                    act_cfg,
+                    spatial_dims,
+                )
+            )
+            self.expand.append(
+                conv(inner, num_branches * c_t, 1, groups=num_branches)
+            )
+
+    def init_weights(self) -> None:
+        """He's for the first two layers, zero for the last."""
+        for layer in (*self.reduce, *self.spatial):
+            nn.init.kaiming_normal_(
+                layer[0].weight, mode='fan_in', nonlinearity='relu'
+            )
+            if layer[0].bias is not None:
+                nn.init.zeros_(layer[0].bias)
+        for layer in self.expand:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        """All residuals.
+
+        Shape:
+            - feats: L of ``(N, C_s, *)``
+            - out: L of ``(N, B, C_t, *)``
+        """
+        layers = zip(self.reduce, self.spatial, self.expand, strict=True)
+        return [
+            expand(spatial(reduce(feat))).unflatten(1, (self.num_branches, -1))
+            for feat, (reduce, spatial, expand) in zip(
+                feats, layers, strict=True
+            )
+        ]

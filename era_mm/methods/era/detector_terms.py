@@ -1,0 +1,584 @@
+"""What the teacher's head says, for the student's own: detectors.
+
+``DenseTerm`` serves dense heads, ``RoITerm`` RoI heads; ``logit`` has the
+same for classifiers.
+
+Legend: N batch, K classes, R rows (anchors or regions), k rows of an image,
+L levels, B numbers that code a box.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from ...core import Features, Unregistered
+from ...core.utils import evaluating
+from ...layers import (
+    bernoulli_entropy,
+    bernoulli_kl,
+    best_rows,
+    rows_at,
+)
+from ...registry import explain_unknown_keys
+from .logit import full
+from .space import FirstBatches
+from .twi_blend import coder_of, same_priors
+from .twi_heads import DenseTWIHead, TWIHead, TwoStageTWIHead
+
+Outputs = Any
+
+
+class Said(NamedTuple):
+    """What the teacher says of the rows where it is surest.
+
+    Args:
+        rows: Which they are.
+        scores: Its scores there, ``(R, K)``.
+        boxes: Its boxes there, ``(R, B)`` numbers or ``(R, 4, bins)``
+            probabilities; None: not compared.
+        sure: How sure it is, ``(R,)``.
+        number: Rows that count, found or not: as many for every image.
+        sizes: Height and width of each level, of a dense head.
+    """
+
+    rows: Any
+    scores: Tensor
+    boxes: Tensor | None
+    sure: Tensor
+    number: int
+    sizes: tuple[torch.Size, ...] = ()
+
+
+class Unit(nn.Module):
+    """What a term of 1 means, from sums over the first batches.
+
+    The sums are over all ranks, so a term is linear in the images.
+
+    Args:
+        size: Number of sums.
+        shape: Of the unit.
+    """
+
+    def __init__(self, size: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        # In double precision: sums of many values.
+        self.register_buffer('sums', torch.zeros(size).double())
+        self.register_buffer('value', torch.ones(shape))
+
+    def add(self, *sums: Tensor) -> Tensor:
+        """Add up a batch's sums; returns those of all so far."""
+        new = torch.cat([part.double().flatten() for part in sums])
+        all_reduce(new)
+        self.sums += new
+        return self.sums
+
+    def set(self, value: Tensor) -> None:
+        """Set the unit; 1 where the teacher says the same of everything."""
+        self.value.copy_(torch.where(value > 1e-6, value, 1.0))
+
+
+class DetectorTerm(nn.Module):
+    """Scores and boxes of a detector's head, in units of the teacher's own.
+
+        loss_era_logit = weight * mean_r KL(q_r || p_r) / unit_score
+        loss_era_box   = box_weight * mean_r w_r |b_r - t_r| / unit_box
+
+    over the k rows of each image of which the teacher is surest; q and p are
+    scores of teacher and student, t and b their raw box outputs, w how sure
+    the teacher is. ``unit_score`` is mean_r KL(q_r || mean_r q_r), the cost of
+    the best guess that sees no image. ``unit_box`` is mean_r w_r times the
+    standard deviation of t, by coordinate. So both terms are about 1 for a
+    student that knows the frequencies alone, and 0 for one that equals the
+    teacher, whatever the number of anchors and classes. Where a head's raw
+    outputs are pixels (RTMDet, VFNet), large boxes weigh more than small ones.
+
+    The units are measured on the first 20 batches of all ranks, then fixed;
+    they are saved and resumed.
+
+    Source: ours. Boxes of a dense head weighted by the teacher's score:
+    CrossKD (arXiv 2306.11369).
+
+    Args:
+        weight: Of the scores.
+        box_weight: Of the boxes. 0: none.
+        topk: k.
+
+    Raises:
+        ValueError: A weight below 0, a ``topk`` below 1.
+    """
+
+    #: The student's modules whose outputs are compared.
+    sources: tuple[str, ...] = ()
+    #: Numbers of a distribution over which a coordinate is predicted; 1: it
+    #: is predicted itself.
+    bins = 1
+
+    def __init__(self, weight: float, box_weight: float, topk: int) -> None:
+        super().__init__()
+        if weight < 0 or box_weight < 0 or topk < 1:
+            raise ValueError(
+                '`logit` needs weights of at least 0 and a `topk` of at least '
+                f'1, but got {weight}, {box_weight} and {topk}.'
+            )
+        self.weight, self.box_weight, self.topk = weight, box_weight, topk
+        self.first_batches = FirstBatches()
+
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each term by its name."""
+        weights = {'logit': self.weight}
+        if self.box_weight:
+            weights['box'] = self.box_weight
+        return weights
+
+    def prepare(
+        self,
+        *,
+        head: TWIHead,
+        student: nn.Module,
+        student_feats: Features,
+        teacher_feats: Sequence[Tensor],
+    ) -> str | None:
+        """Meet the pair.
+
+        Boxes that cannot be compared are left out, with a message.
+
+        Args:
+            head: The teacher's head.
+            student: The student.
+            student_feats: The student's features of one image by source.
+            teacher_feats: What the teacher's head reads.
+
+        Returns:
+            Why the scores of the pair cannot be compared, if so.
+        """
+        raise NotImplementedError
+
+    def target(
+        self, head: TWIHead, teacher_feats: Sequence[Tensor], samples: list
+    ) -> Said:
+        """What the teacher says; no graph."""
+        raise NotImplementedError
+
+    def of_student(
+        self, student_feats: Features, said: Said
+    ) -> dict[str, Tensor]:
+        """The terms of the student's own head."""
+        raise NotImplementedError
+
+    def of_estimate(
+        self, head: TWIHead, feats: Sequence[Tensor], said: Said
+    ) -> dict[str, Tensor]:
+        """The terms of the teacher's head on an estimate."""
+        raise NotImplementedError
+
+    # -- units -------------------------------------------------------------
+
+    def _leave_boxes(self, reason: str) -> None:
+        self.box_weight = 0.0
+        print_log(
+            f'ERA without distilled boxes: {reason}.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+    def _set_up_units(self, num_scores: int, num_boxes: int) -> None:
+        self.score_unit = Unit(2 + num_scores, ())
+        if self.box_weight:
+            spread = 1 if self.bins > 1 else num_boxes
+            self.box_unit = Unit(
+                2 + num_boxes + spread, () if self.bins > 1 else (num_boxes,)
+            )
+
+    def _entropy(self, scores: Tensor) -> Tensor:
+        """Entropy of the scores of each row, ``(R, K)`` to ``(R,)``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def measure(self, said: Said) -> None:
+        """Take a batch into the units; nothing once there were enough."""
+        if not self.first_batches.take():
+            return
+        number = said.sure.new_tensor(len(said.sure))
+        scores, sure = said.scores.double(), said.sure.double()
+        rows, ent, total = self.score_unit.add(
+            number, self._entropy(scores).sum(), scores.sum(dim=0)
+        ).split([1, 1, scores.shape[1]])
+        self.score_unit.set(
+            (self._entropy((total / rows)[None]) - ent / rows)[0]
+        )
+        if said.boxes is None:
+            return
+        boxes = said.boxes.double()
+        if self.bins > 1:
+            spread = (
+                sure * torch.special.entr(boxes).sum(dim=2).mean(dim=1)
+            ).sum()
+        else:
+            spread = (sure[:, None] * boxes**2).sum(dim=0)
+        boxes = boxes.flatten(1)
+        rows, sureness, first, spread = self.box_unit.add(
+            number, sure.sum(), (sure[:, None] * boxes).sum(dim=0), spread
+        ).split([1, 1, boxes.shape[1], spread.numel()])
+        mean, spread = first / sureness, spread / sureness
+        if self.bins > 1:
+            guess = torch.special.entr(mean).sum() / 4 - spread[0]
+        else:
+            guess = (spread - mean**2).clamp(min=0).sqrt()
+        self.box_unit.set((sureness / rows)[0] * guess)
+
+    def _score_gap(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """KL from the student's scores to the teacher's, ``(R,)``."""
+        raise NotImplementedError
+
+    def _compare(
+        self, logits: Tensor, boxes: Tensor | None, said: Said
+    ) -> dict[str, Tensor]:
+        """The terms, from outputs at the teacher's rows.
+
+        Shape:
+            - logits: as ``said.scores``
+            - boxes: as ``said.boxes``, before any softmax
+        """
+        logits = full(logits)
+        gap = self._score_gap(logits, said.scores).sum() / said.number
+        terms = {'logit': self.weight * gap / self.score_unit.value}
+        if self.box_weight:
+            assert boxes is not None
+            assert said.boxes is not None
+            boxes = full(boxes)
+            if self.bins > 1:
+                distance = (
+                    (
+                        torch.special.xlogy(said.boxes, said.boxes)
+                        - said.boxes * log_softmax(boxes, dim=2)
+                    )
+                    .sum(dim=2)
+                    .mean(dim=1)
+                ) / self.box_unit.value
+            else:
+                distance = (
+                    (boxes - said.boxes).abs() / self.box_unit.value
+                ).mean(dim=1)
+            distance = (said.sure * distance).sum() / said.number
+            terms['box'] = self.box_weight * distance
+        return terms
+
+
+@explain_unknown_keys
+class DenseTerm(DetectorTerm):
+    """``DetectorTerm`` for dense heads, anchor-based or anchor-free.
+
+    Rows are anchors or points, p and q sigmoid scores, w the teacher's
+    highest score there. Refused are heads whose class scores are no sigmoid
+    logits of their own: softmax, probabilities (TOOD), scores that an
+    objectness completes (YOLO, AutoAssign). Boxes are compared where both
+    heads are of one class and code boxes alike; where they predict a
+    distribution (GFL), by KL(t_r || b_r), in units as those of the scores.
+
+    Source: ours.
+
+    Args:
+        weight: Of the scores.
+        box_weight: Of the boxes.
+        topk: Anchors of each image.
+    """
+
+    #: What heads have that tell objects from background apart from the class.
+    OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
+    #: What decides, beside class and coder, what a head's box outputs mean.
+    BOX_SETTINGS = ('norm_on_bbox', 'reg_max', 'reg_decoded_bbox')
+
+    sources = ('bbox_head',)
+
+    def __init__(
+        self, weight: float = 1.0, box_weight: float = 1.0, topk: int = 100
+    ) -> None:
+        super().__init__(weight, box_weight, topk)
+        self.num_levels = self.num_classes = self.box_width = 0
+
+    def prepare(
+        self,
+        *,
+        head: TWIHead,
+        student: nn.Module,
+        student_feats: Features,
+        teacher_feats: Sequence[Tensor],
+    ) -> str | None:
+        """As in the base class."""
+        if not isinstance(head, DenseTWIHead):
+            return f'{type(head.head).__name__} is no dense head'
+        theirs, own = head.head, student.bbox_head
+        for owner, one in (('student', own), ('teacher', theirs)):
+            reason = self._problem(one)
+            if reason is not None:
+                return f"the {owner}'s {type(one).__name__} {reason}"
+        outs = head.training_forward(teacher_feats)
+        self.num_levels = len(outs[0])
+        found = student_feats[self.sources[0]][: self.num_levels]
+        shapes = [[tuple(o.shape[1:]) for o in x] for x in (found, outs[0])]
+        if shapes[0] != shapes[1]:
+            return (
+                f'the student scores {shapes[0]} and the teacher {shapes[1]}: '
+                'anchors and classes must agree'
+            )
+        if not same_priors(own, theirs, outs[0]):
+            return 'the anchors of the two have other sizes or places'
+        self.num_classes = theirs.cls_out_channels
+        self.bins = getattr(theirs, 'reg_max', 0) + 1
+        self.box_width = 4 * self.bins
+        if self.box_weight:
+            reason = self._box_problem(own, theirs, outs)
+            if reason is not None:
+                self._leave_boxes(reason)
+        self._set_up_units(self.num_classes, self.box_width)
+        return None
+
+    def _problem(self, head: nn.Module) -> str | None:
+        loss = getattr(head, 'loss_cls', None)
+        if any(hasattr(head, part) for part in self.OBJECTNESS):
+            return 'scores objects apart from their classes'
+        if (
+            not getattr(loss, 'use_sigmoid', False)
+            or getattr(loss, 'activated', False)
+            or not getattr(head, 'cls_out_channels', 0)
+        ):
+            return 'has no sigmoid scores'
+        return None
+
+    def _box_problem(
+        self, own: nn.Module, theirs: nn.Module, outs: Outputs
+    ) -> str | None:
+        names = [type(head).__name__ for head in (own, theirs)]
+        if type(own) is not type(theirs):
+            return f'{names[0]} and {names[1]} code them in ways of their own'
+        if coder_of(own) != coder_of(theirs) or any(
+            getattr(own, name, None) != getattr(theirs, name, None)
+            for name in self.BOX_SETTINGS
+        ):
+            return f'the two {names[0]}s code them with other settings'
+        anchors = outs[0][0].shape[1] // self.num_classes
+        widths = {level.shape[1] for level in outs[1]}
+        if widths != {anchors * self.box_width}:
+            return f'{names[1]} predicts no four sides of a box'
+        return None
+
+    def _outputs_at(
+        self, outs: Outputs, rows: Tensor, sizes: Sequence
+    ) -> tuple[Tensor, Tensor | None]:
+        def at(levels: Sequence[Tensor], width: int) -> Tensor:
+            # Where padding made the student's maps larger, features were cut.
+            cut = [
+                level[..., : size[0], : size[1]]
+                for level, size in zip(levels, sizes, strict=True)
+            ]
+            return rows_at(cut, rows, width).flatten(0, 1)
+
+        logits = at(outs[0], self.num_classes)
+        if not self.box_weight:
+            return logits, None
+        found = at(outs[1], self.box_width)
+        if self.bins > 1:
+            found = found.unflatten(1, (4, self.bins))
+        return logits, found
+
+    def target(
+        self, head: TWIHead, teacher_feats: Sequence[Tensor], samples: list
+    ) -> Said:
+        """As in the base class."""
+        outs = head.training_forward(teacher_feats)
+        sizes = tuple(level.shape[-2:] for level in outs[0])
+        rows = best_rows(outs[0], self.num_classes, self.topk)
+        logits, boxes = self._outputs_at(outs, rows, sizes)
+        scores = full(logits).sigmoid()
+        if boxes is not None:
+            boxes = full(boxes)
+            boxes = boxes.softmax(dim=2) if self.bins > 1 else boxes
+        sure = scores.amax(dim=1)
+        return Said(rows, scores, boxes, sure, len(scores), sizes)
+
+    def of_student(
+        self, student_feats: Features, said: Said
+    ) -> dict[str, Tensor]:
+        """As in the base class."""
+        # All scores, then all boxes, as the recorder flattens them.
+        found, levels = student_feats[self.sources[0]], self.num_levels
+        return self.of_outputs(
+            [found[:levels], found[levels : 2 * levels]], said
+        )
+
+    def of_estimate(
+        self, head: TWIHead, feats: Sequence[Tensor], said: Said
+    ) -> dict[str, Tensor]:
+        """As in the base class."""
+        return self.of_outputs(head.training_forward(feats), said)
+
+    def of_outputs(self, outs: Outputs, said: Said) -> dict[str, Tensor]:
+        """The terms of a dense head's raw outputs in training form."""
+        found = self._outputs_at(outs, said.rows, said.sizes)
+        return self._compare(*found, said)
+
+    def _entropy(self, scores: Tensor) -> Tensor:
+        return bernoulli_entropy(scores).sum(dim=1)
+
+    def _score_gap(self, logits: Tensor, scores: Tensor) -> Tensor:
+        return bernoulli_kl(student_logits=logits, target=scores)
+
+
+@explain_unknown_keys
+class RoITerm(DetectorTerm):
+    """``DetectorTerm`` for RoI heads.
+
+    Rows are the regions that the student's RPN proposes first, the same for
+    both; p and q are softmax scores, background among them, w the teacher's
+    probability that a region holds an object. Of boxes predicted by class
+    that of the teacher's best class is compared.
+
+    The student's RoI head runs on these regions a second time, in eval mode:
+    norms of it must not count a batch twice.
+
+    Source: ours; that both heads judge the same regions is DIST's (arXiv
+    2205.10536).
+
+    Args:
+        weight: Of the scores.
+        box_weight: Of the boxes.
+        topk: Regions of each image.
+    """
+
+    def __init__(
+        self, weight: float = 1.0, box_weight: float = 1.0, topk: int = 100
+    ) -> None:
+        super().__init__(weight, box_weight, topk)
+        self._student: Unregistered | None = None
+        self._source = ''
+
+    def prepare(
+        self,
+        *,
+        head: TWIHead,
+        student: nn.Module,
+        student_feats: Features,
+        teacher_feats: Sequence[Tensor],
+    ) -> str | None:
+        """As in the base class."""
+        if not isinstance(head, TwoStageTWIHead):
+            return f'{type(head.head).__name__} is no RoI head'
+        own, theirs = student.roi_head, head.head
+        for owner, one in (('student', own), ('teacher', theirs)):
+            reason = self._problem(one)
+            if reason is not None:
+                return f"the {owner}'s {type(one).__name__} {reason}"
+        boxes = [one.bbox_head for one in (own, theirs)]
+        classes = [one.num_classes for one in boxes]
+        if classes[0] != classes[1]:
+            return f'student and teacher have {classes} classes'
+        self._student = Unregistered(own)
+        self._source = next(iter(student_feats))
+        size = 8 * teacher_feats[0].shape[-1]
+        rois = teacher_feats[0].new_tensor([[0, 0, 0, size, size]])
+        try:
+            with torch.no_grad(), evaluating(own):
+                self._run(own, student_feats[self._source], rois)
+        except Exception as error:
+            return (
+                f"the student's RoI head cannot read {self._source!r} "
+                f'({type(error).__name__}: {error})'
+            )
+        if self.box_weight and (
+            coder_of(boxes[0]) != coder_of(boxes[1])
+            or boxes[0].reg_class_agnostic != boxes[1].reg_class_agnostic
+        ):
+            self._leave_boxes(
+                'the two RoI heads code them with other settings'
+            )
+        self._set_up_units(classes[1] + 1, 4)
+        return None
+
+    @staticmethod
+    def _problem(roi_head: nn.Module) -> str | None:
+        bbox_head: Any = getattr(roi_head, 'bbox_head', None)
+        if isinstance(bbox_head, nn.ModuleList):
+            return 'has several stages'
+        if not all(
+            isinstance(getattr(bbox_head, name, None), nn.Module)
+            for name in ('fc_cls', 'fc_reg', 'loss_cls')
+        ):
+            return (
+                'has no linear layers for classes and boxes (fc_cls, fc_reg)'
+            )
+        if bbox_head.custom_cls_channels or bbox_head.loss_cls.use_sigmoid:
+            return 'has no softmax scores'
+        return None
+
+    @staticmethod
+    def _run(
+        roi_head: nn.Module, feats: Sequence[Tensor], rois: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        extractor = roi_head.bbox_roi_extractor
+        found = extractor(tuple(feats[: extractor.num_inputs]), rois)
+        if roi_head.with_shared_head:
+            found = roi_head.shared_head(found)
+        return roi_head.bbox_head(found)
+
+    def _boxes_at(self, boxes: Tensor, classes: Tensor) -> Tensor | None:
+        if not self.box_weight:
+            return None
+        if boxes.shape[1] == 4:
+            return boxes
+        index = torch.arange(len(boxes), device=boxes.device)
+        return boxes.unflatten(1, (-1, 4))[index, classes]
+
+    def target(
+        self, head: TWIHead, teacher_feats: Sequence[Tensor], samples: list
+    ) -> Said:
+        """As in the base class."""
+        boxes = [s.proposals.bboxes[: self.topk] for s in samples]
+        rois = torch.cat(
+            [
+                torch.cat([b.new_full((len(b), 1), index), b], dim=1)
+                for index, b in enumerate(boxes)
+            ]
+        )
+        logits, coded = self._run(head.head, teacher_feats, rois)
+        scores = full(logits).softmax(dim=1)
+        # The last of the scores is the background's.
+        classes = scores[:, :-1].argmax(dim=1)
+        at = self._boxes_at(full(coded), classes)
+        number = len(samples) * self.topk
+        return Said((rois, classes), scores, at, 1 - scores[:, -1], number)
+
+    def of_student(
+        self, student_feats: Features, said: Said
+    ) -> dict[str, Tensor]:
+        """As in the base class."""
+        assert self._student is not None
+        own = self._student.module
+        with evaluating(own):
+            return self._of(own, student_feats[self._source], said)
+
+    def of_estimate(
+        self, head: TWIHead, feats: Sequence[Tensor], said: Said
+    ) -> dict[str, Tensor]:
+        """As in the base class."""
+        return self._of(head.head, feats, said)
+
+    def _of(
+        self, roi_head: nn.Module, feats: Sequence[Tensor], said: Said
+    ) -> dict[str, Tensor]:
+        rois, classes = said.rows
+        logits, coded = self._run(roi_head, feats, rois)
+        return self._compare(logits, self._boxes_at(coded, classes), said)
+
+    def _entropy(self, scores: Tensor) -> Tensor:
+        return torch.special.entr(scores).sum(dim=1)
+
+    def _score_gap(self, logits: Tensor, scores: Tensor) -> Tensor:
+        return kl_div(
+            log_softmax(logits, dim=1), scores, reduction='none'
+        ).sum(dim=1)

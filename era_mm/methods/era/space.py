@@ -1,0 +1,160 @@
+"""The teacher's normalised feature space, measured on the first batches.
+
+Legend: N batch, C_t channels of the teacher, L levels, * any spatial
+dimensions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce
+from torch import Tensor, nn
+
+#: Channels that vary less than this share of their level's are not scaled up
+#: further: what is left in them is noise.
+LEAST_SHARE = 0.1
+
+
+class FirstBatches(nn.Module):
+    """Counts the batches that something is measured on; saved and resumed.
+
+    Source: ours.
+
+    Args:
+        number: How many they are.
+
+    Raises:
+        ValueError: Less than 1.
+    """
+
+    def __init__(self, number: int = 20) -> None:
+        super().__init__()
+        if number < 1:
+            raise ValueError(
+                f'`num_batches` must be at least 1, but got {number}.'
+            )
+        self.number = number
+        self.register_buffer('seen', torch.zeros((), dtype=torch.long))
+        # Known on the host, so that a step on a GPU need not ask.
+        self._is_over = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_over = False
+
+    def take(self) -> bool:
+        """Count a batch; False once there were enough."""
+        if not self._is_over:
+            self._is_over = int(self.seen) >= self.number
+        if not self._is_over:
+            self.seen += 1
+        return not self._is_over
+
+
+class FeatureSpace(nn.Module):
+    """Mean and standard deviation of the teacher's feature.
+
+        x  ->  (x - mean_lc) / std_lc            level l, channel c
+
+    Both are measured over all positions of the first ``num_batches`` batches
+    of all ranks, then fixed; they are saved and resumed as buffers. So what is
+    learnt in this space does not depend on the scale of the teacher's
+    features, and a mean squared error in it is the share of the teacher's
+    variance that is not explained.
+
+    A channel that varies less than a tenth of its level's root mean square is
+    divided by that tenth: a dead channel has no variance to divide by. Shares
+    are of what the level's variance is then (``share_weights``).
+
+    Source: ours. PKD (arXiv 2207.02039) normalises each batch by itself, from
+    which an estimate could not be mapped back.
+
+    Args:
+        channels: C_t of each level.
+        num_batches: Batches that are measured.
+    """
+
+    def __init__(self, channels: Sequence[int], num_batches: int = 20) -> None:
+        super().__init__()
+        self.num_levels = len(channels)
+        self.first_batches = FirstBatches(num_batches)
+        for level, width in enumerate(channels):
+            # In double precision: sums of many values.
+            self.register_buffer(
+                f'moments{level}', torch.zeros(2 * width + 1).double()
+            )
+            self.register_buffer(f'mean{level}', torch.zeros(width))
+            self.register_buffer(f'std{level}', torch.ones(width))
+        self.register_buffer('share_weights', torch.ones(len(channels)))
+
+    @torch.no_grad()
+    def update(self, feats: Sequence[Tensor]) -> None:
+        """Take a batch in; nothing once enough were measured.
+
+        Shape:
+            - feats: L of ``(N, C_t, *)``
+        """
+        if not self.first_batches.take():
+            return
+        for level, feat in enumerate(feats):
+            dims = [0, *range(2, feat.dim())]
+            var, mean = torch.var_mean(feat.float(), dims, correction=0)
+            var, mean = var.double(), mean.double()
+            number = feat.numel() // feat.shape[1]
+            # Moments add up over batches and ranks alike.
+            moments = number * torch.cat(
+                [mean, var + mean**2, mean.new_ones(1)]
+            )
+            all_reduce(moments)
+            self._set(level, self.get_buffer(f'moments{level}') + moments)
+
+    def _set(self, level: int, moments: Tensor) -> None:
+        first, second = (moments[:-1] / moments[-1]).chunk(2)
+        var = (second - first**2).clamp(min=0)
+        std = var.sqrt().clamp(min=LEAST_SHARE * float(var.mean().sqrt()))
+        # A level that never varies: nothing to explain, and no 0 / 0.
+        std = torch.where(std > 0, std, torch.ones_like(std))
+        self.get_buffer(f'moments{level}').copy_(moments)
+        self.get_buffer(f'mean{level}').copy_(first)
+        self.get_buffer(f'std{level}').copy_(std)
+        kept = float((var / std**2).mean())
+        self.share_weights[level] = 1 / kept if kept > 0 else 1.0
+
+    def _of(self, name: str, level: int, feat: Tensor) -> Tensor:
+        value = self.get_buffer(f'{name}{level}').to(feat.dtype)
+        return value.view(1, -1, *(1,) * (feat.dim() - 2))
+
+    def statistics(self, level: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a level, ``(C_t,)`` each."""
+        return (
+            self.get_buffer(f'mean{level}'),
+            self.get_buffer(f'std{level}'),
+        )
+
+    def normalize(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Into the space.
+
+        Shape:
+            - feats, out: L of ``(N, C_t, *)``
+        """
+        return tuple(
+            (feat - self._of('mean', level, feat))
+            / self._of('std', level, feat)
+            for level, feat in enumerate(feats)
+        )
+
+    def restore(self, estimates: Sequence[Tensor]) -> list[Tensor]:
+        """Back to the teacher's scale.
+
+        Shape:
+            - estimates, out: L of ``(N, C_t, *)``
+        """
+        return [
+            torch.addcmul(
+                self._of('mean', level, estimate),
+                estimate,
+                self._of('std', level, estimate),
+            )
+            for level, estimate in enumerate(estimates)
+        ]

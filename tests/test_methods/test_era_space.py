@@ -1,0 +1,1766 @@
+"""ERA's normalised form: space, bottlenecks, gates, the teacher as target."""
+
+import copy
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import MessageHub
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from era_mm.methods.era import ERALoss, MBRNet
+from era_mm.methods.era import distiller as distiller_module
+from era_mm.methods.era.detector_terms import DenseTerm, RoITerm, Said
+from era_mm.methods.era.losses import (
+    estimates_of,
+    residual_targets,
+    step_errors,
+)
+from era_mm.methods.era.space import LEAST_SHARE, FeatureSpace
+from era_mm.methods.era.twi import find_head
+from era_mm.methods.era.twi_heads import DenseTWIHead
+from era_mm.testing import (
+    classifier_config,
+    detection_batch,
+    detector_config,
+    distillation_config,
+    save_teacher,
+)
+
+HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
+CLOSE = dict(rtol=1e-10, atol=1e-12)
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype)
+
+
+def step_to(step):
+    """The run's iteration."""
+    MessageHub.get_current_instance().update_info('iter', step)
+
+
+# -- the space ----------------------------------------------------------------
+
+#: Two channels of four samples: mean 2 and deviation 1, mean 2 and 2.
+FEAT = torch.tensor([[1.0, 0.0], [3.0, 0.0], [1.0, 4.0], [3.0, 4.0]])
+
+
+@pytest.mark.parametrize('dims', [0, 1, 2])
+@pytest.mark.parametrize('batches', [1, 2, 4])
+def test_space__statistics_by_hand(dims, batches):
+    # All positions count, in whatever batches they come.
+    space = FeatureSpace([2], num_batches=batches)
+    for part in FEAT.chunk(batches):
+        if dims:
+            # Positions of one image in place of images.
+            part = part.T.reshape(1, 2, -1, *[1] * (dims - 1))
+        space.update([part])
+    mean, std = space.statistics(0)
+    torch.testing.assert_close(mean, torch.tensor([2.0, 2.0]))
+    torch.testing.assert_close(std, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(space.share_weights, torch.ones(1))
+    normal = space.normalize([FEAT])[0]
+    expected = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]])
+    torch.testing.assert_close(normal, expected)
+
+
+def test_space__batches_of_other_sizes_count_by_their_positions():
+    feats = [draw(n, 3, h, 2, seed=n).float() for n, h in ((1, 5), (3, 2))]
+    space = FeatureSpace([3], num_batches=2)
+    for feat in feats:
+        space.update([1000 + feat])
+    values = torch.cat([f.movedim(1, 0).flatten(1) for f in feats], dim=1)
+    mean, std = space.statistics(0)
+    # The channels lie far from 0: their variance is no small difference.
+    torch.testing.assert_close(mean - 1000, values.mean(1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        std, values.std(1, unbiased=False), rtol=1e-3, atol=0
+    )
+
+
+def test_space__levels_have_statistics_of_their_own():
+    space = FeatureSpace([2, 3])
+    feats = [draw(4, 2, 5, 5).float(), 10 * draw(4, 3, 2, 2, seed=1).float()]
+    space.update(feats)
+    for level, feat in enumerate(feats):
+        dims = (0, 2, 3)
+        mean, std = space.statistics(level)
+        torch.testing.assert_close(mean, feat.mean(dims))
+        torch.testing.assert_close(std, feat.std(dims, correction=0))
+        normal = space.normalize(feats)[level]
+        torch.testing.assert_close(
+            normal.mean(dims), torch.zeros(len(mean)), atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(
+            normal.var(dims, correction=0), torch.ones(len(mean))
+        )
+
+
+def test_space__is_fixed_after_its_batches():
+    space = FeatureSpace([2], num_batches=2)
+    for _ in range(2):
+        space.update([FEAT])
+    before = copy.deepcopy(space.state_dict())
+    for _ in range(3):
+        space.update([100 * FEAT + 7])
+    for key, value in space.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_space__is_resumed_where_it_was():
+    batches = [draw(4, 3, 2, 2, seed=seed).float() for seed in range(5)]
+    whole = FeatureSpace([3], num_batches=3)
+    for batch in batches:
+        whole.update([batch])
+    for until in range(5):
+        first = FeatureSpace([3], num_batches=3)
+        for batch in batches[:until]:
+            first.update([batch])
+        second = FeatureSpace([3], num_batches=3)
+        # One that has had enough of its own starts anew as well.
+        for batch in batches:
+            second.update([100 * batch])
+        second.load_state_dict(first.state_dict())
+        for batch in batches[until:]:
+            second.update([batch])
+        for key, value in whole.state_dict().items():
+            assert torch.equal(second.state_dict()[key], value), (until, key)
+
+
+def test_space__ranks_add_up(monkeypatch):
+    """Two ranks with other images have the statistics of all of them."""
+    parts = [draw(2, 3, 4, 4, seed=seed).float() for seed in range(2)]
+    whole = FeatureSpace([3])
+    whole.update([torch.cat(parts)])
+    other = FeatureSpace([3])
+    other.update([parts[1]])
+
+    def all_reduce(moments):
+        moments += other.moments0
+
+    monkeypatch.setattr('era_mm.methods.era.space.all_reduce', all_reduce)
+    rank = FeatureSpace([3])
+    rank.update([parts[0]])
+    for own, expected in zip(
+        rank.statistics(0), whole.statistics(0), strict=True
+    ):
+        torch.testing.assert_close(own, expected)
+
+
+def test_space__a_dead_channel_is_divided_by_a_share_of_the_others():
+    space = FeatureSpace([2])
+    dead = FEAT.clone()
+    dead[:, 0] = 5
+    space.update([dead])
+    mean, std = space.statistics(0)
+    # Variances 0 and 4: their root mean square is sqrt(2).
+    torch.testing.assert_close(mean, torch.tensor([5.0, 2.0]))
+    torch.testing.assert_close(
+        std, torch.tensor([LEAST_SHARE * math.sqrt(2), 2.0])
+    )
+    # Half of the channels have no variance to explain.
+    torch.testing.assert_close(space.share_weights, torch.tensor([2.0]))
+    assert not space.normalize([dead])[0][:, 0].any()
+
+
+def test_space__a_constant_level_is_left_as_it_is():
+    space = FeatureSpace([2, 2])
+    constant = torch.full((4, 2), 3.0)
+    space.update([constant, FEAT])
+    assert torch.equal(space.statistics(0)[1], torch.ones(2))
+    assert torch.equal(space.share_weights, torch.ones(2))
+    assert not space.normalize([constant, FEAT])[0].any()
+    # There is nothing left to explain.
+    assert share(space, [space.statistics(0)[0].expand(4, 2)], [constant]) == 0
+
+
+def share(space, predictions, feats):
+    """What a prediction of a feature leaves unexplained, by the loss."""
+    normal, wanted = space.normalize(predictions), space.normalize(feats)
+    losses = ERALoss(align_weight=1.0, residual_weight=1.0).of_shares(
+        aligned=normal,
+        residuals=[torch.zeros_like(n)[:, None] for n in normal],
+        targets=wanted,
+        share_weights=space.share_weights[: len(feats)],
+    )
+    found = losses['era_unexplained_e0']
+    assert torch.equal(found, losses['loss_era_align'].detach())
+    assert torch.equal(found, losses['era_unexplained_e1'])
+    return found.item()
+
+
+@pytest.mark.parametrize('weak', [1.0, 0.05, 0.0])
+def test_unexplained__is_1_for_the_mean_and_0_for_the_feature(weak):
+    # Whether or not a channel is so weak that it is not scaled up.
+    space = FeatureSpace([2, 3])
+    feats = [
+        FEAT * torch.tensor([weak, 1.0]),
+        7 + draw(5, 3, 4).float() * torch.tensor([1.0, 9.0, weak])[:, None],
+    ]
+    space.update(feats)
+    means = [
+        space.statistics(level)[0].view(1, -1, *[1] * (feat.dim() - 2))
+        + torch.zeros_like(feat)
+        for level, feat in enumerate(feats)
+    ]
+    assert share(space, means, feats) == pytest.approx(1, rel=1e-5)
+    assert share(space, feats, feats) == 0
+    # Half-way a quarter is left; overall it is the mean over the levels.
+    half = [(m + f) / 2 for m, f in zip(means, feats, strict=True)]
+    assert share(space, half, feats) == pytest.approx(0.25, rel=1e-5)
+    one = [means[0], feats[1]]
+    assert share(space, one, feats) == pytest.approx(0.5, rel=1e-5)
+    other = [feats[0], means[1]]
+    assert share(space, other, feats) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (4, 3, 5, 2)])
+def test_space__restores_what_it_normalises(shape):
+    space = FeatureSpace([3]).double()
+    feat = 3 + 5 * draw(*shape)
+    # Before it has measured anything, it is the identity.
+    assert torch.equal(space.normalize([feat])[0], feat)
+    assert torch.equal(space.restore([feat])[0], feat)
+    space.update([feat])
+    assert not torch.allclose(space.normalize([feat])[0], feat)
+    torch.testing.assert_close(
+        space.restore(space.normalize([feat]))[0], feat, **CLOSE
+    )
+    torch.testing.assert_close(
+        space.normalize(space.restore([feat]))[0], feat, **CLOSE
+    )
+
+
+def test_space__needs_a_batch():
+    with pytest.raises(ValueError, match='`num_batches` must be at least 1'):
+        FeatureSpace([2], num_batches=0)
+
+
+# -- the errors of all steps in one -------------------------------------------
+
+
+@pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (2, 3, 5, 2)])
+def test_step_errors__are_those_of_the_definition(shape):
+    aligned, target = (draw(*shape, seed=s).requires_grad_() for s in (0, 1))
+    residuals = draw(shape[0], 4, *shape[1:], seed=2).requires_grad_()
+    inputs = [aligned, residuals, target]
+    found = step_errors(aligned=aligned, residuals=residuals, target=target)
+    d = residuals.unbind(1)
+    missing = residual_targets(
+        estimates=estimates_of(aligned=aligned, residuals=d),
+        teacher_feat=target,
+    )
+    expected = [
+        F.mse_loss(aligned, target),
+        *(F.mse_loss(x, r) for x, r in zip(d, missing, strict=True)),
+    ]
+    assert found.shape == (5,)
+    torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
+    # Each with a weight of its own, and those that reach nothing.
+    for step, error in enumerate(expected):
+        ours, theirs = (
+            torch.autograd.grad(
+                loss, inputs, retain_graph=True, allow_unused=True
+            )
+            for loss in (3 * found[step], 3 * error)
+        )
+        for own, want in zip(ours, theirs, strict=True):
+            want = torch.zeros_like(own) if want is None else want
+            torch.testing.assert_close(own, want, **CLOSE)
+
+
+def test_step_errors__of_half_precision_are_those_of_float32():
+    aligned = torch.full((1, 1), 300.0)
+    residuals = torch.full((1, 1, 1), -100.0, dtype=torch.float16)
+    residuals.requires_grad_()
+    found = step_errors(
+        aligned=aligned,
+        residuals=residuals,
+        target=torch.zeros(1, 1, dtype=torch.float16),
+    )
+    # 300^2 does not fit float16.
+    assert found.dtype == torch.float32
+    assert found.tolist() == [90000, 40000]
+    found[1].backward()
+    assert residuals.grad.dtype == torch.float16
+    assert residuals.grad.item() == 400
+
+
+# -- bottlenecks --------------------------------------------------------------
+
+SHAPES = {0: (6,), 1: (3, 5), 2: (3, 5, 4)}
+
+
+def feature(dims, channels, seed=0):
+    number, *space = SHAPES[dims]
+    return draw(number, channels, *space, seed=seed)
+
+
+def seasoned(*args, **kwargs):
+    """A net in double precision, every number of which is of some size."""
+    torch.manual_seed(0)
+    net = MBRNet(*args, **kwargs).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            nn.init.uniform_(buffer, 0.5, 2)
+    if net.space is not None:
+        for level in range(net.num_levels):
+            nn.init.normal_(net.space.statistics(level)[0], std=3)
+    return net
+
+
+@pytest.mark.parametrize('dims', [1, 2])
+@pytest.mark.parametrize('norm', [None, dict(type='GN', num_groups=6)])
+def test_bottleneck__branches_are_separate_chains(dims, norm):
+    convolve = {1: F.conv1d, 2: F.conv2d}[dims]
+    net = seasoned(
+        [4, 6],
+        [5, 4],
+        num_levels=2,
+        spatial_dims=dims,
+        num_branches=3,
+        branch='bottleneck',
+        branch_width=2,
+        norm_cfg=norm,
+        act_cfg=dict(type='GELU'),
+    )
+    feats = [feature(dims, 4), feature(dims, 6, seed=1)]
+    found = net.residuals(feats)
+    assert len(found) == 3
+
+    def layer(block, x, part, padding=0):
+        """A branch's own rows of a layer, its norm and its activation."""
+        conv = block[0]
+        bias = None if conv.bias is None else conv.bias[part]
+        y = convolve(x, conv.weight[part], bias, padding=padding)
+        if norm is not None:
+            # Three branches of two channels, six groups: one each.
+            flat = y.flatten(2)
+            mean = flat.mean(2, keepdim=True)
+            var = flat.var(2, correction=0, keepdim=True)
+            flat = (flat - mean) / (var + 1e-5).sqrt()
+            weight, bias = block[1].weight[part], block[1].bias[part]
+            y = (flat * weight[:, None] + bias[:, None]).view_as(y)
+        return F.gelu(y)
+
+    parts = net.bottlenecks
+    for branch in range(3):
+        for level, feat in enumerate(feats):
+            inner = slice(2 * branch, 2 * branch + 2)
+            out = [5, 4][level]
+            outer = slice(out * branch, out * (branch + 1))
+            hidden = layer(parts.reduce[level], feat, inner)
+            hidden = layer(parts.spatial[level], hidden, inner, padding=1)
+            close = parts.expand[level]
+            expected = convolve(hidden, close.weight[outer], close.bias[outer])
+            assert expected.shape == (*feat.shape[:1], out, *feat.shape[2:])
+            torch.testing.assert_close(
+                found[branch][level], expected, rtol=1e-9, atol=1e-10
+            )
+    # The same stacked, and of the first ones alone.
+    for level, stacked in enumerate(net.stacked_residuals(feats)):
+        for branch in range(3):
+            assert torch.equal(stacked[:, branch], found[branch][level])
+    for count in range(4):
+        some = net.residuals(feats, count)
+        assert len(some) == count
+        for own, expected in zip(some, found, strict=False):
+            assert all(map(torch.equal, own, expected))
+
+
+@pytest.mark.parametrize(
+    ('channels', 'width'), [(16, 8), (64, 8), (256, 32), (4096, 64)]
+)
+def test_bottleneck__width_follows_the_widest_level(channels, width):
+    with torch.device('meta'):
+        net = MBRNet([8, channels], 16, 2, branch='bottleneck')
+    assert net.bottlenecks.width == width
+
+
+def test_bottleneck__starts_at_exactly_zero():
+    net = MBRNet([4, 6], 5, num_levels=2, branch='bottleneck', normalize=True)
+    net.init_weights()
+    feats = [feature(2, 4).float(), feature(2, 6).float()]
+    assert not any(d.any() for branch in net.residuals(feats) for d in branch)
+    first, *others = net.estimates(feats)
+    for step in others:
+        assert all(map(torch.equal, step, first))
+    # What lies before the last layer does not.
+    assert all(layer[0].weight.any() for layer in net.bottlenecks.reduce)
+    assert all(layer[0].weight.any() for layer in net.bottlenecks.spatial)
+
+
+def test_bottleneck__first_layers_have_hes_size():
+    net = MBRNet(256, 256, num_branches=2, branch='bottleneck')
+    net.init_weights()
+    for block, fan in (
+        (net.bottlenecks.reduce[0], 256),
+        (net.bottlenecks.spatial[0], 9 * net.bottlenecks.width),
+    ):
+        assert block[0].weight.std().item() == pytest.approx(
+            (2 / fan) ** 0.5, rel=0.1
+        )
+        assert not block[0].bias.any()
+
+
+# -- folding ------------------------------------------------------------------
+
+NETS = {
+    'bottleneck': dict(branch='bottleneck', branch_width=2),
+    'bottleneck-norm': dict(
+        branch='bottleneck',
+        branch_width=2,
+        norm_cfg=dict(type='GN', num_groups=6),
+    ),
+    'bottleneck-mean': dict(
+        branch='bottleneck', branch_width=2, reduction='mean'
+    ),
+    'released': dict(),
+    'zero': dict(zero_init=True),
+    'mean': dict(reduction='mean'),
+    'norm': dict(norm_cfg=dict(type='LN')),
+    'projection': dict(share_projection=True),
+    'levels': dict(share_levels=True),
+    'levels-projection': dict(share_levels=True, share_projection=True),
+}
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+@pytest.mark.parametrize(
+    ('kind', 'dims', 'out'),
+    [
+        (kind, dims, out)
+        for kind, options in NETS.items()
+        for dims in (0, 1, 2)
+        for out in (4, [5, 4], 5)
+        # Bottlenecks are for maps; levels of other widths share nothing.
+        if not (dims == 0 and 'branch' in options)
+        and not ('share_levels' in options and isinstance(out, list))
+    ],
+)
+def test_folded__has_the_same_estimates(kind, dims, out, mode):
+    options = NETS[kind]
+    net = seasoned(
+        4,
+        out,
+        num_levels=2,
+        spatial_dims=dims,
+        num_branches=3,
+        normalize=True,
+        **options,
+    )
+    getattr(net, mode)()
+    feats = [feature(dims, 4, seed=level) for level in range(2)]
+    before = copy.deepcopy(net.state_dict())
+    folded = net.folded()
+    assert folded.space is None
+    # The original keeps its own, whatever is done to the other.
+    assert net.space is not None
+    own = {p.data_ptr() for p in net.parameters()}
+    assert not own & {p.data_ptr() for p in folded.parameters()}
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    for count in range(4):
+        steps = net.estimates(feats, count)
+        assert len(steps) == count + 1
+        for ours, theirs in zip(
+            folded.estimates(feats, count), steps, strict=True
+        ):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    # E0 is the align layer alone.
+    (first,) = net.estimates(feats, 0)
+    for a, b in zip(folded.align(feats), first, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    # It was worth the while: the layers are others.
+    assert not torch.allclose(folded.aligns[0].weight, net.aligns[0].weight)
+
+
+def test_folded__without_a_space_is_a_copy():
+    net = seasoned(4, 5, branch='bottleneck')
+    folded = net.folded()
+    assert folded is not net
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, folded.state_dict()[key]), key
+
+
+# -- the form in a model ------------------------------------------------------
+
+
+def build(checkpoint='random', student=None, teacher=None, **kwargs):
+    model = MODELS.build(
+        distillation_config(
+            dict(type='era_mm.ERADistiller', **kwargs),
+            student=student,
+            teacher=teacher,
+            checkpoint=checkpoint,
+        )
+    )
+    model.init_weights()
+    return model
+
+
+def batch_of(model, seed=0, num=4):
+    data = model.data_preprocessor(detection_batch(num, seed=seed), True)
+    data['inputs'] = data['inputs'].to(next(model.student.parameters()).dtype)
+    return data
+
+
+@torch.no_grad()
+def give_opinions(head):
+    """Scores other than 0.01, which a fresh head gives all."""
+    for name, parameter in head.named_parameters():
+        if name.endswith(('_cls.weight', '_reg.weight')):
+            parameter.mul_(30)
+
+
+def test_default__is_the_recipe():
+    model = build()
+    era = model.distillers['distiller']
+    assert era.form == 'normalised'
+    assert era.mbrnet.branch == 'bottleneck'
+    assert era.mbrnet.space.first_batches.number == 20
+    assert (era.twi_steps, era.twi_targets) == ('sampled', 'teacher')
+    assert type(era.logit) is DenseTerm
+    loss = era.loss_terms
+    assert (loss.align_weight, loss.residual_weight) == (1, 4)
+    # e_0 and e_n are judged alike, the others not at all.
+    assert loss.step_weights(4) == [1, 0, 0, 0, 1]
+    assert era.explained.tolist() == [0] * 5
+    assert era.loss_weights() == {
+        'loss_era_align': 1.0,
+        'loss_era_residual': 4.0,
+        'loss_era_twi_*': 1.0,
+        'loss_era_logit': 1.0,
+        'loss_era_box': 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'branch', 'zero'),
+    [(dict(), 'released', False), (dict(form='normalised'), 'released', True)],
+)
+def test_default__of_vectors_has_released_branches(kwargs, branch, zero):
+    init_default_scope('mmpretrain')
+    model = MODELS.build(
+        dict(
+            type='era_mm.Distillation',
+            student=classifier_config(),
+            teacher=dict(
+                config=classifier_config(width=16), checkpoint='random'
+            ),
+            distiller=dict(type='era_mm.ERADistiller', **kwargs),
+        )
+    )
+    era = model.distillers['distiller']
+    assert era.form == kwargs.get('form', 'released')
+    assert era.mbrnet.branch == branch
+    assert era.mbrnet.zero_init is zero
+    assert (era.mbrnet.space is not None) is zero
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(twi_steps='all', detach=True),
+        dict(mbrnet=dict(num_branches=1)),
+        dict(mbrnet=dict(norm_cfg=dict(type='GN', num_groups=4))),
+        dict(mbrnet=dict(branch='released', zero_init=True)),
+        dict(source='backbone'),
+    ],
+    ids=['default', 'all', 'one', 'norm', 'released', 'backbone'],
+)
+def test_training__gives_every_parameter_a_gradient(options):
+    model = build(**options)
+    era = model.distillers['distiller']
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    seen = []
+    for step in range(3):  # The third would say which got none.
+        step_to(step)
+        loss, log = model.parse_losses(
+            model(**batch_of(model, seed=step), mode='loss')
+        )
+        assert all(torch.as_tensor(v).isfinite() for v in log.values())
+        optimizer.zero_grad()
+        loss.backward()
+        seen.append(
+            {
+                name
+                for name, p in era.named_parameters()
+                if p.grad is not None and p.grad.any()
+            }
+        )
+        optimizer.step()
+    names = {name for name, _ in era.named_parameters()}
+    # At first the branches give nothing, so only their last layers learn.
+    assert any('aligns' in name for name in seen[0])
+    assert seen[0] < names
+    assert seen[1] == seen[2] == names
+
+
+def parts_with_gradient(model):
+    """Parts of a model, branches one by one, that a loss has reached."""
+    net = model.distillers['distiller'].mbrnet
+    found = {
+        name
+        for name, part in (
+            ('backbone', model.student.backbone),
+            ('head', model.student.bbox_head),
+            ('align', net.aligns),
+        )
+        if any(p.grad is not None and p.grad.any() for p in part.parameters())
+    }
+    number = net.num_branches
+    for parameter in net.bottlenecks.parameters():
+        if parameter.grad is None:
+            continue
+        # The branches lie side by side in the rows of every layer.
+        found |= {
+            f'branch{index}'
+            for index, rows in enumerate(parameter.grad.chunk(number))
+            if rows.any()
+        }
+    return found
+
+
+@torch.no_grad()
+def open_branches(model, std=0.1):
+    """Branches that give something."""
+    net = model.distillers['distiller'].mbrnet
+    if net.branch == 'bottleneck':
+        for layer in net.bottlenecks.expand:
+            nn.init.normal_(layer.weight, std=std)
+        return
+    for branches in net.levels:
+        for branch in branches:
+            nn.init.normal_(branch.norms[-1][0].weight, std=std)
+
+
+@pytest.mark.parametrize('detach', [False, True])
+@pytest.mark.parametrize('branch', [0, 1, 2])
+def test_residual__of_a_branch_reaches_it_and_the_student(branch, detach):
+    scales = [0.0, 0.0, 0.0]
+    scales[branch] = 1.0
+    model = build(
+        mbrnet=dict(num_branches=3), loss=dict(scales=scales), detach=detach
+    )
+    open_branches(model)
+    losses = model(**batch_of(model), mode='loss')
+    losses['loss_era_residual'].backward()
+    assert parts_with_gradient(model) == {f'branch{branch}'} | (
+        set() if detach else {'backbone'}
+    )
+
+
+@pytest.mark.parametrize(
+    ('steps', 'reached'),
+    [
+        ('all', {'backbone', 'align', 'branch0', 'branch1', 'branch2'}),
+        ('last', {'backbone', 'align', 'branch0', 'branch1', 'branch2'}),
+    ],
+)
+def test_twi__reaches_the_estimate_it_judges(steps, reached):
+    model = build(mbrnet=dict(num_branches=3), twi_steps=steps)
+    open_branches(model)
+    era = model.distillers['distiller']
+    era.explained.fill_(0.5)
+    losses = model(**batch_of(model), mode='loss')
+    # The student's own head hears of its own terms alone.
+    (losses['loss_era_twi_logit'] + losses['loss_era_twi_box']).backward(
+        retain_graph=True
+    )
+    assert parts_with_gradient(model) == reached
+    model.zero_grad()
+    losses['loss_era_align'].backward(retain_graph=True)
+    assert parts_with_gradient(model) == {'backbone', 'align'}
+    model.zero_grad()
+    losses['loss_era_logit'].backward()
+    assert parts_with_gradient(model) == {'backbone', 'head'}
+    teacher = model.teachers['teacher'].model
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_losses__against_a_written_out_reference(teacher_file):
+    model = build(teacher_file, mbrnet=dict(num_branches=2)).double()
+    open_branches(model)
+    era = model.distillers['distiller']
+    data = batch_of(model)
+    student, net = copy.deepcopy(model.student), copy.deepcopy(era.mbrnet)
+    found = model(**data, mode='loss')
+    teacher = model.teachers['teacher'].model
+    with torch.no_grad():
+        maps = student.extract_feat(data['inputs'])
+        targets = teacher.extract_feat(data['inputs'])
+        e = [net.aligns[level](maps[level]) for level in range(2)]
+        d = net.residuals(maps)
+    # Statistics of this one batch, by the feature's own channels.
+    left = []
+    for branch in range(3):
+        shares = []
+        for level in range(2):
+            t = targets[level]
+            mean = t.mean((0, 2, 3), keepdim=True)
+            var = ((t - mean) ** 2).mean((0, 2, 3), keepdim=True)
+            floor = LEAST_SHARE**2 * var.mean()
+            std = var.clamp(min=floor).sqrt()
+            # sum of squared errors over sum of squared distances to the mean
+            error = ((e[level] * std + mean - t) ** 2 / std**2).sum()
+            shares.append(error / ((t - mean) ** 2 / std**2).sum())
+        left.append(sum(shares) / 2)
+        if branch < 2:
+            e = [x + y for x, y in zip(e, d[branch], strict=True)]
+    expected = {
+        'loss_era_align': left[0],
+        # s = (1, 1/2), n = 2
+        'loss_era_residual': 4 * (left[1] + left[2] / 2) / 2,
+        'era_unexplained_e0': left[0],
+        'era_unexplained_e1': left[1],
+        'era_unexplained_e2': left[2],
+    }
+    for key, value in expected.items():
+        # The statistics are those of float32.
+        torch.testing.assert_close(
+            found[key].detach(), value, rtol=1e-5, atol=0, msg=key
+        )
+
+
+# -- it does not depend on the teacher's scale --------------------------------
+
+
+def scaled_teacher(folder, factor):
+    """The same function with its neck's outputs times a factor.
+
+    Args:
+        folder: Where its file is written.
+        factor: One number, or one by channel.
+    """
+    config = detector_config(width=16, channels=24)
+    file = folder / 'teacher.pth'
+    save_teacher(config, file)
+    checkpoint = torch.load(file)
+    state = checkpoint['state_dict']
+    factor = torch.as_tensor(factor, dtype=torch.float32).expand(24)
+    for key, value in state.items():
+        if 'fpn_convs' in key:
+            value *= factor.view(-1, *[1] * (value.dim() - 1))
+        elif key.endswith('s.0.conv.weight') and 'bbox_head' in key:
+            value /= factor.view(1, -1, 1, 1)
+        elif key.endswith(('_cls.weight', '_reg.weight')):
+            # A fresh head scores everything 0.01.
+            value *= 30
+    torch.save(checkpoint, file)
+    return str(file)
+
+
+def trained_by(file, steps=3, **options):
+    """What a few steps of training have: losses and gradients."""
+    torch.manual_seed(0)
+    model = build(file, **options).double()
+    open_branches(model)
+    era = model.distillers['distiller']
+    # As if half were explained, so that TWI has a say.
+    era.explained.fill_(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    found = []
+    for step in range(steps):
+        step_to(step)
+        losses = model(**batch_of(model, seed=step), mode='loss')
+        total, log = model.parse_losses(losses)
+        optimizer.zero_grad()
+        total.backward()
+        gradients = {
+            name: p.grad.clone()
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+        optimizer.step()
+        values = {k: float(v.detach()) for k, v in log.items()}
+        found.append((values, gradients))
+    return found, era
+
+
+@pytest.mark.parametrize(
+    'factor',
+    [10.0, 0.1, torch.linspace(0.6, 1.6, 24)],
+    ids=['large', 'small', 'by channel'],
+)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(twi_steps='all'),
+        dict(twi_steps='all', twi_targets='labels'),
+        dict(mbrnet=dict(branch='released', zero_init=True)),
+    ],
+    ids=['default', 'all', 'labels', 'released'],
+)
+def test_scale__of_the_teacher_changes_nothing(factor, options, tmp_path):
+    plain, era = trained_by(scaled_teacher(tmp_path, 1.0), **options)
+    # No channel is so weak that scaling one would change the others'.
+    assert torch.allclose(
+        era.mbrnet.space.share_weights, torch.ones(2).double()
+    )
+    scaled, other = trained_by(scaled_teacher(tmp_path, factor), **options)
+    ratio = other.mbrnet.space.std0 / era.mbrnet.space.std0
+    torch.testing.assert_close(
+        ratio,
+        torch.as_tensor(factor).double().expand(24),
+        rtol=1e-4,
+        atol=0,
+    )
+    for (losses, gradients), (expected, wanted) in zip(
+        scaled, plain, strict=True
+    ):
+        assert expected['loss_era_align'] > 0.1
+        assert any('twi' in key for key in expected)
+        assert losses == pytest.approx(expected, rel=1e-4)
+        assert set(gradients) == set(wanted)
+        for name, gradient in wanted.items():
+            # Statistics are float32, all else is not.
+            torch.testing.assert_close(
+                gradients[name],
+                gradient,
+                rtol=1e-4,
+                atol=1e-4 * float(gradient.abs().max()) + 1e-12,
+                msg=name,
+            )
+
+
+def test_scale__of_the_teacher_does_change_the_released_form(tmp_path):
+    # Or the test above would say nothing.
+    options = dict(form='released', mbrnet=dict(num_branches=2))
+
+    def align(factor):
+        torch.manual_seed(0)
+        model = build(scaled_teacher(tmp_path, factor), **options)
+        losses = model(**batch_of(model), mode='loss')
+        return losses['loss_era_align'].item()
+
+    assert align(10.0) > 10 * align(1.0)
+
+
+# -- the gate of TWI ----------------------------------------------------------
+
+
+def twin(folder, head='RetinaHead', half=False, **kwargs):
+    """A student with the teacher's weights, whose estimates are exact.
+
+    Args:
+        folder: For the teacher's file.
+        head: Of both.
+        half: Estimates are half-way between the mean and the feature.
+        kwargs: For the distiller.
+    """
+    config = detector_config(head=head)
+    model = build(
+        save_teacher(config, folder / 'teacher.pth'),
+        student=config,
+        teacher=config,
+        **(dict(mbrnet=dict(num_branches=2, num_batches=1)) | kwargs),
+    ).double()
+    teacher = model.teachers['teacher']
+    give_opinions(teacher.model.bbox_head)
+    model.student.load_state_dict(teacher.model.state_dict())
+    for module in model.student.modules():
+        # As in the teacher.
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    era = model.distillers['distiller']
+    space = era.mbrnet.space
+    with torch.no_grad():
+        space.update(teacher.extract(batch_of(model)['inputs'])['neck'])
+        for level, align in enumerate(era.mbrnet.aligns):
+            mean, std = space.statistics(level)
+            nn.init.dirac_(align.weight)
+            align.weight /= std.view(-1, 1, 1, 1)
+            align.bias.copy_(-mean / std)
+            if half:
+                align.weight /= 2
+                align.bias /= 2
+    return model
+
+
+def test_gate__is_the_running_share_that_is_explained(tmp_path):
+    model = twin(tmp_path, half=True)
+    open_branches(model, std=0.01)
+    era = model.distillers['distiller']
+    assert era.explained.tolist() == [0, 0, 0]
+    rate, every = (
+        distiller_module.EXPLAINED_RATE,
+        distiller_module.EXPLAINED_EVERY,
+    )
+    expected = torch.zeros(3).double()
+    for step in (0, 1, every, every + 1, 2 * every):
+        step_to(step)
+        losses = model(**batch_of(model, seed=step), mode='loss')
+        model.parse_losses(losses)[0].backward()
+        shares = torch.stack(
+            [losses[f'era_unexplained_e{k}'] for k in range(3)]
+        )
+        assert shares.mean() < 0.6
+        if step % every == 0:
+            expected = (1 - rate) * expected + rate * (1 - shares)
+        torch.testing.assert_close(era.explained, expected, **CLOSE)
+    assert not era.explained.requires_grad
+    assert 0.3 < era.explained.min() < era.explained.max() < 0.9
+
+
+def test_gate__stays_shut_where_nothing_is_explained():
+    # Estimates further off than the mean are no negative weights.
+    model = build(mbrnet=dict(num_branches=2))
+    era = model.distillers['distiller']
+    with torch.no_grad():
+        for align in era.mbrnet.aligns:
+            align.weight.mul_(10)
+    losses = model(**batch_of(model), mode='loss')
+    assert losses['era_unexplained_e0'] > 1
+    assert era.explained.tolist() == [0, 0, 0]
+    assert losses['loss_era_twi_logit'] == losses['loss_era_twi_box'] == 0
+
+
+def test_gate__is_moved_by_training_alone(tmp_path):
+    model = twin(tmp_path, half=True)
+    era = model.distillers['distiller']
+    with torch.no_grad():
+        model(**batch_of(model), mode='loss')
+    assert not era.explained.any()
+    era.eval()
+    model(**batch_of(model), mode='loss')
+    assert not era.explained.any()
+
+
+def test_gate__weighs_each_estimate_by_its_own_share(tmp_path):
+    # twi_weight * interval * w_k * explained_k * what the head says of e_k
+    model = twin(
+        tmp_path,
+        half=True,
+        loss=dict(twi_scales=(1.0, 0.5, 0.25), twi_weight=3.0),
+        twi_steps='all',
+        twi_interval=2,
+    )
+    open_branches(model)
+    era = model.distillers['distiller']
+    era.explained.copy_(torch.tensor([0.9, 0.6, 0.3]))
+    assert 2 % distiller_module.EXPLAINED_EVERY
+    step_to(2)
+    data = batch_of(model)
+    losses = model(**data, mode='loss')
+    torch.testing.assert_close(
+        era.explained,
+        torch.tensor([0.9, 0.6, 0.3]).double(),
+        atol=1e-7,
+        rtol=0,
+    )
+    with torch.no_grad():
+        maps = model.student.extract_feat(data['inputs'])
+        steps = era.mbrnet.estimates(maps)
+        teacher = model.teachers['teacher'].model
+        said = era.logit.target(
+            era.twi_head,
+            teacher.extract_feat(data['inputs']),
+            data['data_samples'],
+        )
+        judged = [
+            era.logit.of_outputs(teacher.bbox_head(tuple(step)), said)
+            for step in steps
+        ]
+    for name in ('logit', 'box'):
+        terms = [terms[name] for terms in judged]
+        assert terms[0] != terms[1] != terms[2]
+        expected = sum(
+            3 * 2 * w * g * term
+            for w, g, term in zip(
+                (1.0, 0.5, 0.25), era.explained, terms, strict=True
+            )
+        )
+        torch.testing.assert_close(
+            losses[f'loss_era_twi_{name}'].detach(), expected, **CLOSE
+        )
+    # In the other half of the steps it rests.
+    step_to(3)
+    model.parse_losses(losses)[0].backward()
+    assert not any('twi' in key for key in model(**data, mode='loss'))
+
+
+# -- the teacher as target ----------------------------------------------------
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_twin__is_told_nothing(head, tmp_path):
+    """The teacher's own feature judged by the teacher, and its own head."""
+    model = twin(tmp_path, head, twi_steps='all', twi_targets='teacher')
+    era = model.distillers['distiller']
+    era.explained.fill_(1)
+    losses = model(**batch_of(model), mode='loss')
+    found = {k: float(v) for k, v in losses.items() if 'loss_era' in k}
+    assert set(found) == {
+        'loss_era_align',
+        'loss_era_residual',
+        'loss_era_logit',
+        'loss_era_box',
+        'loss_era_twi_logit',
+        'loss_era_twi_box',
+    }
+    for key, value in found.items():
+        assert abs(value) < 1e-9, key
+    # And something where its estimates are not exact.
+    model = twin(tmp_path, head, half=True, twi_steps='all')
+    model.distillers['distiller'].explained.fill_(1)
+    losses = model(**batch_of(model), mode='loss')
+    assert losses['loss_era_twi_logit'] > 0.01
+    assert losses['loss_era_twi_box'] > 0.01
+    assert abs(losses['loss_era_logit']) < 1e-9
+
+
+def test_twin__predicts_as_the_teacher_in_every_mode(tmp_path):
+    # mmcv's NMS takes no doubles.
+    model = twin(tmp_path).eval().float()
+    data = batch_of(model)
+    model.active_modes = ('E0', 'E1', 'T', 'ST')
+    with torch.no_grad():
+        own = model(**data, mode='predict')
+    for mode in model.active_modes:
+        for a, b in zip(own, model.mode_predictions[mode], strict=True):
+            assert len(a.pred_instances)
+            for key in ('scores', 'bboxes'):
+                torch.testing.assert_close(
+                    a.pred_instances[key],
+                    b.pred_instances[key],
+                    rtol=1e-4,
+                    atol=1e-3,
+                )
+
+
+def dense_head(kind, **changes):
+    """A head of a teacher in double precision, and features for it."""
+    config = detector_config(head=kind)
+    config['bbox_head'] |= changes
+    torch.manual_seed(0)
+    model = MODELS.build(ConfigDict(copy.deepcopy(config))).double().eval()
+    model.init_weights()
+    give_opinions(model.bbox_head)
+    head = find_head(model)
+    steps = [
+        [draw(3, 16, size, size, seed=10 * k + size) for size in (8, 4)]
+        for k in range(4)
+    ]
+    samples = detection_batch(3)['data_samples']
+    for sample in samples:
+        sample.set_metainfo(dict(batch_input_shape=(64, 64)))
+    return head, steps, samples
+
+
+@pytest.mark.parametrize(
+    ('kind', 'changes'),
+    [
+        *((kind, dict()) for kind in HEADS),
+        # It counts examples in a buffer; boxes are decoded.
+        (
+            'RetinaHead',
+            dict(loss_cls=dict(type='GHMC', bins=5, momentum=0.75)),
+        ),
+        (
+            'RetinaHead',
+            dict(reg_decoded_bbox=True, loss_bbox=dict(type='GIoULoss')),
+        ),
+    ],
+    ids=[*HEADS, 'counting', 'decoded'],
+)
+@pytest.mark.parametrize('by', ['labels', 'teacher', 'both'])
+def test_judge__of_several_is_that_of_each(kind, changes, by, monkeypatch):
+    head, steps, samples = dense_head(kind, **changes)
+    assert type(head) is DenseTWIHead
+    term = said = None
+    if by != 'labels':
+        term = DenseTerm()
+        assert (
+            term.prepare(
+                head=head,
+                student=nn.ModuleDict(dict(bbox_head=head.head)),
+                student_feats={
+                    'bbox_head': tuple(
+                        level
+                        for kind in head.training_forward(steps[0])
+                        for level in kind
+                    )
+                },
+                teacher_feats=steps[0],
+            )
+            is None
+        )
+        term.double()
+        said = term.target(head, steps[0], samples)
+        term.measure(said)
+    options = dict(by_labels=by != 'teacher', term=term, said=said)
+    before = copy.deepcopy(head.head.state_dict())
+    found = head.judge(steps, samples, **options)
+    assert len(found) == 4
+    for step, terms in zip(steps, found, strict=True):
+        (alone,) = head.judge([step], samples, **options)
+        assert set(terms) == set(alone)
+        expected = {}
+        if by != 'teacher':
+            expected |= head.loss(step, samples)
+        if by != 'labels':
+            expected |= term.of_estimate(head, step, said)
+        assert set(terms) == set(expected)
+        for key, value in expected.items():
+            assert value.isfinite(), key
+            torch.testing.assert_close(alone[key], value, **CLOSE)
+            torch.testing.assert_close(terms[key], value, **CLOSE)
+    # The steps differ, or it would say nothing.
+    assert len({float(next(iter(terms.values()))) for terms in found}) == 4
+    if by != 'labels':
+        # The first is what the teacher has said itself.
+        assert abs(found[0]['logit']) < 1e-12
+    # The head is as it was.
+    assert not any(module.training for module in head.head.modules())
+    for key, value in head.head.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert 'get_targets' not in vars(head.head)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'assigning', 'calls'),
+    [
+        # Once for each of the three images; FCOS has no assigner.
+        ('RetinaHead', 'assigner.assign', 3),
+        ('ATSSHead', 'assigner.assign', 3),
+        ('GFLHead', 'assigner.assign', 3),
+        ('FCOSHead', '_get_targets_single', 3),
+    ],
+)
+def test_judge__assigns_the_truth_once(kind, assigning, calls, monkeypatch):
+    head, steps, samples = dense_head(kind)
+    owner, _, name = assigning.rpartition('.')
+    owner = getattr(head.head, owner) if owner else head.head
+    original, seen = getattr(owner, name), []
+
+    def spy(*args, **kwargs):
+        seen.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, spy)
+    head.judge(steps, samples)
+    assert len(seen) == calls
+    # The next batch's is another.
+    head.judge(steps[:2], samples)
+    assert len(seen) == 2 * calls
+    # By the teacher alone there is no truth to assign.
+    term = DenseTerm(box_weight=0.0)
+    term.num_classes, term.num_levels = 3, 2
+    term._set_up_units(3, 4)
+    term.double()
+    said = term.target(head, steps[0], samples)
+    head.judge(steps, samples, by_labels=False, term=term, said=said)
+    assert len(seen) == 2 * calls
+
+
+def test_judge__assigns_anew_where_it_depends_on_predictions():
+    # YOLOX's assigner costs what a prediction gets wrong.
+    spec = importlib.util.spec_from_file_location(
+        'twi_heads_tests', Path(__file__).with_name('test_twi_heads.py')
+    )
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    torch.manual_seed(0)
+    model = MODELS.build(ConfigDict(tests.host_config('yolox'))).eval()
+    head = find_head(model)
+    steps = [
+        [
+            draw(2, 16, size, size, seed=10 * k + size).float()
+            for size in (8, 4, 2)
+        ]
+        for k in range(3)
+    ]
+    samples = detection_batch(2)['data_samples']
+    for sample in samples:
+        sample.set_metainfo(dict(batch_input_shape=(64, 64)))
+    calls = []
+    assign = head.head.assigner.assign
+
+    def spy(*args, **kwargs):
+        calls.append(1)
+        return assign(*args, **kwargs)
+
+    head.head.assigner.assign = spy
+    found = head.judge(steps, samples)
+    assert len(calls) == 3 * 2
+    for step, terms in zip(steps, found, strict=True):
+        for key, value in head.loss(step, samples).items():
+            torch.testing.assert_close(terms[key], value)
+
+
+# -- units --------------------------------------------------------------------
+
+
+def said_of(scores, boxes, number=None):
+    return Said(
+        None,
+        scores,
+        boxes,
+        scores.amax(dim=1),
+        number or len(scores),
+    )
+
+
+def test_units__make_a_guess_by_frequency_cost_one():
+    """Logits that are the log of the mean score, and so for the boxes."""
+    sure = draw(12, 3).sigmoid()
+    bins = draw(12, 4, 9).softmax(dim=2)
+    term = DenseTerm(weight=2.0, box_weight=0.5)
+    term.bins = 9
+    term._set_up_units(3, 36)
+    term.double()
+    said = said_of(sure, bins)
+    term.measure(said)
+    weight = said.sure[:, None, None]
+    mean = (weight * bins).sum(0) / weight.sum()
+    found = term._compare(
+        sure.mean(0).logit().expand(12, 3),
+        mean.log().expand(12, 4, 9),
+        said,
+    )
+    assert found['logit'].item() == pytest.approx(2.0, rel=1e-12)
+    assert found['box'].item() == pytest.approx(0.5, rel=1e-12)
+    # Without a constant added to a softmax's logits, and at the target, 0.
+    found = term._compare(sure.logit(), 3 + bins.log(), said)
+    assert abs(found['logit']) < 1e-12
+    assert abs(found['box']) < 1e-12
+
+    term = RoITerm(weight=2.0, box_weight=0.0)
+    term._set_up_units(4, 4)
+    term.double()
+    scores = draw(12, 4, seed=3).softmax(dim=1)
+    said = said_of(scores, None)
+    term.measure(said)
+    found = term._compare(scores.mean(0).log().expand(12, 4), None, said)
+    assert found['logit'].item() == pytest.approx(2.0, rel=1e-12)
+    found = term._compare(scores.log(), None, said)
+    assert abs(found['logit']) < 1e-12
+
+
+def test_units__of_sides_are_deviations_where_the_teacher_is_sure():
+    # Sureness 1 and 3 at the sides 0 and 4: mean 3, deviation sqrt(3); with
+    # the mean sureness 2 the unit is 2 sqrt(3).
+    boxes = torch.tensor([[0.0] * 4, [4.0] * 4]).double()
+    scores = torch.tensor([[0.1], [0.3]], dtype=torch.float64)
+    term = DenseTerm()
+    term._set_up_units(1, 4)
+    term.double()
+    said = said_of(scores, boxes)
+    term.measure(said)
+    unit = 0.2 * math.sqrt(3)
+    assert term.box_unit.value.tolist() == pytest.approx([unit] * 4, rel=1e-12)
+    # Off by 1 at the first and by 2 at the second row.
+    off = boxes + torch.tensor([[1.0], [-2.0]]).double()
+    found = term._compare(scores.logit(), off, said)
+    expected = (0.1 * 1 + 0.3 * 2) / 2 / unit
+    assert found['box'].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_units__rows_that_are_missing_count():
+    # Of four rows two were found: the terms are halved, not the same.
+    scores = draw(2, 3).sigmoid()
+    boxes = draw(2, 4)
+    terms = []
+    for number in (2, 4):
+        term = DenseTerm()
+        term._set_up_units(3, 4)
+        term.double()
+        said = said_of(scores, boxes, number)
+        term.measure(said)
+        terms.append(term._compare(draw(2, 3, seed=1), boxes + 1, said))
+    for name in ('logit', 'box'):
+        torch.testing.assert_close(terms[0][name] / 2, terms[1][name], **CLOSE)
+
+
+# -- two stages ---------------------------------------------------------------
+
+STRIDES = [8, 16]
+NMS = dict(type='nms', iou_threshold=0.7)
+CODER = dict(type='DeltaXYWHBBoxCoder')
+
+
+def two_stage(width=8, channels=16, agnostic=False, norm=False):
+    """Faster R-CNN on two levels, a norm in its RoI head if asked for."""
+    assigner = dict(
+        type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0
+    )
+    sampler = dict(
+        type='RandomSampler',
+        num=16,
+        pos_fraction=0.5,
+        neg_pos_ub=-1,
+        add_gt_as_proposals=True,
+    )
+    config = detector_config(width=width, channels=channels)
+    head = dict(
+        type='Shared2FCBBoxHead',
+        in_channels=channels,
+        fc_out_channels=24,
+        roi_feat_size=3,
+        num_classes=3,
+        bbox_coder=CODER,
+        reg_class_agnostic=agnostic,
+        loss_bbox=dict(type='L1Loss'),
+    )
+    if norm:
+        head |= dict(
+            type='ConvFCBBoxHead',
+            num_shared_convs=1,
+            num_shared_fcs=1,
+            conv_out_channels=16,
+            norm_cfg=dict(type='BN'),
+        )
+    config.pop('bbox_head')
+    return config | dict(
+        type='mmdet.FasterRCNN',
+        rpn_head=dict(
+            type='RPNHead',
+            in_channels=channels,
+            feat_channels=channels,
+            anchor_generator=dict(
+                type='AnchorGenerator',
+                scales=[2, 4],
+                ratios=[1.0],
+                strides=STRIDES,
+            ),
+            bbox_coder=CODER,
+        ),
+        roi_head=dict(
+            type='StandardRoIHead',
+            bbox_roi_extractor=dict(
+                type='SingleRoIExtractor',
+                roi_layer=dict(
+                    type='RoIAlign', output_size=3, sampling_ratio=1
+                ),
+                out_channels=channels,
+                featmap_strides=STRIDES,
+            ),
+            bbox_head=head,
+        ),
+        train_cfg=dict(
+            rpn=dict(
+                assigner=assigner,
+                sampler=sampler | dict(add_gt_as_proposals=False),
+                allowed_border=-1,
+                pos_weight=-1,
+                debug=False,
+            ),
+            rpn_proposal=dict(
+                nms_pre=50, max_per_img=20, nms=NMS, min_bbox_size=0
+            ),
+            rcnn=dict(
+                assigner=assigner, sampler=sampler, pos_weight=-1, debug=False
+            ),
+        ),
+        test_cfg=dict(
+            rpn=dict(nms_pre=50, max_per_img=10, nms=NMS, min_bbox_size=0),
+            rcnn=dict(score_thr=0.05, nms=NMS, max_per_img=10),
+        ),
+    )
+
+
+def two_stages(folder, agnostic=False, norm=False, **kwargs):
+    teacher = two_stage(16, 24, agnostic)
+    model = build(
+        save_teacher(teacher, folder / 'teacher.pth'),
+        student=two_stage(agnostic=agnostic, norm=norm),
+        teacher=teacher,
+        **(dict(mbrnet=dict(num_branches=2)) | kwargs),
+    )
+    with torch.no_grad():
+        # A fresh head says the same of every region.
+        head = model.teachers['teacher'].model.roi_head.bbox_head
+        head.fc_cls.weight.mul_(100)
+        head.fc_reg.weight.mul_(100)
+    return model
+
+
+def recorded(model, data):
+    """Features of both as the distiller gets them."""
+    with model._student_recorder as recorder:
+        model.student(**data, mode='loss')
+    return dict(
+        student_feats=recorder.pop(),
+        teacher_feats=model.teachers['teacher'].extract(data['inputs']),
+    )
+
+
+@pytest.mark.parametrize('agnostic', [False, True])
+@pytest.mark.parametrize('topk', [7, 100])
+def test_roi__against_a_slow_reference(agnostic, topk, tmp_path):
+    # From the docstring of DetectorTerm, region by region.
+    model = two_stages(
+        tmp_path,
+        agnostic,
+        norm=True,
+        logit=dict(weight=3.0, box_weight=0.5, topk=topk),
+    )
+    era = model.distillers['distiller']
+    assert type(era.logit) is RoITerm
+    data = batch_of(model)
+    feats = recorded(model, data)
+    losses = era.loss(**feats, data_samples=data['data_samples'])
+    samples = era._proposals.attach(
+        feats['student_feats'], data['data_samples']
+    )
+    hosts = [
+        copy.deepcopy(one).eval().roi_head
+        for one in (model.student, model.teachers['teacher'].model)
+    ]
+    maps = [feats[f'{who}_feats']['neck'] for who in ('student', 'teacher')]
+    rows = []
+    for image, sample in enumerate(samples):
+        # Not the 10 proposals of a test, but at most the 20 of training.
+        assert 10 < len(sample.proposals) <= 20
+        for box in sample.proposals.bboxes[:topk]:
+            row = []
+            for roi_head, own in zip(hosts, maps, strict=True):
+                roi = torch.cat([box.new_zeros(1), box])[None]
+                with torch.no_grad():
+                    found = roi_head._bbox_forward(
+                        [level[image : image + 1] for level in own], roi
+                    )
+                row += [
+                    found['cls_score'][0].double(),
+                    found['bbox_pred'][0].double(),
+                ]
+            rows.append(row)
+    number = 4 * topk
+    assert (len(rows) == number) == (topk == 7)
+    q = torch.stack([row[2].softmax(0) for row in rows])
+    p = torch.stack([row[0].softmax(0) for row in rows])
+
+    def kl(one, other):
+        return sum(
+            float(a * (a / b).log()) for a, b in zip(one, other, strict=True)
+        )
+
+    unit = sum(kl(row, q.mean(0)) for row in q) / len(rows)
+    score = sum(kl(a, b) for a, b in zip(q, p, strict=True))
+    sure = [1 - float(row[-1]) for row in q]
+    at = [
+        slice(0, 4)
+        if agnostic
+        else slice(4 * int(row[:3].argmax()), 4 * int(row[:3].argmax()) + 4)
+        for row in q
+    ]
+    t = [row[3][part] for row, part in zip(rows, at, strict=True)]
+    b = [row[1][part] for row, part in zip(rows, at, strict=True)]
+    share = sum(sure) / len(rows)
+    box = 0.0
+    for side in range(4):
+        values = [float(x[side]) for x in t]
+        weighed = zip(sure, values, strict=True)
+        mean = sum(w * x for w, x in weighed) / sum(sure)
+        var = sum(
+            w * (x - mean) ** 2 for w, x in zip(sure, values, strict=True)
+        )
+        scale = share * math.sqrt(var / sum(sure))
+        box += sum(
+            w * abs(float(x[side]) - y) / scale / 4
+            for w, x, y in zip(sure, b, values, strict=True)
+        )
+    # Regions of several classes.
+    assert (len({part.start for part in at}) > 1) != agnostic
+    expected = {
+        'loss_era_logit': 3 * score / number / unit,
+        'loss_era_box': 0.5 * box / number,
+    }
+    for key, value in expected.items():
+        assert value > 1e-2, key
+        assert losses[key].item() == pytest.approx(value, rel=1e-3), key
+
+
+def test_roi__is_the_default_of_two_stages(tmp_path):
+    model = two_stages(tmp_path)
+    era = model.distillers['distiller']
+    assert type(era.logit) is RoITerm
+    assert era.logit.topk == 100
+    # The RPN, which the term does not compare, is judged by the labels.
+    assert era.twi_targets == 'both'
+    losses = model(**batch_of(model), mode='loss')
+    assert {key for key in losses if 'loss_era' in key} == {
+        'loss_era_align',
+        'loss_era_residual',
+        'loss_era_logit',
+        'loss_era_box',
+        'loss_era_twi_logit',
+        'loss_era_twi_box',
+        'loss_era_twi_cls',
+        'loss_era_twi_bbox',
+        'loss_era_twi_rpn_cls',
+        'loss_era_twi_rpn_bbox',
+    }
+
+
+def test_roi__terms_reach_the_students_own_head(tmp_path):
+    model = two_stages(tmp_path)
+    losses = model(**batch_of(model), mode='loss')
+    head = model.student.roi_head.bbox_head
+    for term, hears, rests in (
+        ('logit', head.fc_cls, head.fc_reg),
+        ('box', head.fc_reg, head.fc_cls),
+    ):
+        model.zero_grad()
+        losses[f'loss_era_{term}'].backward(retain_graph=True)
+        assert hears.weight.grad.any()
+        assert rests.weight.grad is None
+        assert model.student.backbone.conv1.weight.grad.any()
+        # Regions are given, not learnt.
+        rpn = model.student.rpn_head
+        assert all(p.grad is None for p in rpn.parameters())
+
+
+def test_roi__leaves_norms_and_random_state_alone(tmp_path):
+    model = two_stages(tmp_path, norm=True)
+    norms = [
+        module
+        for module in model.student.roi_head.modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    assert norms
+    era = model.distillers['distiller']
+    data = batch_of(model)
+    feats = recorded(model, data)
+    before = copy.deepcopy(model.student.state_dict())
+    flags = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    losses = era.loss(**feats, data_samples=data['data_samples'])
+    assert losses['loss_era_logit'] > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == flags
+    assert all(norm.training for norm in norms)
+    for key, value in model.student.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    # Proposals of the data samples are not those of the loss.
+    assert not any('proposals' in s for s in data['data_samples'])
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            dict(bbox_coder=CODER | dict(target_stds=[0.1, 0.1, 0.2, 0.2])),
+            'the two RoI heads code them with other settings',
+        ),
+        (
+            dict(reg_class_agnostic=True),
+            'the two RoI heads code them with other settings',
+        ),
+    ],
+)
+def test_roi__boxes_of_another_code_are_left_out(
+    change, message, tmp_path, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(
+        'era_mm.methods.era.detector_terms.print_log',
+        lambda text, **kwargs: said.append(text),
+    )
+    teacher = two_stage(16, 24)
+    teacher['roi_head']['bbox_head'] |= change
+    model = build(student=two_stage(), teacher=teacher)
+    assert len(said) == 1
+    assert message in said[0]
+    losses = model(**batch_of(model), mode='loss')
+    assert losses['loss_era_logit'] > 0
+    assert 'loss_era_box' not in losses
+
+
+def test_roi__without_any_proposal_is_zero(tmp_path):
+    model = two_stages(tmp_path)
+    era = model.distillers['distiller']
+    data = batch_of(model)
+    feats = recorded(model, data)
+    samples = data['data_samples']
+    for sample in samples:
+        sample.proposals = InstanceData(bboxes=torch.zeros(0, 4))
+    said = era.logit.target(
+        era.twi_head, feats['teacher_feats']['neck'], samples
+    )
+    era.logit.measure(said)
+    terms = era.logit.of_student(feats['student_feats'], said)
+    for name, value in terms.items():
+        assert value == 0, name
+    value = era.logit.score_unit.value
+    assert value.isfinite()
+    assert era.logit.box_unit.value.isfinite().all()
+
+
+# -- the hook -----------------------------------------------------------------
+
+
+class Listener:
+    """What is said in a run's log."""
+
+    def __init__(self, runner):
+        self.lines = []
+        self.logger = runner.logger
+        info = runner.logger.info
+
+        def listen(message, *args, **kwargs):
+            self.lines.append(message)
+            info(message, *args, **kwargs)
+
+        runner.logger.info = listen
+
+
+def validated(make_runner, model, batches=None, lr=0.0):
+    """The metrics of a run's only validation, and what it says."""
+    from mmengine.hooks import Hook
+
+    class Metrics(Hook):
+        priority = 'LOWEST'
+
+        def after_val_epoch(self, runner, metrics=None):
+            self.found = dict(metrics)
+
+    hook = dict(type='era_mm.TWIHook', modes=['S'])
+    if batches is not None:
+        hook |= dict(unexplained_batches=batches)
+    runner = make_runner(
+        model,
+        custom_hooks=[hook],
+        train_cfg=dict(by_epoch=True, max_epochs=1, val_interval=1),
+        optim_wrapper=dict(
+            type='OptimWrapper', optimizer=dict(type='SGD', lr=lr)
+        ),
+    )
+    metrics = Metrics()
+    runner.register_hook(metrics)
+    listener = Listener(runner)
+    runner.train()
+    shares = {k: v for k, v in metrics.found.items() if 'unexplained' in k}
+    idle = [line for line in listener.lines if 'adds less' in line]
+    return runner, shares, idle
+
+
+def left_by(space, estimate, targets):
+    """Share of the teacher's variance that an estimate leaves."""
+    shares = []
+    for level, (e, t) in enumerate(zip(estimate, targets, strict=True)):
+        _, std = space.statistics(level)
+        error = (((e - t) / std.view(1, -1, 1, 1)) ** 2).mean()
+        shares.append(float(error * space.share_weights[level]))
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize('batches', [1, 3, None])
+def test_hook__reports_what_the_first_batches_leave(
+    batches, make_runner, teacher_file
+):
+    era = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=2))
+    runner, shares, lines = validated(
+        make_runner,
+        distillation_config(era, checkpoint=teacher_file),
+        batches,
+    )
+    model = runner.model.eval()
+    net = model.distillers['distiller'].mbrnet
+    teacher = model.teachers['teacher'].model
+    found = []
+    # Eight images in four batches.
+    for data in list(runner.val_dataloader)[: batches or 8]:
+        inputs = model.data_preprocessor(data, False)['inputs']
+        with torch.no_grad():
+            targets = teacher.extract_feat(inputs)
+            steps = net.estimates(model.student.extract_feat(inputs))
+        found.append([left_by(net.space, step, targets) for step in steps])
+    assert len(found) == (batches or 4)
+    expected = [
+        sum(column) / len(found) for column in zip(*found, strict=True)
+    ]
+    assert list(shares) == [f'era/unexplained_e{k}' for k in range(3)]
+    assert list(shares.values()) == pytest.approx(expected, rel=1e-4)
+    # Branches that have not learnt yet add nothing.
+    assert len(lines) == 1
+    assert 'branch 1, 2 adds less than 0.1%' in lines[0]
+    assert f'e_0 leaves {expected[0]:.1%} and e_2' in lines[0]
+
+
+def test_hook__names_the_idle_branches_alone(make_runner, teacher_file):
+    era = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=3))
+    hook = []
+    compare = distiller_module.ERADistiller.compare
+
+    def spy(self, **feats):
+        hook.append(compare(self, **feats))
+        # The second takes nothing away, the third makes it worse.
+        return torch.tensor([0.5, 0.3, 0.2995, 0.31])
+
+    distiller_module.ERADistiller.compare = spy
+    try:
+        _, shares, lines = validated(
+            make_runner, distillation_config(era, checkpoint=teacher_file)
+        )
+    finally:
+        distiller_module.ERADistiller.compare = compare
+    assert len(hook) == 4
+    assert all(values.shape == (4,) for values in hook)
+    assert list(shares.values()) == pytest.approx([0.5, 0.3, 0.2995, 0.31])
+    assert lines == [
+        "era: of the teacher's variance e_0 leaves 50.0% and e_3 31.0%; "
+        'branch 2, 3 adds less than 0.1%.'
+    ]
+
+
+@pytest.mark.parametrize(
+    ('options', 'batches'),
+    [(dict(), 0), (dict(form='released'), None)],
+    ids=['none asked for', 'no space'],
+)
+def test_hook__reports_nothing_without_batches_or_space(
+    options, batches, make_runner, teacher_file
+):
+    era = dict(type='era_mm.ERADistiller', **options)
+    _, shares, lines = validated(
+        make_runner,
+        distillation_config(era, checkpoint=teacher_file),
+        batches,
+    )
+    assert shares == {}
+    assert lines == []
+
+
+def test_hook__tells_several_distillers_apart(make_runner, teacher_file):
+    era = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=1))
+    _, shares, lines = validated(
+        make_runner,
+        distillation_config(
+            dict(
+                one=era,
+                two=dict(era, source='backbone'),
+                other=dict(type='era_mm.FeatureImitationDistiller'),
+            ),
+            checkpoint=teacher_file,
+        ),
+        lr=0.0,
+    )
+    assert list(shares) == [
+        f'{name}.era/unexplained_e{k}'
+        for name in ('one', 'two')
+        for k in (0, 1)
+    ]
+    assert [line.partition(':')[0] for line in lines] == ['one.era', 'two.era']
+
+
+def test_hook__refuses_a_negative_number():
+    from era_mm.methods.era import TWIHook
+
+    with pytest.raises(ValueError, match='must not be negative, but got -1'):
+        TWIHook(unexplained_batches=-1)
