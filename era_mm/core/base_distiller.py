@@ -108,6 +108,7 @@ class BaseDistiller(BaseModule):
     - ``freeze_inner``: the inner module learns in that phase alone.
     - ``schedules``: a factor per loss term over the global step.
     - :meth:`loss_weights`: the weight of each loss term, for the summary.
+    - :meth:`is_complete`: not where some of its loss terms rest in a step.
     - :meth:`choose_sources`: sources that depend on the pair.
     - :meth:`plan_for`: what ``tools/make_config.py`` writes for a pair.
     - :meth:`student_config`: a student that is more than the given model,

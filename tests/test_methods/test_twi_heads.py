@@ -314,7 +314,7 @@ def teacher_losses(model, data):
 def test_trial__is_on_noise_that_costs_no_draw(monkeypatch):
     head = find_head(MODELS.build(host_config('retinanet')).eval())
     seen = []
-    monkeypatch.setattr(head, 'loss', lambda feats, _: seen.append(feats))
+    monkeypatch.setattr(head, 'judge', lambda steps, _: seen.extend(steps))
     # As an empty image has them.
     blank = [torch.zeros(1, 16, size, size) for size in (16, 8, 4, 2, 1)]
     before = torch.get_rng_state()
@@ -1043,14 +1043,20 @@ def test_find_head__kind_by_kind():
     assert kind(host_config('detr')) == 'NoneType'
 
 
-def test_blend__with_a_head_of_queries_is_not_offered(said):
+@pytest.mark.parametrize('logit', ['auto', None])
+def test_blend__with_a_head_of_queries_is_not_offered(logit, said):
     model = build(
         host_config('deformable_detr'),
         host_config('deformable_detr', 12),
         twi_steps='none',
+        logit=logit,
     )
     assert model.distillers['distiller'].inference_modes() == ()
-    assert said == []
+    # What was not asked to be left out is told of, and nothing else.
+    assert len(said) == (logit is not None)
+    for text in said:
+        assert "without terms on the student's own logits" in text
+        assert 'TWI' not in text
 
 
 # -- predictors ---------------------------------------------------------------
