@@ -28,9 +28,9 @@ class DetectionDemo(Demo):
     }
     expected = {
         'data': 19,
-        'teacher': 335,
-        'plain': 210,
-        'era': 476,
+        'teacher': 227,
+        'plain': 136,
+        'era': 300,
         'test_teacher': 18,
         'test_plain': 16,
         'test_era': 34,

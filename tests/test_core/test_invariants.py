@@ -1,4 +1,4 @@
-"""The seven things that must always hold (docs/architecture.md)."""
+"""The first seven things that must always hold (docs/architecture.md)."""
 
 import copy
 import gc
