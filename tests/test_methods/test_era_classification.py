@@ -264,6 +264,32 @@ def test_logit__of_a_head_that_gives_no_logits_is_left_out():
     )
 
 
+def test_logit__of_several_labels_is_left_out():
+    # A softmax over classes that may hold together would teach nonsense.
+    init_default_scope('mmpretrain')
+    models = {}
+    for name, width in (('student', 8), ('teacher', 16)):
+        models[name] = classifier_config(width=width, num_classes=CLASSES)
+        models[name]['head'] |= dict(
+            type='mmpretrain.MultiLabelLinearClsHead',
+            loss=dict(type='mmpretrain.CrossEntropyLoss', use_sigmoid=True),
+        )
+
+    def pair(**kwargs):
+        return MODELS.build(
+            dict(
+                type='era_mm.Distillation',
+                student=models['student'],
+                teacher=dict(config=models['teacher'], checkpoint='random'),
+                distiller=dict(type='era_mm.ERADistiller', **kwargs),
+            )
+        )
+
+    assert pair().distillers['distiller'].logit is None
+    with pytest.raises(ValueError, match='may be several'):
+        pair(logit=dict())
+
+
 def test_head__without_weights_judges_nothing():
     init_default_scope('mmpretrain')
     # LeNet, VGG and Inception v3 classify at the end of their backbones.

@@ -78,6 +78,9 @@ class LogitTerm:
                 f'{self.kind!r} is for the logits of classifiers, and the '
                 f'teacher has a {type(head.head).__name__}'
             )
+        kinds = [kind.__name__ for kind in type(head.head).__mro__]
+        if 'MultiLabelClsHead' in kinds:
+            return f"the classes of the teacher's {kinds[0]} may be several"
         own = tuple(student_feats[self.sources[0]][0].shape)
         logits = head(teacher_feats)
         if not isinstance(logits, Tensor):
