@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..registry import explain_unknown_keys
 from .checkpoint import fingerprint, load_strictly, read_with_meta
 from .recorder import Recorder
-from .utils import errors_only, preserve_rng
+from .utils import errors_only, forget_files, preserve_rng
 
 
 def resolve_model_config(
@@ -202,16 +202,7 @@ class Teacher:
     def _start_at_random(self) -> None:
         # Some hosts leave memory as they find it until `init_weights`
         # (`level_embed` of Deformable DETR), and NaN may lie there.
-        for module in self.model.modules():
-            inits = getattr(module, 'init_cfg', None)
-            if isinstance(inits, Mapping):
-                inits = [inits]
-            kept = [init for init in inits or [] if 'checkpoint' not in init]
-            if len(kept) < len(inits or []):
-                module.init_cfg = kept or None
-            # DetectoRS keeps the file's name here as well.
-            if isinstance(getattr(module, 'pretrained', None), str):
-                module.pretrained = None
+        forget_files(self.model)
         if isinstance(self.model, BaseModule):
             with errors_only():
                 self.model.init_weights()

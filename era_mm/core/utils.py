@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,24 @@ def to_cpu(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_cpu(item) for item in value)
     return copy.copy(value)
+
+
+def forget_files(model: nn.Module) -> None:
+    """Make ``init_weights`` read no weights from a file.
+
+    Args:
+        model: A model of a host, built and not yet initialised.
+    """
+    for module in model.modules():
+        inits = getattr(module, 'init_cfg', None)
+        if isinstance(inits, Mapping):
+            inits = [inits]
+        kept = [init for init in inits or [] if 'checkpoint' not in init]
+        if len(kept) < len(inits or []):
+            module.init_cfg = kept or None
+        # DetectoRS keeps the file's name here as well.
+        if isinstance(getattr(module, 'pretrained', None), str):
+            module.pretrained = None
 
 
 def blank_sample(height: int, width: int) -> BaseDataElement:

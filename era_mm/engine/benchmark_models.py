@@ -6,7 +6,7 @@ Weights are random, as a training begins, and no file is read.
 import copy
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from era_mm.core import (
     student_config_of,
 )
 from era_mm.core.teacher import resolve_model_config
+from era_mm.core.utils import forget_files
 from era_mm.engine.launch import use_amp
 from era_mm.engine.peak_memory import state_bytes
 from era_mm.errors import UserError
@@ -278,16 +279,7 @@ def _initialised(config: ConfigDict) -> nn.Module:
     """
     seed(0)
     model = MODELS.build(copy.deepcopy(config))
-    for module in model.modules():
-        inits = getattr(module, 'init_cfg', None)
-        if isinstance(inits, Mapping):
-            inits = [inits]
-        kept = [init for init in inits or [] if 'checkpoint' not in init]
-        if len(kept) < len(inits or []):
-            module.init_cfg = kept or None
-        # DetectoRS keeps the file's name here as well.
-        if isinstance(getattr(module, 'pretrained', None), str):
-            module.pretrained = None
+    forget_files(model)
     model.init_weights()
     return model
 

@@ -8,6 +8,7 @@ L levels, B numbers that code a box.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class Unit(nn.Module):
         self.value.copy_(torch.where(value > 1e-6, value, 1.0))
 
 
-class DetectorTerm(nn.Module):
+class DetectorTerm(nn.Module, ABC):
     """Scores and boxes of a detector's head, in units of the teacher's own.
 
         loss_era_logit = weight * mean_r KL(q_r || p_r) / unit_score
@@ -136,6 +137,7 @@ class DetectorTerm(nn.Module):
             weights['box'] = self.box_weight
         return weights
 
+    @abstractmethod
     def prepare(
         self,
         *,
@@ -157,25 +159,37 @@ class DetectorTerm(nn.Module):
         Returns:
             Why the scores of the pair cannot be compared, if so.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def target(
         self, head: TWIHead, teacher_feats: Sequence[Tensor], samples: list
     ) -> Said:
         """What the teacher says; no graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of_student(
         self, student_feats: Features, said: Said
     ) -> dict[str, Tensor]:
         """The terms of the student's own head."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of_estimate(
         self, head: TWIHead, feats: Sequence[Tensor], said: Said
     ) -> dict[str, Tensor]:
         """The terms of the teacher's head on an estimate."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def _problem(self, head: nn.Module) -> str | None:
+        """Why a head's scores are not of the kind that is compared, if so."""
+
+    def _problem_of_heads(
+        self, own: nn.Module, theirs: nn.Module
+    ) -> str | None:
+        for owner, head in (('student', own), ('teacher', theirs)):
+            reason = self._problem(head)
+            if reason is not None:
+                return f"the {owner}'s {type(head).__name__} {reason}"
+        return None
 
     # -- units -------------------------------------------------------------
 
@@ -195,9 +209,9 @@ class DetectorTerm(nn.Module):
                 2 + num_boxes + spread, () if self.bins > 1 else (num_boxes,)
             )
 
+    @abstractmethod
     def _entropy(self, scores: Tensor) -> Tensor:
         """Entropy of the scores of each row, ``(R, K)`` to ``(R,)``."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def measure(self, said: Said) -> None:
@@ -232,9 +246,9 @@ class DetectorTerm(nn.Module):
             guess = (spread - mean**2).clamp(min=0).sqrt()
         self.box_unit.set((sureness / rows)[0] * guess)
 
+    @abstractmethod
     def _score_gap(self, logits: Tensor, scores: Tensor) -> Tensor:
         """KL from the student's scores to the teacher's, ``(R,)``."""
-        raise NotImplementedError
 
     def _compare(
         self, logits: Tensor, boxes: Tensor | None, said: Said
@@ -314,10 +328,9 @@ class DenseTerm(DetectorTerm):
         if not isinstance(head, DenseTWIHead):
             return f'{type(head.head).__name__} is no dense head'
         theirs, own = head.head, student.bbox_head
-        for owner, one in (('student', own), ('teacher', theirs)):
-            reason = self._problem(one)
-            if reason is not None:
-                return f"the {owner}'s {type(one).__name__} {reason}"
+        reason = self._problem_of_heads(own, theirs)
+        if reason is not None:
+            return reason
         outs = head.training_forward(teacher_feats)
         self.num_levels = len(outs[0])
         found = student_feats[self.sources[0]][: self.num_levels]
@@ -470,10 +483,9 @@ class RoITerm(DetectorTerm):
         if not isinstance(head, TwoStageTWIHead):
             return f'{type(head.head).__name__} is no RoI head'
         own, theirs = student.roi_head, head.head
-        for owner, one in (('student', own), ('teacher', theirs)):
-            reason = self._problem(one)
-            if reason is not None:
-                return f"the {owner}'s {type(one).__name__} {reason}"
+        reason = self._problem_of_heads(own, theirs)
+        if reason is not None:
+            return reason
         boxes = [one.bbox_head for one in (own, theirs)]
         classes = [one.num_classes for one in boxes]
         if classes[0] != classes[1]:
@@ -500,9 +512,8 @@ class RoITerm(DetectorTerm):
         self._set_up_units(classes[1] + 1, 4)
         return None
 
-    @staticmethod
-    def _problem(roi_head: nn.Module) -> str | None:
-        bbox_head: Any = getattr(roi_head, 'bbox_head', None)
+    def _problem(self, head: nn.Module) -> str | None:
+        bbox_head: Any = getattr(head, 'bbox_head', None)
         if isinstance(bbox_head, nn.ModuleList):
             return 'has several stages'
         if not all(
