@@ -1560,6 +1560,53 @@ def test_roi__leaves_norms_and_random_state_alone(tmp_path):
     assert not any('proposals' in s for s in data['data_samples'])
 
 
+def test_roi__has_its_regions_without_twi(tmp_path):
+    model = two_stages(tmp_path, twi_steps='none')
+    assert type(model.distillers['distiller'].logit) is RoITerm
+    losses = model(**batch_of(model), mode='loss')
+    assert {key for key in losses if 'loss_era' in key} == {
+        'loss_era_align',
+        'loss_era_residual',
+        'loss_era_logit',
+        'loss_era_box',
+    }
+    assert losses['loss_era_logit'] > 0
+
+
+def test_roi__leaves_norms_alone_when_built(tmp_path):
+    model = two_stages(tmp_path, norm=True)
+    norms = [
+        module
+        for module in model.student.roi_head.modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    assert norms
+    assert all(norm.num_batches_tracked == 0 for norm in norms)
+
+
+def test_compare__gives_a_teacher_its_own_images(tmp_path, monkeypatch):
+    teacher = detector_config(width=16, channels=24)
+    teacher['data_preprocessor'] = teacher['data_preprocessor'] | dict(
+        mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0]
+    )
+    model = build(
+        save_teacher(teacher, tmp_path / 'teacher.pth'), teacher=teacher
+    )
+    model.load_teachers()
+    extract, seen = model.teachers['teacher'].extract, []
+
+    def spy(inputs, samples=None):
+        seen.append(inputs)
+        return extract(inputs, samples)
+
+    monkeypatch.setattr(model.teachers['teacher'], 'extract', spy)
+    data = detection_batch(2)
+    model(**model.data_preprocessor(detection_batch(2), True), mode='loss')
+    model.compare(data)
+    assert torch.equal(seen[0], seen[1])
+    assert seen[0].mean() > 50
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
