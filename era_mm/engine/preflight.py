@@ -178,7 +178,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """
     scope = cfg.get('default_scope') or 'mmengine'
     missing: list[str] = []
-    is_coco = False
+    ways: dict[str, None] = {}
     for split in splits:
         found = [
             *_find_missing(
@@ -191,7 +191,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             ),
         ]
         for key, path, kind in found:
-            is_coco = is_coco or 'coco' in f'{kind}{path}'.lower()
+            ways[_way_to_get(kind, path)] = None
             line = f'  {key}: {path}'
             if line not in missing:
                 missing.append(line)
@@ -201,11 +201,21 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             f'exist (looked from {Path.cwd()}):\n'
             + '\n'.join(missing)
             + '\nWhat to do: '
-            + (_COCO_HELP.format(script=_download_script()) if is_coco else '')
+            + ''.join(ways)
             + 'set the place of data you have with --cfg-options, e.g. '
             'train_dataloader.dataset.data_root=/path/to/data '
             "(val and test likewise, and the evaluators' ann_file)."
         )
+
+
+def _way_to_get(kind: Any, path: str) -> str:
+    """How to get a data set; empty where it is not known."""
+    for name in ('digit_scenes', 'digit_crops'):
+        if name in path:
+            return f'make it with\n  python tools/make_{name}.py\nor '
+    if 'coco' in f'{kind}{path}'.lower():
+        return _COCO_HELP.format(script=_download_script())
+    return ''
 
 
 _COCO_HELP = """get COCO 2017 with

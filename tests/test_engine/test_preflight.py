@@ -90,6 +90,17 @@ def test_check_data__sees_through_wrappers(wrap, key: str) -> None:
     assert key in str(caught.value)
 
 
+@pytest.mark.parametrize('name', ['digit_scenes', 'digit_crops'])
+def test_check_data__tells_how_to_make_what_needs_no_download(
+    name: str,
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_data(config(coco(f'data/{name}/')), ('train',))
+    assert f'python tools/make_{name}.py' in str(caught.value)
+    # Scenes are COCO in form, and nothing else.
+    assert 'COCO 2017' not in str(caught.value)
+
+
 def test_check_data__leaves_remote_data_alone() -> None:
     remote = coco() | dict(backend_args=dict(backend='petrel'))
     check_data(config(remote), ('train',))
