@@ -2,19 +2,20 @@
 
 from .connector import Connector, crop_to_common
 from .logits import (
+    Rows,
     bernoulli_entropy,
     bernoulli_kl,
     bernoulli_kl_loss,
     best_rows,
     dist_loss,
     kl_loss,
-    rows_at,
     rows_of_levels,
     top_rows,
 )
 
 __all__ = [
     'Connector',
+    'Rows',
     'bernoulli_entropy',
     'bernoulli_kl',
     'bernoulli_kl_loss',
@@ -22,7 +23,6 @@ __all__ = [
     'crop_to_common',
     'dist_loss',
     'kl_loss',
-    'rows_at',
     'rows_of_levels',
     'top_rows',
 ]

@@ -151,19 +151,74 @@ def top_rows(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def best_rows(levels: Sequence[Tensor], num_classes: int, topk: int) -> Tensor:
-    """Where an image's highest class scores are, over all levels.
+class Rows:
+    """Some anchors of each image, as places in the outputs of a dense head.
 
     A row is an anchor of a place: level by level, place by place, anchor by
-    anchor.
+    anchor. Where they lie is computed once for all outputs.
+
+    Args:
+        numbers: Numbers of the rows, ``(N, k)``.
+        shapes: Anchors by place, height and width of each level.
+    """
+
+    def __init__(
+        self, numbers: Tensor, shapes: Sequence[tuple[int, int, int]]
+    ) -> None:
+        self.numbers = numbers
+        self.shapes = shapes
+        self._places: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def _places_of(self, width: int) -> list[tuple[Tensor, Tensor]]:
+        """By level: which values, and whether they are of this level."""
+        if width not in self._places:
+            found, start = [], 0
+            values = torch.arange(width, device=self.numbers.device)
+            for anchors, height, length in self.shapes:
+                area = height * length
+                local = self.numbers - start
+                inside = (local >= 0) & (local < anchors * area)
+                local = local.clamp(0, anchors * area - 1)
+                channels = (local % anchors)[..., None] * width + values
+                places = channels * area + (local // anchors)[..., None]
+                found.append((places.flatten(1), inside[..., None]))
+                start += anchors * area
+            self._places[width] = found
+        return self._places[width]
+
+    def of(self, levels: Sequence[Tensor]) -> Tensor:
+        """What a head says of them.
+
+        Only these values are copied, not the maps.
+
+        Args:
+            levels: One ``(N, A * width, H, W)`` per level, where maps may be
+                larger than the rows': what lies beyond is left out.
+
+        Returns:
+            ``(N, k, width)``.
+        """
+        anchors = self.shapes[0][0]
+        width = levels[0].shape[1] // anchors
+        found = None
+        for level, (_, height, length), (places, inside) in zip(
+            levels, self.shapes, self._places_of(width), strict=True
+        ):
+            cut = level[..., :height, :length].flatten(1)
+            values = cut.gather(1, places).unflatten(1, (-1, width))
+            values = torch.where(inside, values, 0)
+            found = values if found is None else found + values
+        assert found is not None
+        return found
+
+
+def best_rows(levels: Sequence[Tensor], num_classes: int, topk: int) -> Rows:
+    """Where an image's highest class scores are, over all levels.
 
     Args:
         levels: One ``(N, A * K, H, W)`` per level, A anchors by place.
         num_classes: K.
         topk: Rows per image; all of them if there are no more.
-
-    Returns:
-        Their numbers, ``(N, k)``.
     """
     best = [
         level.unflatten(1, (-1, num_classes))
@@ -173,37 +228,10 @@ def best_rows(levels: Sequence[Tensor], num_classes: int, topk: int) -> Tensor:
         for level in levels
     ]
     scores = torch.cat(best, dim=1)
-    return scores.topk(min(topk, scores.shape[1]), dim=1).indices
-
-
-def rows_at(levels: Sequence[Tensor], rows: Tensor, width: int) -> Tensor:
-    """What a dense head says of some rows.
-
-    Only these are copied, not the maps.
-
-    Args:
-        levels: One ``(N, A * width, H, W)`` per level.
-        rows: As :func:`best_rows` gives them.
-        width: Numbers of a row.
-
-    Shape:
-        - rows: ``(N, k)``
-        - out: ``(N, k, width)``
-    """
-    images = torch.arange(len(rows), device=rows.device)[:, None, None]
-    numbers = torch.arange(width, device=rows.device)
-    found, start = None, 0
-    for level in levels:
-        anchors = level.shape[1] // width
-        size = anchors * level.shape[2] * level.shape[3]
-        local = rows - start
-        inside = (local >= 0) & (local < size)
-        local = local.clamp(0, size - 1)
-        channels = (local % anchors)[..., None] * width + numbers
-        places = (local // anchors)[..., None]
-        values = level.flatten(2)[images, channels, places]
-        values = torch.where(inside[..., None], values, 0)
-        found = values if found is None else found + values
-        start += size
-    assert found is not None
-    return found
+    return Rows(
+        scores.topk(min(topk, scores.shape[1]), dim=1).indices,
+        [
+            (level.shape[1] // num_classes, *level.shape[2:])
+            for level in levels
+        ],
+    )

@@ -7,6 +7,7 @@ import torch
 
 from era_mm.layers import (
     bernoulli_kl_loss,
+    best_rows,
     dist_loss,
     kl_loss,
     rows_of_levels,
@@ -119,3 +120,33 @@ def test_rows__are_anchors_of_places_and_the_best_are_taken():
     index = top_rows(rows, 3)
     assert rows[index].tolist() == [[[-1, 20], [9, -1], [5, 7]]]
     assert rows[top_rows(rows, 99)].shape == (1, 6, 2)
+
+
+def test_best_rows__are_those_of_the_copied_maps_whatever_lies_beyond():
+    # Two anchors, three classes, boxes of four numbers, on three levels.
+    sizes = [(3, 4), (2, 2), (1, 1)]
+    scores = [logits(2, 6, *size, seed=i) for i, size in enumerate(sizes)]
+    boxes = [logits(2, 8, *size, seed=9 + i) for i, size in enumerate(sizes)]
+    for topk in (5, 99):
+        rows = best_rows(scores, 3, topk)
+        index = top_rows(rows_of_levels(scores, 3), topk)
+        expected = rows_of_levels(scores, 3)[index]
+        assert torch.equal(rows.of(scores), expected)
+        assert torch.equal(rows.of(boxes), rows_of_levels(boxes, 4)[index])
+        # A student's maps may be larger, where its images are padded more.
+        larger = [
+            torch.nn.functional.pad(level, (0, 2, 0, 1), value=math.nan)
+            for level in scores
+        ]
+        assert torch.equal(rows.of(larger), expected)
+
+
+def test_best_rows__gradients_reach_the_chosen_values_alone():
+    scores = [logits(1, 4, 2, 2).requires_grad_()]
+    rows = best_rows(scores, 2, 1)
+    rows.of(scores).sum().backward()
+    best = scores[0].detach().flatten().argmax()
+    anchor, place = best // 8, best % 4
+    expected = torch.zeros(4, 4)
+    expected[2 * anchor : 2 * anchor + 2, place] = 1
+    assert torch.equal(scores[0].grad.flatten(2)[0].float(), expected)

@@ -749,8 +749,9 @@ def test_dense__against_a_slow_reference(head, tmp_path):
             assert found[key].item() == pytest.approx(value, rel=1e-6), key
 
 
-def test_dense__of_what_the_teacher_says_alike_has_the_unit_one():
-    # A teacher that scores every anchor the same: nothing to divide by.
+def test_dense__of_what_the_teacher_says_alike_has_the_least_unit():
+    # A teacher that scores every anchor the same: no information to divide
+    # by, so a tenth of the entropy; boxes have the unit 1.
     model = build(twi_steps='none')
     model.init_weights()
     with torch.no_grad():
@@ -759,7 +760,11 @@ def test_dense__of_what_the_teacher_says_alike_has_the_unit_one():
         head.retina_reg.weight.zero_()
     losses = losses_of(model)
     term = model.distillers['distiller'].logit
-    assert term.score_unit.value == 1
+    bias = head.retina_cls.bias[0].double()
+    p = bias.sigmoid().item()
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    expected = entropy * head.num_classes / 10
+    assert term.score_unit.value.item() == pytest.approx(expected, rel=1e-5)
     assert (term.box_unit.value == 1).all()
     assert losses['loss_era_logit'].isfinite()
     assert losses['loss_era_box'].isfinite()

@@ -21,10 +21,10 @@ from torch.nn.functional import kl_div, log_softmax
 from ...core import Features, Unregistered
 from ...core.utils import evaluating
 from ...layers import (
+    Rows,
     bernoulli_entropy,
     bernoulli_kl,
     best_rows,
-    rows_at,
 )
 from ...registry import explain_unknown_keys
 from .logit import full
@@ -45,7 +45,6 @@ class Said(NamedTuple):
             probabilities; None: not compared.
         sure: How sure it is, ``(R,)``.
         number: Rows that count, found or not: as many for every image.
-        sizes: Height and width of each level, of a dense head.
     """
 
     rows: Any
@@ -53,7 +52,6 @@ class Said(NamedTuple):
     boxes: Tensor | None
     sure: Tensor
     number: int
-    sizes: tuple[torch.Size, ...] = ()
 
 
 class Unit(nn.Module):
@@ -94,9 +92,11 @@ class DetectorTerm(nn.Module, ABC):
     scores of teacher and student, t and b their raw box outputs, w how sure
     the teacher is. ``unit_score`` is mean_r KL(q_r || mean_r q_r), the cost of
     the best guess that sees no image. ``unit_box`` is mean_r w_r times the
-    standard deviation of t, by coordinate. So both terms are about 1 for a
+    standard deviation of t, by coordinate and weighted by w. So both terms are about 1 for a
     student that knows the frequencies alone, and 0 for one that equals the
-    teacher, whatever the number of anchors and classes. Where a head's raw
+    teacher, whatever the number of anchors and classes. A teacher that says
+    nearly the same of everything has little to pass on: ``unit_score`` is at
+    least a tenth of the entropy of mean_r q_r. Where a head's raw
     outputs are pixels (RTMDet, VFNet), large boxes weigh more than small ones.
 
     The units are measured on the first 20 batches of all ranks, then fixed;
@@ -223,9 +223,8 @@ class DetectorTerm(nn.Module, ABC):
         rows, ent, total = self.score_unit.add(
             number, self._entropy(scores).sum(), scores.sum(dim=0)
         ).split([1, 1, scores.shape[1]])
-        self.score_unit.set(
-            (self._entropy((total / rows)[None]) - ent / rows)[0]
-        )
+        guess = self._entropy((total / rows)[None])
+        self.score_unit.set(torch.maximum(guess - ent / rows, guess / 10)[0])
         if said.boxes is None:
             return
         boxes = said.boxes.double()
@@ -382,20 +381,13 @@ class DenseTerm(DetectorTerm):
         return None
 
     def _outputs_at(
-        self, outs: Outputs, rows: Tensor, sizes: Sequence
+        self, outs: Outputs, rows: Rows
     ) -> tuple[Tensor, Tensor | None]:
-        def at(levels: Sequence[Tensor], width: int) -> Tensor:
-            # Where padding made the student's maps larger, features were cut.
-            cut = [
-                level[..., : size[0], : size[1]]
-                for level, size in zip(levels, sizes, strict=True)
-            ]
-            return rows_at(cut, rows, width).flatten(0, 1)
-
-        logits = at(outs[0], self.num_classes)
+        # Where padding made the student's maps larger, features were cut.
+        logits = rows.of(outs[0]).flatten(0, 1)
         if not self.box_weight:
             return logits, None
-        found = at(outs[1], self.box_width)
+        found = rows.of(outs[1]).flatten(0, 1)
         if self.bins > 1:
             found = found.unflatten(1, (4, self.bins))
         return logits, found
@@ -405,15 +397,14 @@ class DenseTerm(DetectorTerm):
     ) -> Said:
         """As in the base class."""
         outs = head.training_forward(teacher_feats)
-        sizes = tuple(level.shape[-2:] for level in outs[0])
         rows = best_rows(outs[0], self.num_classes, self.topk)
-        logits, boxes = self._outputs_at(outs, rows, sizes)
+        logits, boxes = self._outputs_at(outs, rows)
         scores = full(logits).sigmoid()
         if boxes is not None:
             boxes = full(boxes)
             boxes = boxes.softmax(dim=2) if self.bins > 1 else boxes
         sure = scores.amax(dim=1)
-        return Said(rows, scores, boxes, sure, len(scores), sizes)
+        return Said(rows, scores, boxes, sure, len(scores))
 
     def of_student(
         self, student_feats: Features, said: Said
@@ -433,8 +424,7 @@ class DenseTerm(DetectorTerm):
 
     def of_outputs(self, outs: Outputs, said: Said) -> dict[str, Tensor]:
         """The terms of a dense head's raw outputs in training form."""
-        found = self._outputs_at(outs, said.rows, said.sizes)
-        return self._compare(*found, said)
+        return self._compare(*self._outputs_at(outs, said.rows), said)
 
     def _entropy(self, scores: Tensor) -> Tensor:
         return bernoulli_entropy(scores).sum(dim=1)
