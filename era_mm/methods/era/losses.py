@@ -75,41 +75,42 @@ def _mse(prediction: Tensor, target: Tensor) -> Tensor:
 class _StepErrors(torch.autograd.Function):
     """See :func:`step_errors`.
 
-    Finds the gradients in the forward pass: in place of residuals, estimates
-    and targets it keeps the differences alone.
+    Keeps its inputs, which live anyway, and finds the differences anew for
+    the gradients: a map of each estimate would be kept otherwise.
     """
 
     @staticmethod
     def forward(
         ctx: Any, aligned: Tensor, residuals: Tensor, target: Tensor
     ) -> Tensor:
+        ctx.save_for_backward(aligned, residuals, target)
         dtype = torch.promote_types(aligned.dtype, torch.float32)
-        first = aligned.to(dtype) - target.to(dtype)
-        later = torch.empty_like(residuals, dtype=dtype)
-        error = first
-        for step, residual in enumerate(residuals.unbind(dim=1)):
-            error = error + residual
-            later[:, step] = error
-        ctx.save_for_backward(first, later)
-        ctx.dtypes = aligned.dtype, residuals.dtype, target.dtype
-        return torch.stack(
-            [error.square().mean() for error in (first, *later.unbind(dim=1))]
-        )
+        error = aligned.to(dtype) - target.to(dtype)
+        errors = [error.square().mean()]
+        for residual in residuals.unbind(dim=1):
+            error += residual
+            errors.append(error.square().mean())
+        return torch.stack(errors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        first, later = ctx.saved_tensors
-        scale = 2 / first.numel() * grad
-        shape = (1, -1, *(1,) * (later.dim() - 2))
-        of_first = scale[0] * first
+        aligned, residuals, target = ctx.saved_tensors
+        dtype = torch.promote_types(aligned.dtype, torch.float32)
+        error = aligned.to(dtype) - target.to(dtype)
+        scales = (2 / error.numel() * grad).unbind()
+        of_first = scales[0] * error
+        of_later = torch.empty_like(residuals)
+        for step, residual in enumerate(residuals.unbind(dim=1)):
+            error += residual
+            of_later[:, step] = scales[step + 1] * error
         return (
-            of_first.to(ctx.dtypes[0]),
-            (scale[1:].view(shape) * later).to(ctx.dtypes[1]),
+            of_first.to(aligned.dtype),
+            of_later,
             # SoKD learns to refine the teacher's feature.
-            -of_first.to(ctx.dtypes[2]) if ctx.needs_input_grad[2] else None,
+            -of_first.to(target.dtype) if ctx.needs_input_grad[2] else None,
         )
 
 
