@@ -8,6 +8,7 @@ from .toy import (
     distillation_config,
     run_config,
     save_teacher,
+    two_stage_config,
     write_coco,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     'recorded_run',
     'run_config',
     'save_teacher',
+    'two_stage_config',
     'write_coco',
 ]

@@ -142,6 +142,101 @@ def detector_config(
     ) | dict(kwargs)
 
 
+def two_stage_config(
+    width: int = 8,
+    channels: int = 16,
+    agnostic: bool = False,
+    norm: bool = False,
+) -> dict:
+    """Faster R-CNN on two levels.
+
+    Args:
+        width: Base channels of its ResNet-18.
+        channels: Channels of neck and heads.
+        agnostic: Boxes of the RoI head are the same for all classes.
+        norm: The RoI head has a convolution with a norm.
+    """
+    strides = [8, 16]
+    nms = dict(type='nms', iou_threshold=0.7)
+    coder = dict(type='DeltaXYWHBBoxCoder')
+    assigner = dict(
+        type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0
+    )
+    sampler = dict(
+        type='RandomSampler',
+        num=16,
+        pos_fraction=0.5,
+        neg_pos_ub=-1,
+        add_gt_as_proposals=True,
+    )
+    config = detector_config(width=width, channels=channels)
+    head: dict = dict(
+        type='Shared2FCBBoxHead',
+        in_channels=channels,
+        fc_out_channels=24,
+        roi_feat_size=3,
+        num_classes=len(CLASSES),
+        bbox_coder=coder,
+        reg_class_agnostic=agnostic,
+        loss_bbox=dict(type='L1Loss'),
+    )
+    if norm:
+        head |= dict(
+            type='ConvFCBBoxHead',
+            num_shared_convs=1,
+            num_shared_fcs=1,
+            conv_out_channels=16,
+            norm_cfg=dict(type='BN'),
+        )
+    config.pop('bbox_head')
+    return config | dict(
+        type='mmdet.FasterRCNN',
+        rpn_head=dict(
+            type='RPNHead',
+            in_channels=channels,
+            feat_channels=channels,
+            anchor_generator=dict(
+                type='AnchorGenerator',
+                scales=[2, 4],
+                ratios=[1.0],
+                strides=strides,
+            ),
+            bbox_coder=coder,
+        ),
+        roi_head=dict(
+            type='StandardRoIHead',
+            bbox_roi_extractor=dict(
+                type='SingleRoIExtractor',
+                roi_layer=dict(
+                    type='RoIAlign', output_size=3, sampling_ratio=1
+                ),
+                out_channels=channels,
+                featmap_strides=strides,
+            ),
+            bbox_head=head,
+        ),
+        train_cfg=dict(
+            rpn=dict(
+                assigner=assigner,
+                sampler=sampler | dict(add_gt_as_proposals=False),
+                allowed_border=-1,
+                pos_weight=-1,
+                debug=False,
+            ),
+            rpn_proposal=dict(
+                nms_pre=50, max_per_img=20, nms=nms, min_bbox_size=0
+            ),
+            rcnn=dict(
+                assigner=assigner, sampler=sampler, pos_weight=-1, debug=False
+            ),
+        ),
+        test_cfg=dict(
+            rpn=dict(nms_pre=50, max_per_img=10, nms=nms, min_bbox_size=0),
+            rcnn=dict(score_thr=0.05, nms=nms, max_per_img=10),
+        ),
+    )
+
+
 def classifier_config(width: int = 8, num_classes: int = 3) -> dict:
     """A classifier with pooled ``(N, 8 * width)`` features at its neck."""
     return dict(

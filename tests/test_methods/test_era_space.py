@@ -32,6 +32,7 @@ from era_mm.testing import (
     detector_config,
     distillation_config,
     save_teacher,
+    two_stage_config,
 )
 
 HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
@@ -1298,96 +1299,12 @@ def test_units__rows_that_are_missing_count():
 
 # -- two stages ---------------------------------------------------------------
 
-STRIDES = [8, 16]
-NMS = dict(type='nms', iou_threshold=0.7)
-CODER = dict(type='DeltaXYWHBBoxCoder')
-
-
-def two_stage(width=8, channels=16, agnostic=False, norm=False):
-    """Faster R-CNN on two levels, a norm in its RoI head if asked for."""
-    assigner = dict(
-        type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0
-    )
-    sampler = dict(
-        type='RandomSampler',
-        num=16,
-        pos_fraction=0.5,
-        neg_pos_ub=-1,
-        add_gt_as_proposals=True,
-    )
-    config = detector_config(width=width, channels=channels)
-    head = dict(
-        type='Shared2FCBBoxHead',
-        in_channels=channels,
-        fc_out_channels=24,
-        roi_feat_size=3,
-        num_classes=3,
-        bbox_coder=CODER,
-        reg_class_agnostic=agnostic,
-        loss_bbox=dict(type='L1Loss'),
-    )
-    if norm:
-        head |= dict(
-            type='ConvFCBBoxHead',
-            num_shared_convs=1,
-            num_shared_fcs=1,
-            conv_out_channels=16,
-            norm_cfg=dict(type='BN'),
-        )
-    config.pop('bbox_head')
-    return config | dict(
-        type='mmdet.FasterRCNN',
-        rpn_head=dict(
-            type='RPNHead',
-            in_channels=channels,
-            feat_channels=channels,
-            anchor_generator=dict(
-                type='AnchorGenerator',
-                scales=[2, 4],
-                ratios=[1.0],
-                strides=STRIDES,
-            ),
-            bbox_coder=CODER,
-        ),
-        roi_head=dict(
-            type='StandardRoIHead',
-            bbox_roi_extractor=dict(
-                type='SingleRoIExtractor',
-                roi_layer=dict(
-                    type='RoIAlign', output_size=3, sampling_ratio=1
-                ),
-                out_channels=channels,
-                featmap_strides=STRIDES,
-            ),
-            bbox_head=head,
-        ),
-        train_cfg=dict(
-            rpn=dict(
-                assigner=assigner,
-                sampler=sampler | dict(add_gt_as_proposals=False),
-                allowed_border=-1,
-                pos_weight=-1,
-                debug=False,
-            ),
-            rpn_proposal=dict(
-                nms_pre=50, max_per_img=20, nms=NMS, min_bbox_size=0
-            ),
-            rcnn=dict(
-                assigner=assigner, sampler=sampler, pos_weight=-1, debug=False
-            ),
-        ),
-        test_cfg=dict(
-            rpn=dict(nms_pre=50, max_per_img=10, nms=NMS, min_bbox_size=0),
-            rcnn=dict(score_thr=0.05, nms=NMS, max_per_img=10),
-        ),
-    )
-
 
 def two_stages(folder, agnostic=False, norm=False, **kwargs):
-    teacher = two_stage(16, 24, agnostic)
+    teacher = two_stage_config(16, 24, agnostic)
     model = build(
         save_teacher(teacher, folder / 'teacher.pth'),
-        student=two_stage(agnostic=agnostic, norm=norm),
+        student=two_stage_config(agnostic=agnostic, norm=norm),
         teacher=teacher,
         **(dict(mbrnet=dict(num_branches=2)) | kwargs),
     )
@@ -1611,7 +1528,12 @@ def test_compare__gives_a_teacher_its_own_images(tmp_path, monkeypatch):
     ('change', 'message'),
     [
         (
-            dict(bbox_coder=CODER | dict(target_stds=[0.1, 0.1, 0.2, 0.2])),
+            dict(
+                bbox_coder=dict(
+                    type='DeltaXYWHBBoxCoder',
+                    target_stds=[0.1, 0.1, 0.2, 0.2],
+                )
+            ),
             'the two RoI heads code them with other settings',
         ),
         (
@@ -1628,9 +1550,9 @@ def test_roi__boxes_of_another_code_are_left_out(
         'era_mm.methods.era.detector_terms.print_log',
         lambda text, **kwargs: said.append(text),
     )
-    teacher = two_stage(16, 24)
+    teacher = two_stage_config(16, 24)
     teacher['roi_head']['bbox_head'] |= change
-    model = build(student=two_stage(), teacher=teacher)
+    model = build(student=two_stage_config(), teacher=teacher)
     assert len(said) == 1
     assert message in said[0]
     losses = model(**batch_of(model), mode='loss')

@@ -92,11 +92,12 @@ class DetectorTerm(nn.Module, ABC):
     scores of teacher and student, t and b their raw box outputs, w how sure
     the teacher is. ``unit_score`` is mean_r KL(q_r || mean_r q_r), the cost of
     the best guess that sees no image. ``unit_box`` is mean_r w_r times the
-    standard deviation of t, by coordinate and weighted by w. So both terms are about 1 for a
-    student that knows the frequencies alone, and 0 for one that equals the
-    teacher, whatever the number of anchors and classes. A teacher that says
-    nearly the same of everything has little to pass on: ``unit_score`` is at
-    least a tenth of the entropy of mean_r q_r. Where a head's raw
+    standard deviation of t, by coordinate and weighted by w. So both terms
+    are about 1 for a student that knows the frequencies alone, and 0 for one
+    that equals the teacher, whatever the number of anchors and classes. A
+    teacher that says nearly the same of everything has little to pass on:
+    ``unit_score`` is at least a tenth of the entropy of mean_r q_r. Where a
+    head's raw
     outputs are pixels (RTMDet, VFNet), large boxes weigh more than small ones.
 
     The units are measured on the first 20 batches of all ranks, then fixed;
