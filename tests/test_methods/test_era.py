@@ -110,6 +110,7 @@ def test_loss__default_weights_are_the_official_ones():
     loss = ERALoss()
     # s_i / n with s = (1, .5, .25, .125) and n = 4, not divided by sum(s).
     assert loss.branch_weights(4) == [0.25, 0.125, 0.0625, 0.03125]
+    assert ERALoss(scales=2.0).branch_weights(4) == [0.5] * 4
     assert loss.step_weights(4) == [1.0, 0.25, 0.125, 0.0625, 0.03125]
     assert (loss.align_weight, loss.residual_weight, loss.twi_weight) == (
         5.0,
@@ -142,7 +143,7 @@ def test_loss__half_precision_is_computed_in_float32():
 
 
 def test_loss__scales_must_fit_the_branches():
-    with pytest.raises(ValueError, match='one value per branch'):
+    with pytest.raises(ValueError, match='one value or one per branch'):
         MODELS.build(
             distillation_config(
                 dict(type='era_mm.ERADistiller', loss=dict(scales=[1.0, 0.5]))
@@ -1431,7 +1432,7 @@ def test_twi__counting_losses_leave_the_teachers_buffers(tmp_path):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(loss=dict(scales=[])), 'one value per branch'),
+        (dict(loss=dict(scales=[])), 'one value or one per branch'),
         (dict(loss=dict(scales=[1.0, 1.0, 1.0, -1.0])), 'negative'),
     ],
 )

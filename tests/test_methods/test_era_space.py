@@ -536,6 +536,7 @@ def test_default__is_the_recipe():
     assert type(era.logit) is DenseTerm
     loss = era.loss_terms
     assert (loss.align_weight, loss.residual_weight) == (1, 4)
+    assert loss.branch_weights(2) == [0.5, 0.5]
     # e_0 and e_n are judged alike, the others not at all.
     assert loss.step_weights(4) == [1, 0, 0, 0, 1]
     assert era.explained.tolist() == [0] * 5
@@ -725,7 +726,7 @@ def test_losses__against_a_written_out_reference(teacher_file):
     expected = {
         'loss_era_align': left[0],
         # s = (1, 1/2), n = 2
-        'loss_era_residual': 4 * (left[1] + left[2] / 2) / 2,
+        'loss_era_residual': 4 * (left[1] + left[2]) / 2,
         'era_unexplained_e0': left[0],
         'era_unexplained_e1': left[1],
         'era_unexplained_e2': left[2],

@@ -71,6 +71,7 @@ class ERADistiller(BaseDistiller):
                    width
     align_weight   5                        1
     residual       1                        4
+    scales s_i     1, 1/2, 1/4, 1/8         1, 1, 1, 1
     twi_steps      'all'                    'sampled': e_0 or e_n
     twi_targets    'labels'                 'teacher'
     w_i            1                        share explained by e_i, running
@@ -149,6 +150,7 @@ class ERADistiller(BaseDistiller):
             loss=dict(
                 align_weight=1.0,
                 residual_weight=4.0,
+                scales=1.0,
                 twi_scales=(1.0, 1.0),
             ),
             twi_steps='sampled',

@@ -157,7 +157,8 @@ class ERALoss(nn.Module):
         align_weight: Weight of the feature term.
         residual_weight: Weight of the branches' terms.
         twi_weight: Weight of the teacher head's losses.
-        scales: s_i, one per branch. None: 0.5 ** (i - 1).
+        scales: s_i, one per branch, or one number for all of them. None:
+            0.5 ** (i - 1).
         twi_on_aligned: The teacher's head judges e_0 = u too, not only what
             the branches add to it: [official code], its option featcls, which
             its script sets.
@@ -171,7 +172,7 @@ class ERALoss(nn.Module):
         align_weight: float = 5.0,
         residual_weight: float = 1.0,
         twi_weight: float = 1.0,
-        scales: Sequence[float] | None = None,
+        scales: float | Sequence[float] | None = None,
         twi_on_aligned: bool = True,
         twi_scales: Sequence[float] | None = None,
     ) -> None:
@@ -179,7 +180,7 @@ class ERALoss(nn.Module):
         self.align_weight = align_weight
         self.residual_weight = residual_weight
         self.twi_weight = twi_weight
-        self.scales = None if scales is None else tuple(scales)
+        self.scales = tuple(scales) if isinstance(scales, Sequence) else scales
         self.twi_on_aligned = twi_on_aligned
         self.twi_scales = None if twi_scales is None else tuple(twi_scales)
 
@@ -193,10 +194,12 @@ class ERALoss(nn.Module):
         scales = self.scales
         if scales is None:
             scales = tuple(0.5**i for i in range(num_branches))
+        elif not isinstance(scales, tuple):
+            scales = (scales,) * num_branches
         if len(scales) != num_branches or min(scales) < 0:
             raise ValueError(
-                f'`scales` needs one value per branch ({num_branches}), none '
-                f'negative, but got {list(scales)}.'
+                f'`scales` needs one value or one per branch '
+                f'({num_branches}), none negative, but got {list(scales)}.'
             )
         return [scale / num_branches for scale in scales]
 
