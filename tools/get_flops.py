@@ -20,8 +20,7 @@ from typing import Any
 from mmengine.registry import MODELS, DefaultScope
 
 from era_mm.core import Distillation, MutualDistillation, student_config_of
-from era_mm.core.teacher import resolve_model_config
-from era_mm.core.utils import blank_sample
+from era_mm.core.host_models import blank_sample, resolve_model_config
 from era_mm.engine.preflight import find_config
 from era_mm.errors import UserError
 from era_mm.methods.residual_kd.split import measure

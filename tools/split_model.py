@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from era_mm.core import Distillation, MutualDistillation
-from era_mm.core.teacher import resolve_model_config
+from era_mm.core.host_models import resolve_model_config
 from era_mm.engine.preflight import find_config
 from era_mm.errors import UserError
 from era_mm.methods.residual_kd import Split, split_by_flops

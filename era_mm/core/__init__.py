@@ -1,6 +1,12 @@
 """The machine; it knows no paper."""
 
-from .base_distiller import BaseDistiller, Features, HostModel
+from .base_distiller import (
+    BaseDistiller,
+    Features,
+    HostModel,
+    MeasuredPair,
+    Plan,
+)
 from .checkpoint import (
     extras_of,
     load_strictly,
@@ -21,9 +27,11 @@ __all__ = [
     'Features',
     'HostModel',
     'LossSchedule',
+    'MeasuredPair',
     'MutualDistillation',
     'MutualOptimWrapperConstructor',
     'Phase',
+    'Plan',
     'Recorder',
     'Teacher',
     'Unregistered',

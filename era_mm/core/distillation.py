@@ -19,16 +19,12 @@ from ..registry import MODELS
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .data_preprocessor import DistillationDataPreprocessor
+from .host_models import blank_sample, forward_until, resolve_model_config
 from .phase import Phase, resting
 from .recorder import Recorder
 from .rerun import Rerun
-from .teacher import Teacher, forward_until, resolve_model_config
-from .utils import (
-    blank_sample,
-    broadcast_buffers,
-    evaluating,
-    preserve_rng,
-)
+from .teacher import Teacher
+from .utils import broadcast_buffers, evaluating, preserve_rng
 
 
 def _named(value: Any, name: str, key: str) -> dict[str, Any]:

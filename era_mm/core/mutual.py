@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from .distillation import Distillation, _build_distillers
-from .teacher import Teacher, resolve_model_config
+from .host_models import resolve_model_config
+from .teacher import Teacher
 from .utils import broadcast_buffers, evaluating, preserve_rng
 
 

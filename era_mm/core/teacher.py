@@ -2,92 +2,20 @@
 
 import contextlib
 import copy
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.config import Config, ConfigDict
-from mmengine.hub import get_config
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
 from .checkpoint import fingerprint, load_strictly, read_with_meta
+from .host_models import forget_files, forward_until, resolve_model_config
 from .recorder import Recorder
-from .utils import errors_only, forget_files, preserve_rng
-
-
-def resolve_model_config(
-    config: str | Mapping,
-) -> tuple[ConfigDict, str | None]:
-    """Find the model config that a short reference means.
-
-    Args:
-        config: ``mmdet::retinanet/retinanet_r101_fpn_2x_coco.py`` (or
-            ``mmpretrain::...``), the path of a config file, or a model config
-            itself (a dict with ``type``).
-
-    Returns:
-        The model's config, its ``data_preprocessor`` included, and the scope
-        in which its types are looked up (None: the current one).
-
-    Raises:
-        FileNotFoundError: No such config file.
-        ValueError: The config has no ``model``.
-    """
-    if not isinstance(config, str):
-        return ConfigDict(copy.deepcopy(dict(config))), None
-    if '::' in config:
-        scope = config.partition('::')[0]
-        cfg = get_config(config)
-    else:
-        if not os.path.isfile(config):
-            raise FileNotFoundError(
-                f'Config {config!r} does not exist (looked in '
-                f'{os.getcwd()}). Give an absolute path, or a config of an '
-                "installed host as 'mmdet::<folder>/<name>.py'."
-            )
-        cfg = Config.fromfile(config)
-        scope = cfg.get('default_scope')
-    if 'model' not in cfg:
-        raise ValueError(
-            f'Config {config!r} has no `model`. Give the config of a whole '
-            'model, as it was trained.'
-        )
-    model = cfg.model
-    if 'data_preprocessor' in cfg:
-        model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return ConfigDict(model.to_dict()), scope
-
-
-def forward_until(
-    model: nn.Module,
-    inputs: Tensor,
-    sources: Iterable[str],
-    data_samples: list | None = None,
-) -> None:
-    """Run a model only as deep as its deepest source.
-
-    Backbone sources run the backbone alone, neck sources ``extract_feat``,
-    those of a region proposal network or a dense head that one too, anything
-    else the whole ``forward(mode='tensor')``.
-    """
-    parts = {source.partition('.')[0] for source in sources}
-    if parts <= {'backbone'} and hasattr(model, 'backbone'):
-        model.backbone(inputs)
-    elif parts <= {'backbone', 'neck'} and hasattr(model, 'extract_feat'):
-        model.extract_feat(inputs)
-    elif 'rpn_head' in parts <= {'backbone', 'neck', 'rpn_head'}:
-        model.rpn_head(model.extract_feat(inputs))
-    elif 'bbox_head' in parts <= {'backbone', 'neck', 'bbox_head'}:
-        # mmdet's own 'tensor' mode calls the head's `forward`, which no
-        # recorder of the head itself would hear.
-        model.bbox_head(model.extract_feat(inputs))
-    else:
-        model(inputs, data_samples, mode='tensor')
+from .utils import errors_only, preserve_rng
 
 
 def classes_of(meta: Mapping) -> tuple[str, ...] | None:

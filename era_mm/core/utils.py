@@ -4,14 +4,13 @@ import contextlib
 import copy
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dist import broadcast
 from mmengine.logging import MMLogger
-from mmengine.structures import BaseDataElement
 from torch import nn
 
 
@@ -93,40 +92,3 @@ def to_cpu(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_cpu(item) for item in value)
     return copy.copy(value)
-
-
-def forget_files(model: nn.Module) -> None:
-    """Make ``init_weights`` read no weights from a file.
-
-    Args:
-        model: A model of a host, built and not yet initialised.
-    """
-    for module in model.modules():
-        inits = getattr(module, 'init_cfg', None)
-        if isinstance(inits, Mapping):
-            inits = [inits]
-        kept = [init for init in inits or [] if 'checkpoint' not in init]
-        if len(kept) < len(inits or []):
-            module.init_cfg = kept or None
-        # DetectoRS keeps the file's name here as well.
-        if isinstance(getattr(module, 'pretrained', None), str):
-            module.pretrained = None
-
-
-def blank_sample(height: int, width: int) -> BaseDataElement:
-    """Meta data of an image for a dry run, as preprocessors write it.
-
-    Args:
-        height: Of the image, in pixels.
-        width: Likewise.
-    """
-    size = (height, width)
-    return BaseDataElement(
-        metainfo=dict(
-            img_shape=size,
-            ori_shape=size,
-            pad_shape=size,
-            batch_input_shape=size,
-            scale_factor=(1.0, 1.0),
-        )
-    )

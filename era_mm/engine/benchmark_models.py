@@ -23,8 +23,7 @@ from era_mm.core import (
     load_strictly,
     student_config_of,
 )
-from era_mm.core.teacher import resolve_model_config
-from era_mm.core.utils import forget_files
+from era_mm.core.host_models import forget_files, resolve_model_config
 from era_mm.engine.launch import use_amp
 from era_mm.engine.peak_memory import state_bytes
 from era_mm.errors import UserError

@@ -12,9 +12,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 import era_mm.methods
-from era_mm.core import BaseDistiller, Distillation
+from era_mm.core import BaseDistiller, Distillation, Plan
 from era_mm.core.data_preprocessor import differences
-from era_mm.core.pairing import Half, Match, Member, Pair, Plan
 from era_mm.core.utils import preserve_rng
 from era_mm.engine.host_configs import (
     HostConfig,
@@ -23,6 +22,7 @@ from era_mm.engine.host_configs import (
     published_checkpoint,
     read_host_config,
 )
+from era_mm.engine.pairing import Half, Match, Member, Pair
 from era_mm.engine.preflight import check_checkpoints, find_fault_among
 from era_mm.errors import UserError
 from era_mm.layers import Connector
@@ -45,6 +45,12 @@ class Made(NamedTuple):
     pair: Pair
     plan: Plan
     model: Distillation
+
+    @property
+    def match(self) -> Match:
+        """Which of their outputs the method pairs."""
+        assert isinstance(self.plan.match, Match)
+        return self.plan.match
 
 
 class Draft(NamedTuple):
@@ -161,6 +167,7 @@ def make_config(
     pair = pair_of(student, teacher)
     with preserve_rng():
         plan = method_class.plan_for(pair)
+    assert isinstance(plan.match, Match)
     pair.check_training(plan.match)
     draft = Draft(
         student=student,
@@ -380,7 +387,7 @@ def _flat(value: Any) -> str:
 
 def report(made: Made, teacher_checkpoint: str) -> str:
     """What was decided, on one screen."""
-    pair, match = made.pair, made.plan.match
+    pair, match = made.pair, made.match
     lines = []
     for member in (pair.student, pair.teacher):
         classes = member.num_classes

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from era_mm.core.pairing import (
+from era_mm.core.host_models import resolve_model_config
+from era_mm.engine.host_configs import HostConfig, crop_size
+from era_mm.engine.pairing import (
     CLASSIFIER_SIZES,
     DETECTOR_SIZES,
     Member,
     observe,
 )
-from era_mm.core.teacher import resolve_model_config
-from era_mm.engine.host_configs import HostConfig, crop_size
 from era_mm.errors import UserError
 
 

@@ -11,8 +11,9 @@ from mmengine.analysis import FlopAnalyzer
 from torch import nn
 
 from era_mm.core import BaseDistiller, Distillation, MutualDistillation
+from era_mm.core.host_models import blank_sample
 from era_mm.core.mutual import Peer
-from era_mm.core.utils import blank_sample, preserve_rng
+from era_mm.core.utils import preserve_rng
 from era_mm.engine.step_cost import cost_line
 
 #: Pixels above which a CPU takes too long to count FLOPs.

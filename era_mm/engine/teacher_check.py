@@ -22,7 +22,7 @@ import mmengine.fileio
 from mmengine.runner import Runner
 
 from era_mm.core import Teacher
-from era_mm.core.pairing import num_classes_of
+from era_mm.core.host_models import num_classes_of
 from era_mm.core.utils import errors_only
 from era_mm.errors import UserError
 

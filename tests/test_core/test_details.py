@@ -21,7 +21,8 @@ from era_mm.core import (
     distillation,
     extras_of,
 )
-from era_mm.core.teacher import Teacher, forward_until
+from era_mm.core.host_models import forward_until
+from era_mm.core.teacher import Teacher
 from era_mm.core.utils import preserve_rng
 from era_mm.registry import MODELS as ERA_MODELS
 from era_mm.testing import (

@@ -9,8 +9,14 @@ from mmengine.dist import all_reduce
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ...core import BaseDistiller, Features, HostModel
-from ...core.pairing import Pair, Plan, is_query_based
+from ...core import (
+    BaseDistiller,
+    Features,
+    HostModel,
+    MeasuredPair,
+    Plan,
+)
+from ...core.host_models import is_query_based
 from ...core.utils import evaluating, preserve_rng
 from ...registry import MODELS
 from .detector_terms import DenseTerm, DetectorTerm, RoITerm
@@ -245,7 +251,7 @@ class ERADistiller(BaseDistiller):
         self._asks_for_targets = twi_targets in ('teacher', 'both')
 
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """ERA with TWI where the teacher's head can be reused.
 
         With it every level of the teacher gets an estimate. Classifiers get
@@ -276,7 +282,7 @@ class ERADistiller(BaseDistiller):
         )
 
     @staticmethod
-    def _why_no_twi(pair: Pair) -> str | None:
+    def _why_no_twi(pair: MeasuredPair) -> str | None:
         student, teacher = pair.student, pair.teacher
         reason = why_not_reused(student.model, teacher.model)
         if reason is not None:

@@ -8,8 +8,7 @@ from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ...core import BaseDistiller, Features
-from ...core.pairing import Pair, Plan
+from ...core import BaseDistiller, Features, MeasuredPair, Plan
 from ...core.utils import broadcast_buffers
 from ...registry import MODELS
 from .losses import IELoss, attention_map, margin_relu, similarity
@@ -138,7 +137,7 @@ class IEKDDistiller(BaseDistiller):
         self.encoders: nn.ModuleDict
 
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """On maps, also in a classifier, as the [official code].
 
         Without a phase of pre-training, which would need a longer schedule

@@ -8,8 +8,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ...core import BaseDistiller, Features, Phase
-from ...core.pairing import Pair, Plan
+from ...core import BaseDistiller, Features, MeasuredPair, Phase, Plan
 from ...errors import UserError
 from ...registry import MODELS
 from .losses import assistant_loss, student_loss
@@ -147,7 +146,7 @@ class ResidualKDDistiller(BaseDistiller):
             )
 
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """The feature form, on levels as they are.
 
         Raises:

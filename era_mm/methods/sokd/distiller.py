@@ -8,8 +8,13 @@ import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
-from ...core import BaseDistiller, Features, Unregistered
-from ...core.pairing import Pair, Plan
+from ...core import (
+    BaseDistiller,
+    Features,
+    MeasuredPair,
+    Plan,
+    Unregistered,
+)
 from ...registry import MODELS
 from .adapters import Adapters, check_shapes
 from .areas import Areas
@@ -130,7 +135,7 @@ class SoKDDistiller(SearchingDistiller):
         self.dam: DAM | None = None
 
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """Around FitNet, on maps, also in a classifier."""
         match = pair.match(maps=True)
         base = dict(type='era_mm.FeatureImitationDistiller', **match.config())
