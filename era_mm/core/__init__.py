@@ -4,8 +4,6 @@ from .base_distiller import (
     BaseDistiller,
     Features,
     HostModel,
-    MeasuredPair,
-    Plan,
 )
 from .checkpoint import (
     extras_of,
@@ -16,6 +14,7 @@ from .checkpoint import (
 from .distillation import Distillation, student_config_of
 from .mutual import MutualDistillation, MutualOptimWrapperConstructor
 from .phase import Phase
+from .plan import MeasuredPair, Plan
 from .recorder import Recorder
 from .schedule import LossSchedule
 from .teacher import Teacher

@@ -7,96 +7,23 @@ saved is the core's business.
 """
 
 import fnmatch
-import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dist import all_reduce, get_world_size
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..layers import Connector, crop_to_common
-from ..registry import MODELS, explain_unknown_keys
+from ..registry import explain_unknown_keys
+from .connections import Connections, Features
 from .phase import Phase
+from .plan import MeasuredPair, Plan
 from .rerun import Rerun
 from .schedule import LossSchedule
 from .utils import Unregistered
-
-Features = Mapping[str, tuple[Tensor, ...]]
-
-# Layers import nothing of ours; as a neck it is looked up by its name.
-MODELS.register_module(module=Connector)
-
-
-class MeasuredModel(Protocol):
-    """One of the models of a :class:`MeasuredPair`."""
-
-    model: nn.Module
-    #: Names of the classes it was trained for, where known.
-    classes: tuple[str, ...] | None
-
-
-class FeatureMatch(Protocol):
-    """Which outputs of two models go together."""
-
-    @property
-    def connector(self) -> dict[str, dict]:
-        """The ``connector`` of a ``source``; empty where none is needed."""
-
-    def config(self) -> dict[str, Any]:
-        """``source`` as a distiller takes it; empty where it is 'neck'."""
-
-    def feats(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Features of one image as the distiller would get them."""
-
-    def unused(self) -> list[str]:
-        """Outputs of either that go with none of the other."""
-
-
-class MeasuredPair(Protocol):
-    """What a method sees of two models that were run on one image.
-
-    ``era_mm.engine.pairing.Pair`` is one.
-    """
-
-    @property
-    def student(self) -> MeasuredModel:
-        """The one to be trained."""
-
-    @property
-    def teacher(self) -> MeasuredModel:
-        """The one to learn from."""
-
-    def match(
-        self,
-        *,
-        maps: bool = False,
-        encoder: bool = False,
-        cover: bool = False,
-    ) -> FeatureMatch:
-        """Find what to distil; see ``era_mm.engine.pairing.Pair.match``."""
-
-
-class Plan(NamedTuple):
-    """What a method makes of a pair.
-
-    Args:
-        distiller: Its config.
-        match: What it matched.
-        head: What it does with the teacher's head, one sentence; None for
-            methods that never use one.
-        modes: Predictions to report beside the student's own, as far as the
-            built model offers them.
-    """
-
-    distiller: dict[str, Any]
-    match: FeatureMatch
-    head: str | None = None
-    modes: tuple[str, ...] = ()
 
 
 class HostModel(NamedTuple):
@@ -130,27 +57,6 @@ def take_step(
     optimizer.zero_grad()
     # Autocast keeps low-precision copies of the weights from before.
     torch.clear_autocast_cache()
-
-
-def _grids(feats: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(feat.shape[2:]) for feat in feats]
-
-
-def _differ_by_padding(
-    *, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]
-) -> bool:
-    """Whether padding explains the sizes of maps that shared a small image.
-
-    It adds to the coarser maps no more cells than to the finest. Where it
-    does, strides differ that the small image did not tell apart.
-    """
-    grids = zip(_grids(student_feats), _grids(teacher_feats), strict=True)
-    pairs = sorted((g for g in grids if all(g)), reverse=True)
-    gaps = [
-        max(abs(own - theirs) for own, theirs in zip(*pair, strict=True))
-        for pair in pairs
-    ]
-    return all(gap <= gaps[0] + 1 for gap in gaps)
 
 
 @explain_unknown_keys
@@ -240,42 +146,23 @@ class BaseDistiller(BaseModule):
         self.teacher_sources = (
             self._names(pair['teacher']) if self.needs_teacher else ()
         )
-        self._set_connectors(pair.get('connector'), source)
+        self.connections = Connections(
+            pair.get('connector'),
+            student=self.student_sources,
+            teacher=self.teacher_sources,
+            owner=type(self).__name__,
+        )
         self.teacher = teacher
         self.schedules = {
             key: LossSchedule(**kwargs)
             for key, kwargs in (schedules or {}).items()
         }
-        #: Sources of student and teacher whose maps have the same strides.
-        self._of_one_grid: list[tuple[str, str]] = []
         self._inner: Unregistered | None = None
         self._inner_optimizer: torch.optim.Optimizer | None = None
 
     @staticmethod
     def _names(names: str | list | tuple) -> tuple[str, ...]:
         return (names,) if isinstance(names, str) else tuple(names)
-
-    def _set_connectors(self, config: Mapping | None, source: Any) -> None:
-        self._connected = {
-            'student': self.student_sources,
-            'teacher': self.teacher_sources,
-        }
-        self.pair_connectors: dict[str, Connector] = {}
-        if config is None:
-            return
-        if not set(config) <= set(self._connected) or any(
-            len(names) != 1 for names in self._connected.values()
-        ):
-            raise ValueError(
-                '`source.connector` must be dict(student=..., teacher=...) '
-                'with the arguments of Connector, and student and teacher '
-                f'one module name each, but got {source!r}.'
-            )
-        # No modules of this one: they have nothing to train or to save.
-        self.pair_connectors = {
-            role: Connector(**(config.get(role) or {}))
-            for role in self._connected
-        }
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
@@ -303,125 +190,6 @@ class BaseDistiller(BaseModule):
         Losses may read more; a mode alone need not run them.
         """
         return self.student_sources
-
-    def connected(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Outputs of the student's source as :meth:`loss` gets them."""
-        connector = self.pair_connectors.get('student')
-        return tuple(feats) if connector is None else connector(feats)
-
-    def connect_student(self, feats: Features) -> Features:
-        """The student's features with the connector applied."""
-        return self._connect('student', feats)
-
-    def _connect(self, role: str, feats: Features) -> Features:
-        if role not in self.pair_connectors:
-            return feats
-        (source,) = self._connected[role]
-        if source not in feats:
-            raise ValueError(
-                f'{type(self).__name__} reads {list(feats)} of the {role}, '
-                f'not {source!r}, so `source.connector` has nothing to '
-                'connect. Remove it.'
-            )
-        return {**feats, source: self.pair_connectors[role](feats[source])}
-
-    def connect(
-        self,
-        *,
-        student_feats: Features,
-        teacher_feats: Features,
-        is_dry_run: bool = False,
-    ) -> dict[str, Features]:
-        """The features of both with the connectors applied.
-
-        Maps of equal stride that padding made unequal are cut to what both
-        have, of whatever sources they are.
-
-        Args:
-            student_feats: The student's by source.
-            teacher_feats: The teacher's.
-            is_dry_run: Both come from one image of one size, which shows the
-                strides. Behind connectors, maps that then differ by more
-                than rounding are refused, and what the connectors do is
-                logged.
-        """
-        student_feats = self._connect('student', student_feats)
-        teacher_feats = self._connect('teacher', teacher_feats)
-        feats = dict(student_feats=student_feats, teacher_feats=teacher_feats)
-        if is_dry_run:
-            self._note_grids(**feats)
-        for own, theirs in self._of_one_grid:
-            maps = dict(
-                student_feats=feats['student_feats'][own],
-                teacher_feats=feats['teacher_feats'][theirs],
-            )
-            if self.pair_connectors or _differ_by_padding(**maps):
-                student, teacher = crop_to_common(**maps)
-                feats['student_feats'] = {
-                    **feats['student_feats'],
-                    own: student,
-                }
-                feats['teacher_feats'] = {
-                    **feats['teacher_feats'],
-                    theirs: teacher,
-                }
-        return feats
-
-    def _note_grids(
-        self, *, student_feats: Features, teacher_feats: Features
-    ) -> None:
-        """Note which sources have the same strides, from one image."""
-        if self.pair_connectors:
-            (own,), (theirs,) = self._connected.values()
-            self._check_connected(
-                student_feats=student_feats[own],
-                teacher_feats=teacher_feats[theirs],
-            )
-            self._of_one_grid = [(own, theirs)]
-            return
-        self._of_one_grid = [
-            (own, theirs)
-            for own, theirs in itertools.product(student_feats, teacher_feats)
-            if _grids(student_feats[own]) == _grids(teacher_feats[theirs])
-        ]
-
-    def connect_like(
-        self, teacher_feats: Features, student_feats: Features
-    ) -> Features:
-        """Further features of the student, as beside the same teacher's."""
-        feats = self.connect(
-            student_feats=student_feats, teacher_feats=teacher_feats
-        )
-        return feats['student_feats']
-
-    def _check_connected(
-        self,
-        *,
-        student_feats: tuple[Tensor, ...],
-        teacher_feats: tuple[Tensor, ...],
-    ) -> None:
-        shapes = [
-            [tuple(feat.shape) for feat in feats]
-            for feats in (student_feats, teacher_feats)
-        ]
-        if [len(shape) for shape in shapes[0]] != [
-            len(shape) for shape in shapes[1]
-        ] or any(
-            abs(own - theirs) > 1
-            for pair in zip(*shapes, strict=False)
-            for own, theirs in zip(*(shape[2:] for shape in pair), strict=True)
-        ):
-            raise ValueError(
-                'Behind the connectors, on one image, the student has '
-                f'{shapes[0]} and the teacher {shapes[1]}: all but the '
-                'channels must agree. Correct `source.connector`; '
-                'tools/print_sources.py shows the strides.'
-            )
-        for role, connector in self.pair_connectors.items():
-            for step in connector.steps():
-                print_log(
-                    f'Connector of the {role}: {step}.', logger='current'
-                )
 
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None

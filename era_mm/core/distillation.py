@@ -314,9 +314,8 @@ class Distillation(BaseModel):
         for name, distiller in distillers.items():
             distiller.prepare(
                 **pairs[name],
-                **distiller.connect(
-                    **self._feats_of(distiller, student_feats, teacher_feats),
-                    is_dry_run=True,
+                **distiller.connections.meet(
+                    **self._feats_of(distiller, student_feats, teacher_feats)
                 ),
             )
             distiller.set_up_inner()
@@ -484,7 +483,7 @@ class Distillation(BaseModel):
         idle = []
         for name, distiller in self.distillers.items():
             recorded = self._feats_of(distiller, student_feats, teacher_feats)
-            feats = distiller.connect(**recorded)
+            feats = distiller.connections.connect(**recorded)
             if is_learning and not any(
                 _learns(maps) for maps in feats['student_feats'].values()
             ):
@@ -501,7 +500,8 @@ class Distillation(BaseModel):
                     inputs,
                     data_samples,
                     connect=functools.partial(
-                        distiller.connect_like, recorded['teacher_feats']
+                        distiller.connections.connect_like,
+                        recorded['teacher_feats'],
                     ),
                 )
                 distiller.inner_step(**feats, data_samples=data_samples)
@@ -679,7 +679,7 @@ class Distillation(BaseModel):
                 predictions_of = distiller.predict(
                     tuple(own.values()),
                     student=self.student,
-                    student_feats=distiller.connect_student(
+                    student_feats=distiller.connections.connect_student(
                         {
                             source: student_feats[source]
                             for source in distiller.predict_sources
@@ -760,7 +760,7 @@ class Distillation(BaseModel):
             feats: dict[str, Any] = self._feats_of(
                 distiller, student_feats, teacher_feats
             )
-            return distiller.connect(**feats)
+            return distiller.connections.connect(**feats)
 
         return feats_of
 

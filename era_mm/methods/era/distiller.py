@@ -344,7 +344,9 @@ class ERADistiller(BaseDistiller):
             return
         # The blend needs the student's features as its own head gets them.
         student_head = find_head(student, self.twi_place)
-        self._blends = student_head is not None and not self.pair_connectors
+        self._blends = (
+            student_head is not None and not self.connections.connectors
+        )
         self._lacks_masks = getattr(student, 'with_mask', False) and not (
             isinstance(head, TwoStageTWIHead) and head.has_masks
         )
@@ -644,7 +646,7 @@ class ERADistiller(BaseDistiller):
         teacher_maps: tuple[Tensor, ...],
     ) -> None:
         assert self.logit is not None
-        if self.pair_connectors and isinstance(self.logit, RoITerm):
+        if self.connections.connectors and isinstance(self.logit, RoITerm):
             # Its RoI head reads what its neck gives.
             reason: str | None = 'a connector follows its neck'
         else:

@@ -36,8 +36,7 @@ class WrappingDistiller(BaseDistiller):
     def _take_sources(self) -> None:
         self.student_sources = self.base.student_sources
         self.teacher_sources = self.base.teacher_sources
-        self.pair_connectors = self.base.pair_connectors
-        self._connected = self.base._connected
+        self.connections = self.base.connections
 
     @property
     def step(self) -> int:
