@@ -2,27 +2,26 @@
 
 import copy
 import functools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dist import broadcast
 from mmengine.logging import MessageHub, print_log
-from mmengine.model import BaseModel
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from ..registry import MODELS
 from .base_distiller import BaseDistiller
-from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .data_preprocessor import DistillationDataPreprocessor
+from .guards import GradientWatch, check_graph, learns
 from .host_models import blank_sample, forward_until, resolve_model_config
 from .phase import Phase, resting
 from .recorder import Recorder
 from .rerun import Rerun
+from .student_model import StudentModel
 from .teacher import Teacher
 from .utils import broadcast_buffers, evaluating, preserve_rng
 
@@ -118,29 +117,8 @@ def _shapes_of(
     }
 
 
-def _learns(loss: Any) -> bool:
-    """Whether a loss, a tensor or a list of them, has a gradient."""
-    parts = loss if isinstance(loss, (list, tuple)) else [loss]
-    return any(part.requires_grad for part in parts)
-
-
-def _tidy_keys(model: 'Distillation', incompatible: Any) -> None:
-    """Report keys as the file has them; extras are not in its state dict."""
-    own = tuple(f'distillers.{key}' for key in model.distillers.state_dict())
-    missing = [
-        key.replace('student.', '', 1)
-        for key in incompatible.missing_keys
-        if not key.endswith(own)
-    ]
-    unexpected = [
-        key.replace('student.', '', 1) for key in incompatible.unexpected_keys
-    ]
-    incompatible.missing_keys[:] = missing
-    incompatible.unexpected_keys[:] = unexpected
-
-
 @MODELS.register_module()
-class Distillation(BaseModel):
+class Distillation(StudentModel):
     """Trains a student with the help of distillers; *is* the student else.
 
         loss = student's own losses + the distillers' losses
@@ -150,9 +128,8 @@ class Distillation(BaseModel):
     student, bit for bit: building and initialising teacher and distillers
     does not touch the random state that the student's run sees.
 
-    Attributes that it does not have are the student's (``model.bbox_head``),
-    so hooks of the hosts find what they look for. Its ``state_dict`` is the
-    student's own; see ``era_mm/core/checkpoint.py``.
+    Its attributes, parameter names and ``state_dict`` are the student's own;
+    see ``StudentModel``.
 
     Source: ours.
 
@@ -183,10 +160,7 @@ class Distillation(BaseModel):
             nothing in common with the teacher's.
     """
 
-    _is_copy = False
     _phase_name = ''
-    #: False once a file without extras was loaded and nothing trained since.
-    _has_extras = True
 
     def __init__(
         self,
@@ -210,10 +184,12 @@ class Distillation(BaseModel):
             preprocessor = DistillationDataPreprocessor(
                 student_model.data_preprocessor, teachers
             )
-            super().__init__(data_preprocessor=preprocessor)
-            self.student = student_model
-            self.teachers = teachers
-            self.distillers = nn.ModuleDict(distillers)
+            super().__init__(
+                student_model,
+                teachers=teachers,
+                distillers=distillers,
+                data_preprocessor=preprocessor,
+            )
             #: Host config of :attr:`student`.
             self.student_config = config
             self._inherited = self._plan_inheritance(inherit)
@@ -224,8 +200,7 @@ class Distillation(BaseModel):
         if inference_mode is not None:
             self.check_modes([inference_mode])
             self.inference_mode = inference_mode
-        self._watch_gradients()
-        self.register_load_state_dict_post_hook(_tidy_keys)
+        self._gradients = GradientWatch(self.distillers)
 
     @staticmethod
     def _build_student(
@@ -456,13 +431,15 @@ class Distillation(BaseModel):
                 "`model_wrapper_cfg=dict(type='era_mm.DistillationDataParallel"
                 "')`, as tools/train.py sets it."
             )
-        self._check_gradients()
+        is_learning = self.training and torch.is_grad_enabled()
+        # The distillers still have the step before, whose gradients these are.
+        if is_learning and not self._phase().frozen:
+            self._gradients.check()
         teacher_feats = self._teach(inputs, data_samples, teacher_inputs)
         step = self.step
         for distiller in self.distillers.values():
             distiller.step = step
         phase = self._phase()
-        is_learning = self.training and torch.is_grad_enabled()
         if is_learning and phase.name != self._phase_name:
             for name in phase.frozen:
                 broadcast_buffers(self.student.get_submodule(name))
@@ -478,14 +455,14 @@ class Distillation(BaseModel):
         student_feats = recorder.pop()
         if is_learning:
             if not phase.frozen:
-                self._check_graph(student_feats)
-            self._has_extras = True
+                check_graph(student_feats)
+            self.has_extras = True
         idle = []
         for name, distiller in self.distillers.items():
             recorded = self._feats_of(distiller, student_feats, teacher_feats)
             feats = distiller.connections.connect(**recorded)
             if is_learning and not any(
-                _learns(maps) for maps in feats['student_feats'].values()
+                learns(maps) for maps in feats['student_feats'].values()
             ):
                 idle.append(name)
                 continue
@@ -540,7 +517,7 @@ class Distillation(BaseModel):
     ) -> None:
         """Say which phase begins; refuse one in which nothing learns."""
         if phase.frozen and not any(
-            _learns(value) for key, value in losses.items() if 'loss' in key
+            learns(value) for key, value in losses.items() if 'loss' in key
         ):
             raise RuntimeError(
                 f'Phase {phase.name!r} trains nothing: it freezes '
@@ -556,20 +533,6 @@ class Distillation(BaseModel):
                 f'Distillers at rest: {", ".join(idle) or "none"}.',
                 logger='current',
             )
-
-    @staticmethod
-    def _check_graph(student_feats: dict[str, tuple[Tensor, ...]]) -> None:
-        """Refuse sources whose losses could not train the student."""
-        for source, feats in student_feats.items():
-            if not any(feat.requires_grad for feat in feats):
-                raise RuntimeError(
-                    f"The student's output at {source!r} has no gradient, so "
-                    'distilling it would train nothing. It lies in a frozen '
-                    'stage (`frozen_stages`) or inside a part under '
-                    'activation checkpointing (`with_cp`, '
-                    '`activation_checkpointing`): choose another source, or '
-                    'turn that off.'
-                )
 
     def _teach(
         self,
@@ -638,7 +601,7 @@ class Distillation(BaseModel):
             modes[self.inference_mode] = None
         if not modes:
             return self.student(inputs, data_samples, mode='predict')
-        if not self._has_extras:
+        if not self.has_extras:
             raise RuntimeError(
                 f'The modes {list(modes)} need what the distillers have '
                 'learnt, but the loaded checkpoint has a plain student only. '
@@ -796,206 +759,3 @@ class Distillation(BaseModel):
         if self.pretraining:
             return self.pretrain_step(data)
         return super().train_step(data, optim_wrapper)
-
-    # -- gradients of the extras -------------------------------------------
-
-    def _watch_gradients(self) -> None:
-        """Note which trainable extras the first step reaches.
-
-        A hook on the tensors and not a look at ``grad``: by the time the next
-        step begins mmengine has cleared it.
-        """
-        self._unreached = {}
-        self._gradient_handles = []
-        for name, parameter in self.distillers.named_parameters():
-            if parameter.requires_grad:
-                self._unreached[name] = 'distillers.' + name
-                self._gradient_handles.append(
-                    parameter.register_hook(self._reached(name))
-                )
-        self._watched_steps = 0
-
-    def _reached(self, name: str) -> Any:
-        def mark(gradient: Tensor) -> None:
-            self._unreached.pop(name, None)
-
-        return mark
-
-    def _check_gradients(self) -> None:
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        if self._watched_steps > 1:
-            return
-        # The distillers still have the step before, whose gradients these are.
-        if self._phase().frozen:
-            return
-        self._watched_steps += 1
-        if self._watched_steps == 1:
-            return
-        for handle in self._gradient_handles:
-            handle.remove()
-        self._gradient_handles = []
-        if self._unreached:
-            names = list(self._unreached.values())
-            raise RuntimeError(
-                f'{len(names)} trainable extras got no gradient in the first '
-                f'step: {", ".join(names[:4])}'
-                + (', ...' if len(names) > 4 else '')
-                + '. Every parameter that a distiller makes must take part '
-                'in its loss; build only what is used.'
-            )
-
-    # -- module bookkeeping ------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            student = self.__dict__.get('_modules', {}).get('student')
-            if student is None or name.startswith('__'):
-                raise
-            return getattr(student, name)
-
-    def _inner_modules(self) -> list[nn.Module]:
-        distillers = self._modules.get('distillers') or {}
-        return [d.inner for d in distillers.values() if d.inner is not None]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> 'Distillation':
-        super()._apply(fn, recurse)
-        for teacher in self.teachers.values():
-            teacher.apply_(fn)
-        for module in self._inner_modules():
-            module._apply(fn)
-        return self
-
-    def __deepcopy__(self, memo: dict) -> 'Distillation':
-        # Distillers are shared as the teachers are: an averaged copy (EMA) is
-        # a copy of the student, and modes such as T join the averaged student
-        # with the extras as they are.
-        memo[id(self.distillers)] = self.distillers
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        state = dict(self.__dict__)
-        state['_gradient_handles'] = []
-        clone.__dict__.update(copy.deepcopy(state, memo))
-        clone._is_copy = True
-        return clone
-
-    def named_parameters(
-        self, prefix: str = '', recurse: bool = True, **kwargs: Any
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The student's under its own names, then the extras'.
-
-        Optimiser constructors of the hosts decide by names that begin with
-        ``backbone``.
-
-        What averages a copy (EMA) walks the parameters of both models in
-        parallel, freezes the copy's and writes into them. So a copy lists
-        stand-ins for the shared extras: equal in value, and nothing that is
-        done to them reaches the original.
-        """
-        start = f'{prefix}.' if prefix else ''
-        for name, parameter in super().named_parameters(
-            prefix, recurse, **kwargs
-        ):
-            if self._is_copy and name.startswith(f'{start}distillers.'):
-                parameter = parameter.detach().clone()
-            own = name.removeprefix(f'{start}student.')
-            yield (name if own == name else start + own), parameter
-
-    def state_dict(
-        self,
-        *args: Any,
-        destination: Any = None,
-        prefix: str = '',
-        keep_vars: bool = False,
-    ) -> Any:
-        """The student's own state dict, extras in its metadata."""
-        state = self.student.state_dict(
-            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
-        )
-        metadata = state._metadata
-        # Module versions, under the names that loading into this model uses.
-        for key in list(metadata):
-            if key == prefix[:-1] or key.startswith(prefix):
-                suffix = key[len(prefix) :]
-                alias = f'{prefix}student' + (f'.{suffix}' if suffix else '')
-                metadata[alias] = metadata[key]
-        metadata[prefix[:-1]] = {
-            **metadata[prefix[:-1]],
-            METADATA_KEY: self._extras(),
-        }
-        return state
-
-    def _extras(self) -> Extras:
-        extras = Extras()
-        for name, distiller in self.distillers.items():
-            entry = {
-                'type': type(distiller).__name__,
-                'state_dict': dict(distiller.state_dict()),
-            }
-            if distiller.inner is not None:
-                entry['inner'] = dict(distiller.inner.state_dict())
-                entry['inner_optimizer'] = (
-                    distiller.inner_optimizer.state_dict()
-                )
-            # A head that a file brought must be in the next file, too.
-            if distiller.needs_teacher:
-                brought = self.teachers[distiller.teacher].brought
-                if brought:
-                    entry['teacher'] = dict(brought)
-            extras[name] = entry
-        return extras
-
-    def _load_extras(self, extras: Mapping) -> None:
-        self._has_extras = True
-        for name, distiller in self.distillers.items():
-            entry = extras.get(name)
-            if entry is None or entry['type'] != type(distiller).__name__:
-                self._has_extras = False
-                print_log(
-                    f'The checkpoint has no extras of distiller {name!r} '
-                    f'({type(distiller).__name__}); they keep their values.',
-                    logger='current',
-                    level=logging.WARNING,
-                )
-                continue
-            load_strictly(
-                distiller,
-                entry['state_dict'],
-                name=f'extras of {name!r} in the checkpoint',
-            )
-            if 'teacher' in entry:
-                self.teachers[distiller.teacher].take(entry['teacher'])
-            if distiller.inner is not None:
-                distiller.inner.load_state_dict(entry['inner'])
-                distiller.inner_optimizer.load_state_dict(
-                    entry['inner_optimizer']
-                )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list,
-        unexpected_keys: list,
-        error_msgs: list,
-    ) -> None:
-        # mmengine and torch both walk the modules and call this one, and
-        # neither calls an overridden load_state_dict().
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict[f'{prefix}student.{key[len(prefix) :]}'] = (
-                state_dict.pop(key)
-            )
-        self._load_extras(local_metadata.get(METADATA_KEY) or {})
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )

@@ -417,7 +417,7 @@ def test_extras__all_of_era_get_a_gradient(teacher_file):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(3):
         step(model, optimizer)
-    assert not model._unreached
+    assert not model._gradients.unreached
 
 
 def test_source__that_never_fires_is_named():
