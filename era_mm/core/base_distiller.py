@@ -8,12 +8,11 @@ saved is the core's business.
 
 import fnmatch
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import all_reduce, get_world_size
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from .phase import Phase
 from .plan import MeasuredPair, Plan
 from .rerun import Rerun
 from .schedule import LossSchedule
-from .utils import Unregistered
+from .utils import Unregistered, take_step
 
 
 class HostModel(NamedTuple):
@@ -36,27 +35,6 @@ class HostModel(NamedTuple):
 
     config: ConfigDict
     module: nn.Module
-
-
-def take_step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-) -> None:
-    """One step of an inner optimiser, gradients averaged over the ranks.
-
-    Args:
-        optimizer: The optimiser of these parameters.
-        parameters: What it moves.
-        gradients: Their gradients on this rank.
-    """
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        all_reduce(gradient)
-        parameter.grad = gradient / get_world_size()
-    optimizer.step()
-    optimizer.zero_grad()
-    # Autocast keeps low-precision copies of the weights from before.
-    torch.clear_autocast_cache()
 
 
 @explain_unknown_keys
@@ -73,8 +51,8 @@ class BaseDistiller(BaseModule):
     - :meth:`build_inner`, :meth:`inner_loss`: an *inner module* with its own
       optimiser, which takes its own step in every training iteration, before
       the student's. It is in none of the run's optimiser groups nor DDP
-      buckets; its gradients are averaged over the ranks. ``rerun`` gives that
-      step the student's losses and features at other weights.
+      buckets; its gradients are averaged over the ranks. :meth:`inner_step`
+      is handed ``rerun``, the student's losses and features at other weights.
     - ``pretrain_iters``: for so many iterations from the start of the run
       only the inner module trains; the student stays as it is.
     - ``freeze_inner``: the inner module learns in that phase alone.
@@ -118,10 +96,6 @@ class BaseDistiller(BaseModule):
     freeze_inner = False
     #: Whether :meth:`phase` ever freezes anything.
     has_phases = False
-    #: The run's global iteration; the core sets it before :meth:`loss`.
-    step = 0
-    #: Within :meth:`inner_step` of a training step: the student once more.
-    rerun: Rerun | None = None
 
     def __init__(
         self,
@@ -157,6 +131,7 @@ class BaseDistiller(BaseModule):
             key: LossSchedule(**kwargs)
             for key, kwargs in (schedules or {}).items()
         }
+        self._step = 0
         self._inner: Unregistered | None = None
         self._inner_optimizer: torch.optim.Optimizer | None = None
 
@@ -296,7 +271,20 @@ class BaseDistiller(BaseModule):
         """
         return None
 
-    # -- phases ------------------------------------------------------------
+    # -- steps and phases --------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The run's global iteration."""
+        return self._step
+
+    def begin_step(self, step: int) -> None:
+        """Be told the iteration; called before the losses of each.
+
+        Args:
+            step: The run's global iteration.
+        """
+        self._step = step
 
     def phase(self) -> Phase | None:
         """The phase at ``self.step``; None where everything learns.
@@ -366,11 +354,18 @@ class BaseDistiller(BaseModule):
         student_feats: Features,
         teacher_feats: Features,
         data_samples: list,
+        rerun: Rerun | None = None,
     ) -> Tensor:
         """One step of the inner optimiser; returns the detached loss.
 
         Gradients are taken by ``autograd.grad`` for the inner parameters
         alone, so neither the student's gradients nor DDP's hooks notice.
+
+        Args:
+            student_feats: Features by source.
+            teacher_feats: The teacher's.
+            data_samples: The batch's ground truth and meta data.
+            rerun: The student once more on this batch; None in pre-training.
         """
         assert self.inner is not None
         assert self._inner_optimizer is not None

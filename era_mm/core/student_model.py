@@ -11,7 +11,7 @@ from torch import nn
 
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
-from .teacher import Teacher
+from .teacher import BaseTeacher
 
 
 def _tidy_keys(model: 'StudentModel', incompatible: Any) -> None:
@@ -56,13 +56,13 @@ class StudentModel(BaseModel):
         self,
         student: nn.Module,
         *,
-        teachers: Mapping[str, Teacher],
+        teachers: Mapping[str, BaseTeacher],
         distillers: Mapping[str, BaseDistiller],
         data_preprocessor: nn.Module,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor)
         self.student = student
-        self.teachers = dict(teachers)
+        self.teachers: Mapping[str, BaseTeacher] = dict(teachers)
         self.distillers = nn.ModuleDict(distillers)
         self.register_load_state_dict_post_hook(_tidy_keys)
 

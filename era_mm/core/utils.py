@@ -4,14 +4,14 @@ import contextlib
 import copy
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast
+from mmengine.dist import all_reduce, broadcast, get_world_size
 from mmengine.logging import MMLogger
-from torch import nn
+from torch import Tensor, nn
 
 
 class Unregistered:
@@ -81,6 +81,27 @@ def broadcast_buffers(module: nn.Module) -> None:
     """
     for buffer in module.buffers():
         broadcast(buffer)
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """One step of an inner optimiser, gradients averaged over the ranks.
+
+    Args:
+        optimizer: The optimiser of these parameters.
+        parameters: What it moves.
+        gradients: Their gradients on this rank.
+    """
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        all_reduce(gradient)
+        parameter.grad = gradient / get_world_size()
+    optimizer.step()
+    optimizer.zero_grad()
+    # Autocast keeps low-precision copies of the weights from before.
+    torch.clear_autocast_cache()
 
 
 def to_cpu(value: Any) -> Any:

@@ -315,7 +315,7 @@ def test_teacher__is_shared_by_deepcopy(teacher_file):
     assert clone.teachers['teacher'] is model.teachers['teacher']
     assert clone.student is not model.student
     # The copy records its own modules, not the original's.
-    assert clone._student_recorder.model is clone.student
+    assert clone.wiring.recorder.model is clone.student
 
 
 def test_teacher__is_bit_identical_after_training(make_runner, teacher_file):

@@ -38,14 +38,10 @@ class WrappingDistiller(BaseDistiller):
         self.teacher_sources = self.base.teacher_sources
         self.connections = self.base.connections
 
-    @property
-    def step(self) -> int:
-        """The run's global iteration, also the wrapped distiller's."""
-        return self.base.step
-
-    @step.setter
-    def step(self, value: int) -> None:
-        self.base.step = value
+    def begin_step(self, step: int) -> None:
+        """Also the wrapped distiller's."""
+        super().begin_step(step)
+        self.base.begin_step(step)
 
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None
