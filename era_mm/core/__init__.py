@@ -5,7 +5,7 @@ from .base_distiller import (
     Features,
     HostModel,
 )
-from .build import student_config_of
+from .build import distillation_kind, student_config_of
 from .checkpoint import (
     extras_of,
     load_strictly,
@@ -37,6 +37,7 @@ __all__ = [
     'Recorder',
     'Teacher',
     'Unregistered',
+    'distillation_kind',
     'extras_of',
     'load_strictly',
     'read_checkpoint',

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..layers import Connector, crop_to_common
+from ..layers import Connector, check_alike, crop_to_common
 from ..registry import MODELS
 
 Features = Mapping[str, tuple[Tensor, ...]]
@@ -187,17 +187,18 @@ class Connections:
         own, theirs = (
             [tuple(feat.shape) for feat in maps] for maps in feats.values()
         )
-        if [len(s) for s in own] != [len(s) for s in theirs] or any(
-            abs(a - b) > 1
-            for s, t in zip(own, theirs, strict=True)
-            for a, b in zip(s[2:], t[2:], strict=True)
-        ):
-            raise ValueError(
-                'Behind the connectors, on one image, the student has '
-                f'{own} and the teacher {theirs}: all but the channels must '
-                'agree. Correct `source.connector`; tools/print_sources.py '
-                'shows the strides.'
-            )
+        check_alike(
+            own,
+            theirs,
+            names=(
+                'Behind the connectors, on one image, the student',
+                'the teacher',
+            ),
+            advice='Correct `source.connector`; tools/print_sources.py shows '
+            'the strides.',
+            # What resizing rounds.
+            slack=1,
+        )
         for role, connector in self.connectors.items():
             for step in connector.steps():
                 print_log(

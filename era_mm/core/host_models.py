@@ -74,10 +74,21 @@ def resolve_model_config(
             f'Config {config!r} has no `model`. Give the config of a whole '
             'model, as it was trained.'
         )
-    model = cfg.model
-    if 'data_preprocessor' in cfg:
+    return whole_model(cfg), scope
+
+
+def whole_model(cfg: Config) -> ConfigDict:
+    """The model of a whole config, its ``data_preprocessor`` included.
+
+    mmpretrain keeps that beside the model.
+
+    Args:
+        cfg: A config with ``model``; not changed.
+    """
+    model = ConfigDict(cfg.model.to_dict())
+    if cfg.get('data_preprocessor') is not None:
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return ConfigDict(model.to_dict()), scope
+    return model
 
 
 def forward_until(

@@ -12,8 +12,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 import era_mm.methods
-from era_mm.core import BaseDistiller, Distillation, Plan
+from era_mm.core import BaseDistiller, Distillation, Plan, distillation_kind
 from era_mm.core.data_preprocessor import differences
+from era_mm.core.host_models import whole_model
+from era_mm.core.teacher import RANDOM
 from era_mm.core.utils import preserve_rng
 from era_mm.engine.host_configs import (
     HostConfig,
@@ -200,8 +202,8 @@ def check_student(student: HostConfig) -> None:
             'one of the text style (`_base_ = ...`), as the hosts have of '
             'each.'
         )
-    kind = kind.rpartition('.')[2]
-    if kind.endswith('Distillation'):
+    kind = distillation_kind(student.cfg.model)
+    if kind is not None:
         raise UserError(
             f'--student: {student.reference} is a {kind} already. Give the '
             'plain config that it inherits from; a distilled checkpoint can '
@@ -227,11 +229,9 @@ def _build(text: str, student: HostConfig) -> Distillation:
         file.write_text(_filled(text, student, file))
         cfg = Config.fromfile(file)
     check_checkpoints(cfg)
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     try:
         with DefaultScope.overwrite_default_scope(student.scope):
-            return MODELS.build(cfg.model)
+            return MODELS.build(whole_model(cfg))
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise UserError(
             f'--method: the pair was matched, but the model cannot be built: '
@@ -526,8 +526,8 @@ def run(
             f"--teacher: {teacher} is the student's own config. A student "
             'learns nothing from a copy of itself; give another model.'
         )
-    kind = str(theirs.cfg.model.get('type')).rpartition('.')[2]
-    if kind.endswith('Distillation'):
+    kind = distillation_kind(theirs.cfg.model)
+    if kind is not None:
         raise UserError(
             f'--teacher: {teacher} is a {kind}. Give the plain config of the '
             'model that it trained; its files are plain checkpoints.'
@@ -557,7 +557,7 @@ def run(
 
 
 def _is_file(checkpoint: str) -> bool:
-    return checkpoint != 'random' and '://' not in checkpoint
+    return checkpoint != RANDOM and '://' not in checkpoint
 
 
 def _check_weights(teacher: str, student: str | None) -> None:
@@ -570,7 +570,7 @@ def _check_weights(teacher: str, student: str | None) -> None:
                 f'{fault}. Correct the path (it is relative to the folder '
                 'the command runs in), or give a URL.'
             )
-    if student == 'random':
+    if student == RANDOM:
         raise UserError(
             '--student-checkpoint: expected a path or URL. A student has '
             'random weights without it: leave it out.'

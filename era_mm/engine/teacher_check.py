@@ -318,7 +318,7 @@ def check_teacher(
         UserError: The teacher is near chance.
     """
     name = teacher.name
-    if teacher.checkpoint == 'random':
+    if teacher.is_random:
         return f'{name}: random weights, not evaluated'
     if runner.val_loop is None:
         return f'{name}: not evaluated, the config has no val_dataloader'

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, MeasuredPair, Phase, Plan
 from ...errors import UserError
+from ...layers import check_alike
 from ...registry import MODELS
 from .losses import assistant_loss, student_loss
 from .pair_config import PRETRAINING, pair_config
@@ -229,14 +230,14 @@ class ResidualKDDistiller(BaseDistiller):
         own, theirs = (
             [tuple(m.shape) for m in feats] for feats in (maps, teacher_maps)
         )
-        if [(len(s), s[2:]) for s in own] != [(len(s), s[2:]) for s in theirs]:
-            raise ValueError(
-                f'The student has features {own} at {self.cut!r} and the '
-                f'teacher {theirs} at {self.teacher_sources[0]!r}: all but '
-                'the channels must agree. Choose sources of the same levels '
-                'and strides, and compare pad_size_divisor of both '
-                'data_preprocessors.'
-            )
+        check_alike(
+            own,
+            theirs,
+            names=('The student', 'the teacher'),
+            at=(self.cut, self.teacher_sources[0]),
+            advice='Choose sources of the same levels and strides, and '
+            'compare pad_size_divisor of both data_preprocessors.',
+        )
 
     def phase(self) -> Phase:
         """The phase at ``self.step``."""

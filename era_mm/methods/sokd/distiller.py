@@ -15,11 +15,12 @@ from ...core import (
     Plan,
     Unregistered,
 )
+from ...layers import full_precision
 from ...registry import MODELS
 from .adapters import Adapters, check_shapes
 from .areas import Areas
 from .dafa import DAFA
-from .dam import DAM, full_precision
+from .dam import DAM
 from .search import SearchingDistiller
 
 AREAS_FOR = ('term', 'base')

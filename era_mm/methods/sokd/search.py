@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ...core import BaseDistiller, Features, Unregistered
 from ...core.rerun import Rerun
 from ...core.utils import preserve_rng, take_step
+from ...layers import full_precision, levels_of
 from .adapters import Adapters, below
 from .dafa import DAFA, consistency_loss
-from .dam import full_precision
 from .wrapper import WrappingDistiller
 
 
@@ -175,12 +175,8 @@ class SearchingDistiller(WrappingDistiller):
         """
         sources = self.student_sources[: len(self.teacher_sources)]
         return (
-            [feat for source in sources for feat in student_feats[source]],
-            [
-                feat
-                for source in self.teacher_sources
-                for feat in teacher_feats[source]
-            ],
+            levels_of(student_feats, sources),
+            levels_of(teacher_feats, self.teacher_sources),
         )
 
     def _adapt(
@@ -261,11 +257,7 @@ class SearchingDistiller(WrappingDistiller):
         """F_t' of this step's draw, by source."""
         if self.policy is None:
             return teacher_feats
-        flat = [
-            feat
-            for source in self.teacher_sources
-            for feat in teacher_feats[source]
-        ]
+        flat = levels_of(teacher_feats, self.teacher_sources)
         refined = iter(self.policy(flat, self.step))
         return {
             source: tuple(next(refined) for _ in teacher_feats[source])
