@@ -3,9 +3,31 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Circles that are not mended yet.
 KNOWN = [{'era_mm.methods.era.distiller', 'era_mm.methods.era.export'}]
+#: What rooms of the core may import of the package; of the core without its
+#: name.
+ROOMS = {
+    'host_models': set(),
+    'guards': set(),
+    'plan': set(),
+    'utils': set(),
+    'recorder': set(),
+    'connections': {'layers', 'registry'},
+    'teacher': {
+        *('checkpoint', 'host_models', 'recorder', 'utils'),
+        'registry',
+    },
+    'student_model': {'base_distiller', 'checkpoint', 'teacher'},
+    'build': {'base_distiller', 'host_models', 'teacher', 'utils'},
+    'wiring': {
+        *('base_distiller', 'connections', 'host_models', 'recorder'),
+        *('teacher', 'utils'),
+    },
+}
 
 
 def modules():
@@ -67,6 +89,15 @@ def test_imports__have_no_circle():
     graph = {name: set(imports_of(name, files)) for name in files}
     assert 'era_mm.core.step' in graph['era_mm.core.distillation']
     assert [c for c in circles_of(graph) if c not in KNOWN] == []
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_imports__of_a_room_are_what_it_may_know(room):
+    found = {
+        name.removeprefix('era_mm.').removeprefix('core.')
+        for name in imports_of(f'era_mm.core.{room}', modules())
+    }
+    assert found <= ROOMS[room]
 
 
 def test_imports__methods_need_no_engine():
