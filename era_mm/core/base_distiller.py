@@ -150,7 +150,7 @@ class BaseDistiller(BaseModule):
             pair: The models, built and measured.
 
         Raises:
-            UserError: The method cannot work on such a pair.
+            ValueError: The method cannot work on such a pair.
         """
         match = pair.match()
         return Plan(

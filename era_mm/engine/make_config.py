@@ -167,8 +167,14 @@ def make_config(
     check_student(student)
     method_class = find_method(method)
     pair = pair_of(student, teacher)
-    with preserve_rng():
-        plan = method_class.plan_for(pair)
+    try:
+        with preserve_rng():
+            plan = method_class.plan_for(pair)
+    except UserError:
+        # Of the pair, which names the model that is at fault.
+        raise
+    except ValueError as error:
+        raise UserError(f'--method: {error}') from error
     assert isinstance(plan.match, Match)
     pair.check_training(plan.match)
     draft = Draft(

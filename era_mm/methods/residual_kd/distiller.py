@@ -9,7 +9,6 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, MeasuredPair, Phase, Plan
-from ...errors import UserError
 from ...layers import check_alike
 from ...registry import MODELS
 from .losses import assistant_loss, student_loss
@@ -151,15 +150,15 @@ class ResidualKDDistiller(BaseDistiller):
         """The feature form, on levels as they are.
 
         Raises:
-            UserError: The levels of the two are not the same.
+            ValueError: The levels of the two are not the same.
         """
         match = pair.match()
         if match.connector or match.unused():
             unused = ', '.join(match.unused()) or 'none'
-            raise UserError(
-                '--method: residual_kd adds the features of a whole neck, so '
-                'both models must have the same levels and strides. Here '
-                f'these have no partner: {unused}; connectors needed: '
+            raise ValueError(
+                f'{cls.__name__} adds the features of a whole neck, so both '
+                'models must have the same levels and strides. Here these '
+                f'have no partner: {unused}; connectors needed: '
                 f'{match.connector or "none"}. Choose another teacher or '
                 'another method.'
             )
