@@ -98,6 +98,29 @@ def find_profile() -> str:
     return max(counts, key=lambda name: counts[name])
 
 
+def shipped(module: str, *inside: str) -> list[Path]:
+    """What a package brings along for mim, in a wheel or a checkout.
+
+    Args:
+        module: The package's import name.
+        inside: Parts of the path below ``.mim``, such as 'configs'; a
+            checkout installed in place has it beside the package.
+
+    Returns:
+        The files or folders of that path that are there.
+    """
+    spec = importlib.util.find_spec(module)
+    return [
+        path
+        for folder in (spec and spec.submodule_search_locations) or []
+        for path in (
+            Path(folder, '.mim', *inside),
+            Path(folder).parent.joinpath(*inside),
+        )
+        if path.exists()
+    ]
+
+
 def has_compiled_ops() -> bool:
     """Whether the installed mmcv carries its compiled operators."""
     spec = importlib.util.find_spec('mmcv')

@@ -29,7 +29,7 @@ from mmpretrain.structures import DataSample
 from PIL import Image
 
 from era_mm.core import extras_of
-from era_mm.core.teacher import resolve_model_config
+from era_mm.core.host_models import resolve_model_config
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parent.parent

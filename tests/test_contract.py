@@ -12,11 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch import nn
 
 import era_mm.methods
 from era_mm.core import BaseDistiller, extras_of
+from era_mm.engine.pairing import Member, Pair
 from era_mm.testing import (
+    classifier_config,
     detection_batch,
     detector_config,
     distillation_config,
@@ -99,6 +104,149 @@ def test_method__trains_two_steps(name, cls, teacher_file):
         assert not any(m.training for m in teacher.model.modules())
         for k, value in teacher.model.state_dict().items():
             assert torch.equal(teachers[key][k], value)
+
+
+#: Models of each host, student and teacher, and a raw batch.
+HOSTS = {
+    'detector': (
+        detector_config(),
+        detector_config(width=16, channels=24),
+        detection_batch(4),
+    ),
+    'classifier': (
+        classifier_config(),
+        classifier_config(width=16),
+        dict(
+            inputs=list(
+                torch.randint(
+                    256, (4, 3, 64, 64), generator=torch.Generator()
+                ).byte()
+            ),
+            data_samples=[DataSample().set_gt_label(i % 3) for i in range(4)],
+        ),
+    ),
+}
+each_host = pytest.mark.parametrize('host', HOSTS)
+
+
+def build_for(cls, host):
+    """A method on a host's pair, as make_config would set it up."""
+    student, teacher, _ = HOSTS[host]
+    if not cls.needs_teacher:
+        return MODELS.build(
+            dict(
+                type='era_mm.Distillation',
+                student=student,
+                distiller=dict(type=f'era_mm.{cls.__name__}'),
+            )
+        )
+    pair = Pair(
+        *(
+            Member(role, role, ConfigDict(config))
+            for role, config in (('student', student), ('teacher', teacher))
+        ),
+        input_sizes=[64],
+    )
+    return MODELS.build(
+        distillation_config(cls.plan_for(pair).distiller, student, teacher)
+    )
+
+
+def assert_teaches(model, batch):
+    """The distiller's own terms alone have a gradient in the student.
+
+    Unless its first phase says that the student rests.
+    """
+    model.train()
+    distiller = model.distillers['distiller']
+    data = model.data_preprocessor(copy.deepcopy(batch), True)
+    hosts = set(
+        model.student(
+            data['inputs'], copy.deepcopy(data['data_samples']), mode='loss'
+        )
+    )
+    losses = model(**data, mode='loss')
+    own = {key: v for key, v in losses.items() if key not in hosts}
+    assert own
+    total, _ = model.parse_losses(own)
+    total.backward()
+    phase = distiller.phase()
+    resting = () if phase is None else phase.frozen
+    reached = {
+        name
+        for name, parameter in model.student.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
+    awake = {
+        name
+        for name, _ in model.student.named_parameters()
+        if not name.startswith(tuple(f'{part}.' for part in resting))
+    }
+    assert reached <= awake
+    assert reached or not awake, f'{type(distiller).__name__} teaches nothing'
+
+
+@each_host
+@each_method
+def test_method__teaches_the_student_by_its_own_terms(name, cls, host):
+    assert_teaches(build_for(cls, host), HOSTS[host][2])
+
+
+def pooled(feats):
+    return [f.mean((2, 3)) if f.dim() == 4 else f for f in feats['neck']]
+
+
+class Attached(BaseDistiller):
+    """Pulls what a layer makes of the student to the teacher's."""
+
+    def prepare(self, *, student_feats, teacher_feats, **pair):
+        self.layers = nn.ModuleList(
+            nn.Linear(s.shape[1], t.shape[1])
+            for s, t in zip(
+                pooled(student_feats), pooled(teacher_feats), strict=True
+            )
+        )
+
+    def loss(self, *, student_feats, teacher_feats, data_samples):
+        levels = zip(
+            self.layers,
+            pooled(student_feats),
+            pooled(teacher_feats),
+            strict=True,
+        )
+        return {
+            'loss_attached': sum(
+                (layer(self.hear(s)) - t).square().mean()
+                for layer, s, t in levels
+            )
+        }
+
+    @staticmethod
+    def hear(feat):
+        return feat
+
+
+class Detached(Attached):
+    """Trains its layer alone: the student is cut off."""
+
+    @staticmethod
+    def hear(feat):
+        return feat.detach()
+
+
+@each_host
+def test_method__that_detaches_its_features_is_found_out(host):
+    student, teacher, batch = HOSTS[host]
+    models = []
+    for cls in (Attached, Detached):
+        MODELS.register_module(name=f'_{cls.__name__}', module=cls, force=True)
+        distiller = dict(type=f'_{cls.__name__}')
+        models.append(
+            MODELS.build(distillation_config(distiller, student, teacher))
+        )
+    assert_teaches(models[0], batch)
+    with pytest.raises(AssertionError, match='Detached teaches nothing'):
+        assert_teaches(models[1], batch)
 
 
 @each_method

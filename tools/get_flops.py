@@ -19,9 +19,8 @@ from typing import Any
 
 from mmengine.registry import MODELS, DefaultScope
 
-from era_mm.core import Distillation, MutualDistillation, student_config_of
-from era_mm.core.teacher import resolve_model_config
-from era_mm.core.utils import blank_sample
+from era_mm.core import distillation_kind, student_config_of
+from era_mm.core.host_models import blank_sample, resolve_model_config
 from era_mm.engine.preflight import find_config
 from era_mm.errors import UserError
 from era_mm.methods.residual_kd.split import measure
@@ -67,12 +66,12 @@ def cost_of(reference: str, side: int) -> dict[str, Any]:
     if '::' not in reference:
         reference = find_config(reference)
     config, scope = resolve_model_config(reference)
-    kind = str(config.type).rpartition('.')[2]
-    if kind == MutualDistillation.__name__:
+    kind = distillation_kind(config)
+    if kind == 'MutualDistillation':
         raise UserError(
             f'{reference} trains two students. Give the plain config of each.'
         )
-    if kind == Distillation.__name__:
+    if kind == 'Distillation':
         with DefaultScope.overwrite_default_scope(scope):
             config, own_scope = student_config_of(config)
         scope = own_scope or scope

@@ -16,7 +16,7 @@ from mmengine.runner.checkpoint import load_checkpoint
 
 import era_mm  # noqa: F401
 from era_mm.core import Recorder, extras_of
-from era_mm.core.teacher import forward_until
+from era_mm.core.host_models import forward_until
 from era_mm.methods.sokd import SoKDDistiller
 from era_mm.visualization.panels import Panel, save_grid
 from era_mm.visualization.sokd import area_panels, draw_policy, read_policy

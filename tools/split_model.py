@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from era_mm.core import Distillation, MutualDistillation
-from era_mm.core.teacher import resolve_model_config
+from era_mm.core import distillation_kind
+from era_mm.core.host_models import resolve_model_config
 from era_mm.engine.preflight import find_config
 from era_mm.errors import UserError
 from era_mm.methods.residual_kd import Split, split_by_flops
@@ -60,13 +60,13 @@ def split_config(args: argparse.Namespace) -> Split:
     if '::' not in reference:
         reference = find_config(reference)
     model, scope = resolve_model_config(reference)
-    kind = str(model.type).rpartition('.')[2]
-    if kind == MutualDistillation.__name__:
+    kind = distillation_kind(model)
+    if kind == 'MutualDistillation':
         raise UserError(
             f'{args.config} trains two students. Give the plain config of '
             'the one to split.'
         )
-    if kind == Distillation.__name__:
+    if kind == 'Distillation':
         model, own_scope = resolve_model_config(model.student)
         scope = own_scope or scope
     with DefaultScope.overwrite_default_scope(scope):

@@ -442,7 +442,7 @@ def batch_maker(
     host: str, cfg: Any, size: tuple[int, int], model: Any
 ) -> Callable[[], dict]:
     """Makes the same batch again and again: steps may change it."""
-    from era_mm.core.pairing import num_classes_of
+    from era_mm.core.host_models import num_classes_of
 
     classes = num_classes_of(model)
     if host == 'mmpretrain':

@@ -1,32 +1,43 @@
 """The machine; it knows no paper."""
 
-from .base_distiller import BaseDistiller, Features, HostModel
+from .base_distiller import (
+    BaseDistiller,
+    Features,
+    HostModel,
+)
+from .build import distillation_kind, student_config_of
 from .checkpoint import (
     extras_of,
     load_strictly,
     read_checkpoint,
     students_of,
 )
-from .distillation import Distillation, student_config_of
+from .distillation import Distillation
 from .mutual import MutualDistillation, MutualOptimWrapperConstructor
 from .phase import Phase
+from .plan import MeasuredPair, Plan
 from .recorder import Recorder
 from .schedule import LossSchedule
+from .step import DistilledStudent
 from .teacher import Teacher
 from .utils import Unregistered
 
 __all__ = [
     'BaseDistiller',
     'Distillation',
+    'DistilledStudent',
     'Features',
     'HostModel',
     'LossSchedule',
+    'MeasuredPair',
     'MutualDistillation',
     'MutualOptimWrapperConstructor',
     'Phase',
+    'Plan',
     'Recorder',
     'Teacher',
     'Unregistered',
+    'distillation_kind',
     'extras_of',
     'load_strictly',
     'read_checkpoint',

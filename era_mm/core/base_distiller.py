@@ -7,30 +7,22 @@ saved is the core's business.
 """
 
 import fnmatch
-import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import all_reduce, get_world_size
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..layers import Connector, crop_to_common
-from ..registry import MODELS, explain_unknown_keys
-from .pairing import Pair, Plan
+from ..registry import explain_unknown_keys
+from .connections import Connections, Features
 from .phase import Phase
+from .plan import MeasuredPair, Plan
 from .rerun import Rerun
 from .schedule import LossSchedule
-from .utils import Unregistered
-
-Features = Mapping[str, tuple[Tensor, ...]]
-
-# Layers import nothing of ours; as a neck it is looked up by its name.
-MODELS.register_module(module=Connector)
+from .utils import Unregistered, take_step
 
 
 class HostModel(NamedTuple):
@@ -43,48 +35,6 @@ class HostModel(NamedTuple):
 
     config: ConfigDict
     module: nn.Module
-
-
-def take_step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-) -> None:
-    """One step of an inner optimiser, gradients averaged over the ranks.
-
-    Args:
-        optimizer: The optimiser of these parameters.
-        parameters: What it moves.
-        gradients: Their gradients on this rank.
-    """
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        all_reduce(gradient)
-        parameter.grad = gradient / get_world_size()
-    optimizer.step()
-    optimizer.zero_grad()
-    # Autocast keeps low-precision copies of the weights from before.
-    torch.clear_autocast_cache()
-
-
-def _grids(feats: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(feat.shape[2:]) for feat in feats]
-
-
-def _differ_by_padding(
-    *, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]
-) -> bool:
-    """Whether padding explains the sizes of maps that shared a small image.
-
-    It adds to the coarser maps no more cells than to the finest. Where it
-    does, strides differ that the small image did not tell apart.
-    """
-    grids = zip(_grids(student_feats), _grids(teacher_feats), strict=True)
-    pairs = sorted((g for g in grids if all(g)), reverse=True)
-    gaps = [
-        max(abs(own - theirs) for own, theirs in zip(*pair, strict=True))
-        for pair in pairs
-    ]
-    return all(gap <= gaps[0] + 1 for gap in gaps)
 
 
 @explain_unknown_keys
@@ -101,8 +51,8 @@ class BaseDistiller(BaseModule):
     - :meth:`build_inner`, :meth:`inner_loss`: an *inner module* with its own
       optimiser, which takes its own step in every training iteration, before
       the student's. It is in none of the run's optimiser groups nor DDP
-      buckets; its gradients are averaged over the ranks. ``rerun`` gives that
-      step the student's losses and features at other weights.
+      buckets; its gradients are averaged over the ranks. :meth:`inner_step`
+      is handed ``rerun``, the student's losses and features at other weights.
     - ``pretrain_iters``: for so many iterations from the start of the run
       only the inner module trains; the student stays as it is.
     - ``freeze_inner``: the inner module learns in that phase alone.
@@ -146,10 +96,6 @@ class BaseDistiller(BaseModule):
     freeze_inner = False
     #: Whether :meth:`phase` ever freezes anything.
     has_phases = False
-    #: The run's global iteration; the core sets it before :meth:`loss`.
-    step = 0
-    #: Within :meth:`inner_step` of a training step: the student once more.
-    rerun: Rerun | None = None
 
     def __init__(
         self,
@@ -174,14 +120,18 @@ class BaseDistiller(BaseModule):
         self.teacher_sources = (
             self._names(pair['teacher']) if self.needs_teacher else ()
         )
-        self._set_connectors(pair.get('connector'), source)
+        self.connections = Connections(
+            pair.get('connector'),
+            student=self.student_sources,
+            teacher=self.teacher_sources,
+            owner=type(self).__name__,
+        )
         self.teacher = teacher
         self.schedules = {
             key: LossSchedule(**kwargs)
             for key, kwargs in (schedules or {}).items()
         }
-        #: Sources of student and teacher whose maps have the same strides.
-        self._of_one_grid: list[tuple[str, str]] = []
+        self._step = 0
         self._inner: Unregistered | None = None
         self._inner_optimizer: torch.optim.Optimizer | None = None
 
@@ -189,30 +139,8 @@ class BaseDistiller(BaseModule):
     def _names(names: str | list | tuple) -> tuple[str, ...]:
         return (names,) if isinstance(names, str) else tuple(names)
 
-    def _set_connectors(self, config: Mapping | None, source: Any) -> None:
-        self._connected = {
-            'student': self.student_sources,
-            'teacher': self.teacher_sources,
-        }
-        self.pair_connectors: dict[str, Connector] = {}
-        if config is None:
-            return
-        if not set(config) <= set(self._connected) or any(
-            len(names) != 1 for names in self._connected.values()
-        ):
-            raise ValueError(
-                '`source.connector` must be dict(student=..., teacher=...) '
-                'with the arguments of Connector, and student and teacher '
-                f'one module name each, but got {source!r}.'
-            )
-        # No modules of this one: they have nothing to train or to save.
-        self.pair_connectors = {
-            role: Connector(**(config.get(role) or {}))
-            for role in self._connected
-        }
-
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """The config of this method for a pair of models.
 
         Asked by ``tools/make_config.py``. This one distils the outputs of
@@ -222,7 +150,7 @@ class BaseDistiller(BaseModule):
             pair: The models, built and measured.
 
         Raises:
-            UserError: The method cannot work on such a pair.
+            ValueError: The method cannot work on such a pair.
         """
         match = pair.match()
         return Plan(
@@ -237,125 +165,6 @@ class BaseDistiller(BaseModule):
         Losses may read more; a mode alone need not run them.
         """
         return self.student_sources
-
-    def connected(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Outputs of the student's source as :meth:`loss` gets them."""
-        connector = self.pair_connectors.get('student')
-        return tuple(feats) if connector is None else connector(feats)
-
-    def connect_student(self, feats: Features) -> Features:
-        """The student's features with the connector applied."""
-        return self._connect('student', feats)
-
-    def _connect(self, role: str, feats: Features) -> Features:
-        if role not in self.pair_connectors:
-            return feats
-        (source,) = self._connected[role]
-        if source not in feats:
-            raise ValueError(
-                f'{type(self).__name__} reads {list(feats)} of the {role}, '
-                f'not {source!r}, so `source.connector` has nothing to '
-                'connect. Remove it.'
-            )
-        return {**feats, source: self.pair_connectors[role](feats[source])}
-
-    def connect(
-        self,
-        *,
-        student_feats: Features,
-        teacher_feats: Features,
-        is_dry_run: bool = False,
-    ) -> dict[str, Features]:
-        """The features of both with the connectors applied.
-
-        Maps of equal stride that padding made unequal are cut to what both
-        have, of whatever sources they are.
-
-        Args:
-            student_feats: The student's by source.
-            teacher_feats: The teacher's.
-            is_dry_run: Both come from one image of one size, which shows the
-                strides. Behind connectors, maps that then differ by more
-                than rounding are refused, and what the connectors do is
-                logged.
-        """
-        student_feats = self._connect('student', student_feats)
-        teacher_feats = self._connect('teacher', teacher_feats)
-        feats = dict(student_feats=student_feats, teacher_feats=teacher_feats)
-        if is_dry_run:
-            self._note_grids(**feats)
-        for own, theirs in self._of_one_grid:
-            maps = dict(
-                student_feats=feats['student_feats'][own],
-                teacher_feats=feats['teacher_feats'][theirs],
-            )
-            if self.pair_connectors or _differ_by_padding(**maps):
-                student, teacher = crop_to_common(**maps)
-                feats['student_feats'] = {
-                    **feats['student_feats'],
-                    own: student,
-                }
-                feats['teacher_feats'] = {
-                    **feats['teacher_feats'],
-                    theirs: teacher,
-                }
-        return feats
-
-    def _note_grids(
-        self, *, student_feats: Features, teacher_feats: Features
-    ) -> None:
-        """Note which sources have the same strides, from one image."""
-        if self.pair_connectors:
-            (own,), (theirs,) = self._connected.values()
-            self._check_connected(
-                student_feats=student_feats[own],
-                teacher_feats=teacher_feats[theirs],
-            )
-            self._of_one_grid = [(own, theirs)]
-            return
-        self._of_one_grid = [
-            (own, theirs)
-            for own, theirs in itertools.product(student_feats, teacher_feats)
-            if _grids(student_feats[own]) == _grids(teacher_feats[theirs])
-        ]
-
-    def connect_like(
-        self, teacher_feats: Features, student_feats: Features
-    ) -> Features:
-        """Further features of the student, as beside the same teacher's."""
-        feats = self.connect(
-            student_feats=student_feats, teacher_feats=teacher_feats
-        )
-        return feats['student_feats']
-
-    def _check_connected(
-        self,
-        *,
-        student_feats: tuple[Tensor, ...],
-        teacher_feats: tuple[Tensor, ...],
-    ) -> None:
-        shapes = [
-            [tuple(feat.shape) for feat in feats]
-            for feats in (student_feats, teacher_feats)
-        ]
-        if [len(shape) for shape in shapes[0]] != [
-            len(shape) for shape in shapes[1]
-        ] or any(
-            abs(own - theirs) > 1
-            for pair in zip(*shapes, strict=False)
-            for own, theirs in zip(*(shape[2:] for shape in pair), strict=True)
-        ):
-            raise ValueError(
-                'Behind the connectors, on one image, the student has '
-                f'{shapes[0]} and the teacher {shapes[1]}: all but the '
-                'channels must agree. Correct `source.connector`; '
-                'tools/print_sources.py shows the strides.'
-            )
-        for role, connector in self.pair_connectors.items():
-            for step in connector.steps():
-                print_log(
-                    f'Connector of the {role}: {step}.', logger='current'
-                )
 
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None
@@ -462,7 +271,20 @@ class BaseDistiller(BaseModule):
         """
         return None
 
-    # -- phases ------------------------------------------------------------
+    # -- steps and phases --------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The run's global iteration."""
+        return self._step
+
+    def begin_step(self, step: int) -> None:
+        """Be told the iteration; called before the losses of each.
+
+        Args:
+            step: The run's global iteration.
+        """
+        self._step = step
 
     def phase(self) -> Phase | None:
         """The phase at ``self.step``; None where everything learns.
@@ -532,11 +354,18 @@ class BaseDistiller(BaseModule):
         student_feats: Features,
         teacher_feats: Features,
         data_samples: list,
+        rerun: Rerun | None = None,
     ) -> Tensor:
         """One step of the inner optimiser; returns the detached loss.
 
         Gradients are taken by ``autograd.grad`` for the inner parameters
         alone, so neither the student's gradients nor DDP's hooks notice.
+
+        Args:
+            student_feats: Features by source.
+            teacher_feats: The teacher's.
+            data_samples: The batch's ground truth and meta data.
+            rerun: The student once more on this batch; None in pre-training.
         """
         assert self.inner is not None
         assert self._inner_optimizer is not None

@@ -8,7 +8,7 @@ from mmengine.model import BaseDataPreprocessor
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .teacher import Teacher
+from .teacher import BaseTeacher
 
 #: Settings that leave the images alone.
 _NOT_OF_IMAGES = {
@@ -130,11 +130,11 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
     """
 
     def __init__(
-        self, student: nn.Module, teachers: Mapping[str, Teacher]
+        self, student: nn.Module, teachers: Mapping[str, BaseTeacher]
     ) -> None:
         super().__init__()
         self.student = student
-        self._own: dict[str, Teacher] = {}
+        self._own: dict[str, BaseTeacher] = {}
         self._augments = getattr(student, 'batch_augments', None) is not None
         for name, teacher in teachers.items():
             preprocessor = teacher.model.data_preprocessor

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
 from mmengine.optim import (
     DefaultOptimWrapperConstructor,
@@ -15,40 +14,23 @@ from mmengine.optim import (
 from torch import Tensor, nn
 
 from ..registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
-from .distillation import Distillation, _build_distillers
-from .teacher import Teacher, resolve_model_config
+from .base_distiller import BaseDistiller, HostModel
+from .build import build_distillers, build_student, check_name
+from .step import DistilledStudent
+from .teacher import BaseTeacher
 from .utils import broadcast_buffers, evaluating, preserve_rng
 
 
-class Peer(Teacher):
+class Peer(BaseTeacher):
     """The other student as a teacher: as it is now, in eval mode.
 
     In eval mode and without gradient, so that teaching leaves the peer bit
     for bit as it is, its norms' statistics included; of several ranks all
     take the first one's. The half whose student it is trains, moves and saves
-    it.
+    it, so it loads nothing and follows nothing.
 
     Source: ours. DML's released loops run both networks in train mode.
-
-    Args:
-        model: The other student.
-        config: Its config.
-        name: Its name, for messages.
     """
-
-    def __init__(self, model: nn.Module, config: Mapping, name: str) -> None:
-        self.name = name
-        self.model = model
-        self.config, _ = resolve_model_config(config)
-        self.checkpoint = 'random'
-        self.dtype = None
-        self.loaded_fingerprint = None
-        self.classes = None
-        self.brought = {}
-        self._recorder = None
-
-    def load(self) -> None:
-        """It is trained, not loaded."""
 
     def extract(
         self, inputs: Tensor, data_samples: list | None = None
@@ -58,36 +40,18 @@ class Peer(Teacher):
         with evaluating(self.model):
             return super().extract(inputs, data_samples)
 
-    def apply_(self, fn: Any) -> None:
-        """Its own half follows."""
 
-
-class _Half(Distillation):
-    """One student and what it learns from its peer."""
-
-    def __init__(
-        self, student: Any, teacher: Any, distiller: dict, **kwargs: Any
-    ) -> None:
-        # Built already: each half's teacher is the other half's student.
-        super().__init__(student, distiller, teacher, **kwargs)
-        for name, method in self.distillers.items():
-            if method.pretrain_iters:
-                raise ValueError(
-                    f'Distiller {name!r} ({type(method).__name__}) '
-                    f'pre-trains for {method.pretrain_iters} iterations, but '
-                    'in MutualDistillation the teacher is a student that '
-                    'changes in every step. Set pretrain_iters=0.'
-                )
-
-    @staticmethod
-    def _build_student(
-        student: Any, data_preprocessor: Any, distillers: Any
-    ) -> tuple[nn.Module, ConfigDict]:
-        return student
-
-    @staticmethod
-    def _build_teachers(teacher: Any) -> dict[str, Teacher]:
-        return {'teacher': teacher}
+def _build_methods(config: Any) -> dict[str, BaseDistiller]:
+    distillers = build_distillers(copy.deepcopy(config))
+    for name, method in distillers.items():
+        if method.pretrain_iters:
+            raise ValueError(
+                f'Distiller {name!r} ({type(method).__name__}) pre-trains '
+                f'for {method.pretrain_iters} iterations, but in '
+                'MutualDistillation the teacher is a student that changes in '
+                'every step. Set pretrain_iters=0.'
+            )
+    return distillers
 
 
 @MODELS.register_module()
@@ -140,11 +104,11 @@ class MutualDistillation(BaseModel):
         names = _check_names(students)
         distillers = _by_student(distiller, names)
 
-        def build(name: str) -> tuple[nn.Module, ConfigDict]:
-            with preserve_rng():
-                methods = _build_distillers(copy.deepcopy(distillers[name]))
-            return Distillation._build_student(
-                students[name], data_preprocessor, methods
+        methods = {name: _build_methods(distillers[name]) for name in names}
+
+        def build(name: str) -> HostModel:
+            return build_student(
+                students[name], data_preprocessor, methods[name]
             )
 
         models = {names[0]: build(names[0])}
@@ -153,10 +117,14 @@ class MutualDistillation(BaseModel):
             # architecture must not start alike.
             models[names[1]] = build(names[1])
             halves = {
-                name: _Half(
+                name: DistilledStudent(
                     models[name],
-                    Peer(*models[other], other),
-                    copy.deepcopy(distillers[name]),
+                    teachers={
+                        'teacher': Peer(
+                            models[other].module, models[other].config, other
+                        )
+                    },
+                    distillers=methods[name],
                     input_size=input_size,
                 )
                 for name, other in zip(names, reversed(names), strict=True)
@@ -168,7 +136,7 @@ class MutualDistillation(BaseModel):
         self.mode_predictions: dict[str, list] = {}
 
     @property
-    def first(self) -> Distillation:
+    def first(self) -> DistilledStudent:
         """The half whose student is evaluated."""
         return next(iter(self.students.values()))
 
@@ -296,12 +264,7 @@ def _check_names(students: Any) -> list[str]:
             '.'
         )
     for name in students:
-        if 'loss' in name or '.' in name:
-            raise ValueError(
-                f'A student must not be named {name!r}: names prefix the '
-                'logged quantities, so they may hold neither "loss" nor a '
-                'dot. Choose another name.'
-            )
+        check_name(name, 'student')
     return list(students)
 
 

@@ -2,92 +2,21 @@
 
 import contextlib
 import copy
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.config import Config, ConfigDict
-from mmengine.hub import get_config
+from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
 from .checkpoint import fingerprint, load_strictly, read_with_meta
+from .host_models import forget_files, forward_until, resolve_model_config
 from .recorder import Recorder
-from .utils import errors_only, forget_files, preserve_rng
-
-
-def resolve_model_config(
-    config: str | Mapping,
-) -> tuple[ConfigDict, str | None]:
-    """Find the model config that a short reference means.
-
-    Args:
-        config: ``mmdet::retinanet/retinanet_r101_fpn_2x_coco.py`` (or
-            ``mmpretrain::...``), the path of a config file, or a model config
-            itself (a dict with ``type``).
-
-    Returns:
-        The model's config, its ``data_preprocessor`` included, and the scope
-        in which its types are looked up (None: the current one).
-
-    Raises:
-        FileNotFoundError: No such config file.
-        ValueError: The config has no ``model``.
-    """
-    if not isinstance(config, str):
-        return ConfigDict(copy.deepcopy(dict(config))), None
-    if '::' in config:
-        scope = config.partition('::')[0]
-        cfg = get_config(config)
-    else:
-        if not os.path.isfile(config):
-            raise FileNotFoundError(
-                f'Config {config!r} does not exist (looked in '
-                f'{os.getcwd()}). Give an absolute path, or a config of an '
-                "installed host as 'mmdet::<folder>/<name>.py'."
-            )
-        cfg = Config.fromfile(config)
-        scope = cfg.get('default_scope')
-    if 'model' not in cfg:
-        raise ValueError(
-            f'Config {config!r} has no `model`. Give the config of a whole '
-            'model, as it was trained.'
-        )
-    model = cfg.model
-    if 'data_preprocessor' in cfg:
-        model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return ConfigDict(model.to_dict()), scope
-
-
-def forward_until(
-    model: nn.Module,
-    inputs: Tensor,
-    sources: Iterable[str],
-    data_samples: list | None = None,
-) -> None:
-    """Run a model only as deep as its deepest source.
-
-    Backbone sources run the backbone alone, neck sources ``extract_feat``,
-    those of a region proposal network or a dense head that one too, anything
-    else the whole ``forward(mode='tensor')``.
-    """
-    parts = {source.partition('.')[0] for source in sources}
-    if parts <= {'backbone'} and hasattr(model, 'backbone'):
-        model.backbone(inputs)
-    elif parts <= {'backbone', 'neck'} and hasattr(model, 'extract_feat'):
-        model.extract_feat(inputs)
-    elif 'rpn_head' in parts <= {'backbone', 'neck', 'rpn_head'}:
-        model.rpn_head(model.extract_feat(inputs))
-    elif 'bbox_head' in parts <= {'backbone', 'neck', 'bbox_head'}:
-        # mmdet's own 'tensor' mode calls the head's `forward`, which no
-        # recorder of the head itself would hear.
-        model.bbox_head(model.extract_feat(inputs))
-    else:
-        model(inputs, data_samples, mode='tensor')
+from .utils import errors_only, preserve_rng
 
 
 def classes_of(meta: Mapping) -> tuple[str, ...] | None:
@@ -103,15 +32,91 @@ def classes_of(meta: Mapping) -> tuple[str, ...] | None:
     return (names,) if isinstance(names, str) else tuple(map(str, names))
 
 
-@explain_unknown_keys
-class Teacher:
-    """A frozen model beside the trained one.
+#: In place of a checkpoint: a teacher that starts as a training would.
+RANDOM = 'random'
+
+
+class BaseTeacher:
+    """A model beside the trained one, whose features are learnt from.
 
     Not an ``nn.Module`` on purpose: so it is absent from ``parameters()``,
     ``state_dict()``, optimiser groups, DDP buckets and EMA of the model that
-    holds it, and no ``train()`` reaches it. ``Distillation`` passes every
+    holds it, and no ``train()`` reaches it. ``StudentModel`` passes every
     ``_apply`` (``to``, ``cuda``, ``half``, ...) on to it. ``deepcopy`` shares
     it.
+
+    Args:
+        model: The model.
+        config: Its config.
+        name: Its name, for messages.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: ConfigDict, name: str
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.name = name
+        #: Weights that a checkpoint of the student brought along.
+        self.brought: dict[str, Tensor] = {}
+        self._recorder: Recorder | None = None
+
+    def __deepcopy__(self, memo: dict) -> 'BaseTeacher':
+        return self
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in."""
+        return True
+
+    def load(self) -> None:
+        """Take the weights in, if they are not yet."""
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Take in weights that a student's checkpoint brings along."""
+        self.brought |= weights
+
+    def apply_(self, fn: Any) -> None:
+        """Follow an ``nn.Module._apply`` of the model that holds it."""
+
+    def fingerprint(self) -> str:
+        """Hash of all weights and buffers as they are now."""
+        return fingerprint(self.model.state_dict())
+
+    def record(self, sources: Iterable[str]) -> None:
+        """Say which features :meth:`extract` returns."""
+        self._recorder = Recorder(self.model, sources, owner=self.name)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether any of its features is asked for."""
+        return self._recorder is not None and bool(self._recorder.sources)
+
+    @torch.no_grad()
+    def extract(
+        self, inputs: Tensor, data_samples: list | None = None
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """Features of a batch, without gradient.
+
+        Args:
+            inputs: The batch as the teacher's own preprocessor gives it.
+            data_samples: Ground truth, for models that need it.
+
+        Shape:
+            - inputs: ``(N, 3, H, W)``
+            - each feature: ``(N, C, H', W')`` or ``(N, C)``
+        """
+        assert self._recorder is not None
+        # no_grad and not inference_mode: inference tensors cannot take part
+        # in the student's backward pass.
+        with self._recorder as recorder:
+            forward_until(self.model, inputs, recorder.sources, data_samples)
+        return recorder.pop()
+
+
+@explain_unknown_keys
+class Teacher(BaseTeacher):
+    """A frozen model of a config, loaded strictly from a checkpoint.
 
     Args:
         config: What :func:`resolve_model_config` takes.
@@ -157,27 +162,26 @@ class Teacher:
                 f'`sha256` of the {name} must be the first digits of a '
                 f'SHA-256 as a string (in quotes), but got {sha256!r}.'
             )
-        self.name = name
         self.checkpoint = checkpoint
         self.sha256 = sha256
         self.dtype = dtype
-        self.config, scope = resolve_model_config(config)
+        found, scope = resolve_model_config(config)
         with preserve_rng(), DefaultScope.overwrite_default_scope(scope):
             # Detectors write into the config that they are built from.
-            self.model: nn.Module = MODELS.build(copy.deepcopy(self.config))
-            if checkpoint == 'random':
+            model = MODELS.build(copy.deepcopy(found))
+            super().__init__(model, found, name)
+            if self.is_random:
                 self._start_at_random()
         self.model.requires_grad_(False)
         self.model.eval()
         self.loaded_fingerprint: str | None = None
         #: Names of its classes, where its file tells them.
         self.classes: tuple[str, ...] | None = None
-        #: Weights that a checkpoint of the student brought along.
-        self.brought: dict[str, Tensor] = {}
-        self._recorder: Recorder | None = None
 
-    def __deepcopy__(self, memo: dict) -> 'Teacher':
-        return self
+    @property
+    def is_random(self) -> bool:
+        """Whether it has no checkpoint: its weights are random ones."""
+        return self.checkpoint == RANDOM
 
     @property
     def is_loaded(self) -> bool:
@@ -192,7 +196,7 @@ class Teacher:
         """
         if self.is_loaded:
             return
-        if self.checkpoint != 'random':
+        if not self.is_random:
             state_dict, meta = read_with_meta(self.checkpoint, self.sha256)
             load_strictly(self.model, state_dict, name=str(self.checkpoint))
             self.classes = classes_of(meta)
@@ -219,7 +223,7 @@ class Teacher:
             ValueError: Weights that this teacher does not have, or that
                 differ from its own; as soon as the teacher is loaded.
         """
-        self.brought |= weights
+        super().take(weights)
         if self.is_loaded:
             self._check_brought()
             self.loaded_fingerprint = self.fingerprint()
@@ -237,7 +241,7 @@ class Teacher:
                     f'{self.name} it was trained with.'
                 )
             value = value.to(own[key])
-            if self.checkpoint == 'random':
+            if self.is_random:
                 own[key].copy_(value)
             elif not torch.equal(own[key], value):
                 raise ValueError(
@@ -247,39 +251,12 @@ class Teacher:
                     'predict with what the checkpoint brings.'
                 )
 
-    def fingerprint(self) -> str:
-        """Hash of all weights and buffers as they are now."""
-        return fingerprint(self.model.state_dict())
-
-    def record(self, sources: Iterable[str]) -> None:
-        """Say which features :meth:`extract` returns."""
-        self._recorder = Recorder(self.model, sources, owner=self.name)
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether any of its features is asked for."""
-        return self._recorder is not None and bool(self._recorder.sources)
-
-    @torch.no_grad()
     def extract(
         self, inputs: Tensor, data_samples: list | None = None
     ) -> dict[str, tuple[Tensor, ...]]:
-        """Features of a batch, without gradient.
-
-        Args:
-            inputs: The batch as the teacher's own preprocessor gives it.
-            data_samples: Ground truth, for models that need it.
-
-        Shape:
-            - inputs: ``(N, 3, H, W)``
-            - each feature: ``(N, C, H', W')`` or ``(N, C)``
-        """
-        assert self._recorder is not None
-        # no_grad and not inference_mode: inference tensors cannot take part
-        # in the student's backward pass.
-        with self._autocast(inputs), self._recorder as recorder:
-            forward_until(self.model, inputs, recorder.sources, data_samples)
-        feats = recorder.pop()
+        """Features of a batch, without gradient; float32 for a ``dtype``."""
+        with self._autocast(inputs):
+            feats = super().extract(inputs, data_samples)
         if self.dtype is None:
             return feats
         return {

@@ -4,15 +4,14 @@ import contextlib
 import copy
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast
+from mmengine.dist import all_reduce, broadcast, get_world_size
 from mmengine.logging import MMLogger
-from mmengine.structures import BaseDataElement
-from torch import nn
+from torch import Tensor, nn
 
 
 class Unregistered:
@@ -84,6 +83,27 @@ def broadcast_buffers(module: nn.Module) -> None:
         broadcast(buffer)
 
 
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """One step of an inner optimiser, gradients averaged over the ranks.
+
+    Args:
+        optimizer: The optimiser of these parameters.
+        parameters: What it moves.
+        gradients: Their gradients on this rank.
+    """
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        all_reduce(gradient)
+        parameter.grad = gradient / get_world_size()
+    optimizer.step()
+    optimizer.zero_grad()
+    # Autocast keeps low-precision copies of the weights from before.
+    torch.clear_autocast_cache()
+
+
 def to_cpu(value: Any) -> Any:
     """Copy nested tensors to the CPU."""
     if isinstance(value, torch.Tensor):
@@ -93,40 +113,3 @@ def to_cpu(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_cpu(item) for item in value)
     return copy.copy(value)
-
-
-def forget_files(model: nn.Module) -> None:
-    """Make ``init_weights`` read no weights from a file.
-
-    Args:
-        model: A model of a host, built and not yet initialised.
-    """
-    for module in model.modules():
-        inits = getattr(module, 'init_cfg', None)
-        if isinstance(inits, Mapping):
-            inits = [inits]
-        kept = [init for init in inits or [] if 'checkpoint' not in init]
-        if len(kept) < len(inits or []):
-            module.init_cfg = kept or None
-        # DetectoRS keeps the file's name here as well.
-        if isinstance(getattr(module, 'pretrained', None), str):
-            module.pretrained = None
-
-
-def blank_sample(height: int, width: int) -> BaseDataElement:
-    """Meta data of an image for a dry run, as preprocessors write it.
-
-    Args:
-        height: Of the image, in pixels.
-        width: Likewise.
-    """
-    size = (height, width)
-    return BaseDataElement(
-        metainfo=dict(
-            img_shape=size,
-            ori_shape=size,
-            pad_shape=size,
-            batch_input_shape=size,
-            scale_factor=(1.0, 1.0),
-        )
-    )

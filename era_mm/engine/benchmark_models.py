@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from era_mm.core import (
     Distillation,
-    MutualDistillation,
+    distillation_kind,
     load_strictly,
     student_config_of,
 )
-from era_mm.core.teacher import resolve_model_config
-from era_mm.core.utils import forget_files
+from era_mm.core.host_models import (
+    forget_files,
+    resolve_model_config,
+    whole_model,
+)
+from era_mm.core.teacher import RANDOM
 from era_mm.engine.launch import use_amp
 from era_mm.engine.peak_memory import state_bytes
 from era_mm.errors import UserError
@@ -175,14 +179,8 @@ class Distilled(Trained):
 
     def teach(self, data: Any) -> dict[str, Any]:
         """The teachers' forward pass in a step, as deep as needed."""
-        own = data.get('teacher_inputs', {})
         with self.wrapper.optim_context(self.model):
-            return {
-                name: teacher.extract(
-                    own.get(name, data['inputs']), data['data_samples']
-                )
-                for name, teacher in self.teachers.items()
-            }
+            return self.model.wiring.teach(**data)
 
     def teacher_feats(self, batch: Any) -> int:
         """What the teachers hand over for a batch, in bytes."""
@@ -199,10 +197,6 @@ def name_of(cfg: Config) -> str:
     return Path(cfg.filename or 'config').stem
 
 
-def _is_a(found: Any, kind: type) -> bool:
-    return found is kind or str(found).rpartition('.')[2] == kind.__name__
-
-
 def check_configs(cfgs: Sequence[Config]) -> None:
     """Refuse what cannot be measured together.
 
@@ -211,18 +205,20 @@ def check_configs(cfgs: Sequence[Config]) -> None:
             different students or optimisers.
     """
     for cfg in cfgs:
-        kind = cfg.get('model', {}).get('type')
-        if _is_a(kind, MutualDistillation):
+        model = cfg.get('model', {})
+        kind = distillation_kind(model)
+        if kind == 'MutualDistillation':
             raise UserError(
                 f'config: {name_of(cfg)} trains two students that teach each '
                 'other, so no plain step lies beside it. Give configs whose '
                 'model is era_mm.Distillation.'
             )
-        if not _is_a(kind, Distillation):
+        if kind != 'Distillation':
             raise UserError(
                 'config: expected one whose model is era_mm.Distillation, '
-                f'but {name_of(cfg)} has {kind}. The plain student is '
-                'measured beside its distillation; give configs of these.'
+                f'but {name_of(cfg)} has {model.get("type")}. The plain '
+                'student is measured beside its distillation; give configs '
+                'of these.'
             )
     names = [name_of(cfg) for cfg in cfgs]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -253,13 +249,10 @@ def check_configs(cfgs: Sequence[Config]) -> None:
 
 def _model_of(cfg: Config) -> ConfigDict:
     """The model's config, with random teachers."""
-    model = copy.deepcopy(cfg.model)
-    # As mmengine's Runner does.
-    if cfg.get('data_preprocessor') is not None:
-        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = whole_model(cfg)
     teacher = model.get('teacher') or {}
     for entry in [teacher] if 'config' in teacher else teacher.values():
-        entry['checkpoint'] = 'random'
+        entry['checkpoint'] = RANDOM
     return model
 
 

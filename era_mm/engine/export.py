@@ -17,13 +17,14 @@ from era_mm.core import (
     BaseDistiller,
     Distillation,
     HostModel,
-    MutualDistillation,
+    distillation_kind,
     extras_of,
     load_strictly,
     student_config_of,
     students_of,
 )
 from era_mm.core.checkpoint import read_with_meta
+from era_mm.core.host_models import whole_model
 from era_mm.errors import UserError
 
 MODES = ('S', 'E0', 'T')
@@ -78,7 +79,7 @@ def export_student(
             E0 or T, files that are there already, no such student.
     """
     targets = [Path(f'{prefix}.py'), Path(f'{prefix}.pth')]
-    if _is_a(cfg, MutualDistillation) or student is not None:
+    if _kind(cfg) == 'MutualDistillation' or student is not None:
         _check_student(cfg, mode, student)
         cfg = _of_one_student(cfg, student)
     _check_request(cfg, targets, mode, distiller, keep_align)
@@ -159,7 +160,7 @@ def _check_request(
                 f'--out: {target} exists already. Choose another name, or '
                 'remove it.'
             )
-    if not _is_a(cfg, Distillation):
+    if _kind(cfg) != 'Distillation':
         raise UserError(
             'config: expected one whose model is era_mm.Distillation, but '
             f'{cfg.filename} has {cfg.get("model", {}).get("type")}. A plain '
@@ -168,13 +169,12 @@ def _check_request(
         )
 
 
-def _is_a(cfg: Config, kind: type) -> bool:
-    found = cfg.get('model', {}).get('type')
-    return found is kind or str(found).rpartition('.')[2] == kind.__name__
+def _kind(cfg: Config) -> str | None:
+    return distillation_kind(cfg.get('model', {}))
 
 
 def _check_student(cfg: Config, mode: str, student: str | None) -> None:
-    if not _is_a(cfg, MutualDistillation):
+    if _kind(cfg) != 'MutualDistillation':
         raise UserError(
             '--student: it chooses one of the two of an '
             f'era_mm.MutualDistillation, but {cfg.filename} has '
@@ -253,11 +253,7 @@ def _export_mode(
             'only. Give a file that the training has written '
             '(epoch_*.pth, iter_*.pth, best_*.pth).'
         )
-    model_config = copy.deepcopy(cfg.model)
-    # As mmengine's Runner does.
-    if cfg.get('data_preprocessor') is not None:
-        model_config.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model: Distillation = MODELS.build(model_config)
+    model: Distillation = MODELS.build(whole_model(cfg))
     name = _choose(model, mode, distiller)
     method: BaseDistiller = model.distillers[name]
     if extras.get(name, {}).get('type') != type(method).__name__:
@@ -268,7 +264,7 @@ def _export_mode(
             'Give config and checkpoint of the same run.'
         )
     teacher = model.teachers[method.teacher]
-    if teacher.checkpoint == 'random' and 'teacher' not in extras[name]:
+    if teacher.is_random and 'teacher' not in extras[name]:
         raise UserError(
             f"{mode} takes the teacher's head, but the {teacher.name} is "
             "'random' and the file brings none: another one in every run. Set "

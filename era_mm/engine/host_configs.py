@@ -1,7 +1,6 @@
 """Configs of the hosts, found by the names that users write."""
 
 import difflib
-import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,8 +10,10 @@ import mmengine.registry
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 
+from era_mm.core.host_models import whole_model
 from era_mm.engine.preflight import find_config
 from era_mm.errors import UserError
+from era_mm.hosts import shipped
 
 HOSTS = ('mmdet', 'mmpretrain')
 #: Steps of a pipeline after which every image has one size.
@@ -44,10 +45,7 @@ class HostConfig(NamedTuple):
     @property
     def model(self) -> ConfigDict:
         """The model's config, its data_preprocessor included."""
-        model = ConfigDict(self.cfg.model.to_dict())
-        if 'data_preprocessor' in self.cfg:
-            model.setdefault('data_preprocessor', self.cfg.data_preprocessor)
-        return model
+        return whole_model(self.cfg)
 
 
 def read_host_config(name: str, role: str = 'config') -> HostConfig:
@@ -120,15 +118,8 @@ def _find_in_host(name: str, role: str) -> Path:
 
 
 def _config_folder(host: str) -> Path:
-    spec = importlib.util.find_spec(host)
-    for location in (spec and spec.submodule_search_locations) or []:
-        # A checkout installed in place keeps them beside the package.
-        for folder in (
-            Path(location, '.mim', 'configs'),
-            Path(location).parent / 'configs',
-        ):
-            if folder.is_dir():
-                return folder
+    for folder in shipped(host, 'configs'):
+        return folder
     raise UserError(
         f'{host}: expected it to be installed with its configs, but they are '
         'not there. Give the path of a config file.'

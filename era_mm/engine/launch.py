@@ -6,6 +6,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import distributed
 
+from era_mm.core import distillation_kind
 from era_mm.errors import UserError
 
 
@@ -23,7 +24,7 @@ def prepare_launch(cfg: Config) -> None:
     """
     if cfg.launcher == 'none':
         return
-    kind = str(cfg.get('model', {}).get('type')).rpartition('.')[2]
+    kind = distillation_kind(cfg.get('model', {}))
     wrapper = dict(
         type='era_mm.MutualDataParallel'
         if kind == 'MutualDistillation'

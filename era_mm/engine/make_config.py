@@ -12,9 +12,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 import era_mm.methods
-from era_mm.core import BaseDistiller, Distillation
+from era_mm.core import BaseDistiller, Distillation, Plan, distillation_kind
 from era_mm.core.data_preprocessor import differences
-from era_mm.core.pairing import Half, Match, Member, Pair, Plan
+from era_mm.core.host_models import whole_model
+from era_mm.core.teacher import RANDOM
 from era_mm.core.utils import preserve_rng
 from era_mm.engine.host_configs import (
     HostConfig,
@@ -23,6 +24,7 @@ from era_mm.engine.host_configs import (
     published_checkpoint,
     read_host_config,
 )
+from era_mm.engine.pairing import Half, Match, Member, Pair
 from era_mm.engine.preflight import check_checkpoints, find_fault_among
 from era_mm.errors import UserError
 from era_mm.layers import Connector
@@ -45,6 +47,12 @@ class Made(NamedTuple):
     pair: Pair
     plan: Plan
     model: Distillation
+
+    @property
+    def match(self) -> Match:
+        """Which of their outputs the method pairs."""
+        assert isinstance(self.plan.match, Match)
+        return self.plan.match
 
 
 class Draft(NamedTuple):
@@ -159,8 +167,15 @@ def make_config(
     check_student(student)
     method_class = find_method(method)
     pair = pair_of(student, teacher)
-    with preserve_rng():
-        plan = method_class.plan_for(pair)
+    try:
+        with preserve_rng():
+            plan = method_class.plan_for(pair)
+    except UserError:
+        # Of the pair, which names the model that is at fault.
+        raise
+    except ValueError as error:
+        raise UserError(f'--method: {error}') from error
+    assert isinstance(plan.match, Match)
     pair.check_training(plan.match)
     draft = Draft(
         student=student,
@@ -193,8 +208,8 @@ def check_student(student: HostConfig) -> None:
             'one of the text style (`_base_ = ...`), as the hosts have of '
             'each.'
         )
-    kind = kind.rpartition('.')[2]
-    if kind.endswith('Distillation'):
+    kind = distillation_kind(student.cfg.model)
+    if kind is not None:
         raise UserError(
             f'--student: {student.reference} is a {kind} already. Give the '
             'plain config that it inherits from; a distilled checkpoint can '
@@ -220,11 +235,9 @@ def _build(text: str, student: HostConfig) -> Distillation:
         file.write_text(_filled(text, student, file))
         cfg = Config.fromfile(file)
     check_checkpoints(cfg)
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     try:
         with DefaultScope.overwrite_default_scope(student.scope):
-            return MODELS.build(cfg.model)
+            return MODELS.build(whole_model(cfg))
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise UserError(
             f'--method: the pair was matched, but the model cannot be built: '
@@ -380,7 +393,7 @@ def _flat(value: Any) -> str:
 
 def report(made: Made, teacher_checkpoint: str) -> str:
     """What was decided, on one screen."""
-    pair, match = made.pair, made.plan.match
+    pair, match = made.pair, made.match
     lines = []
     for member in (pair.student, pair.teacher):
         classes = member.num_classes
@@ -519,8 +532,8 @@ def run(
             f"--teacher: {teacher} is the student's own config. A student "
             'learns nothing from a copy of itself; give another model.'
         )
-    kind = str(theirs.cfg.model.get('type')).rpartition('.')[2]
-    if kind.endswith('Distillation'):
+    kind = distillation_kind(theirs.cfg.model)
+    if kind is not None:
         raise UserError(
             f'--teacher: {teacher} is a {kind}. Give the plain config of the '
             'model that it trained; its files are plain checkpoints.'
@@ -550,7 +563,7 @@ def run(
 
 
 def _is_file(checkpoint: str) -> bool:
-    return checkpoint != 'random' and '://' not in checkpoint
+    return checkpoint != RANDOM and '://' not in checkpoint
 
 
 def _check_weights(teacher: str, student: str | None) -> None:
@@ -563,7 +576,7 @@ def _check_weights(teacher: str, student: str | None) -> None:
                 f'{fault}. Correct the path (it is relative to the folder '
                 'the command runs in), or give a URL.'
             )
-    if student == 'random':
+    if student == RANDOM:
         raise UserError(
             '--student-checkpoint: expected a path or URL. A student has '
             'random weights without it: leave it out.'

@@ -135,7 +135,4 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _inner_modules(model: nn.Module) -> list[nn.Module]:
-    if not isinstance(model, Distillation):
-        return []
-    distillers = model.distillers.values()
-    return [d.inner for d in distillers if d.inner is not None]
+    return model.inner_modules() if isinstance(model, Distillation) else []

@@ -6,7 +6,6 @@ stops has touched nothing.
 """
 
 import difflib
-import importlib.util
 import inspect
 import os
 import zipfile
@@ -17,7 +16,9 @@ from typing import Any
 import mmengine.registry
 from mmengine.config import Config
 
+from era_mm.core.teacher import RANDOM
 from era_mm.errors import UserError
+from era_mm.hosts import shipped
 
 
 def find_config(name: str | Path, role: str = 'config') -> str:
@@ -35,9 +36,8 @@ def find_config(name: str | Path, role: str = 'config') -> str:
     """
     if os.path.isfile(name):
         return str(name)
-    folders = list(
-        dict.fromkeys([Path('configs').resolve(), *_own_config_folders()])
-    )
+    own = shipped('era_mm', 'configs')
+    folders = list(dict.fromkeys([Path('configs').resolve(), *own]))
     known: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.rglob('*.py')):
@@ -74,13 +74,6 @@ def _nearest(name: Path, known: Mapping[str, Path]) -> str:
         )
     ] or [*beside.values(), *known.values()][:3]
     return '\n'.join(['Nearest names:', *(f'  {path}' for path in near[:4])])
-
-
-def _own_config_folders() -> list[Path]:
-    """The configs of an installed wheel, or those of a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    candidates = [package / '.mim' / 'configs', package.parent / 'configs']
-    return [folder for folder in candidates if folder.is_dir()]
 
 
 def check_checkpoints(cfg: Config, training: bool = True) -> None:
@@ -139,7 +132,7 @@ def find_fault_among(value: Any) -> str:
     places = value if isinstance(value, list | tuple) else [value]
     faults = [
         _find_fault(Path(place))
-        if _is_local(place) and place != 'random'
+        if _is_local(place) and place != RANDOM
         else ''
         for place in places
     ]
@@ -225,12 +218,9 @@ you have to data/coco; or """
 
 
 def _download_script() -> str:
-    inside = Path('.mim', 'tools', 'misc', 'download_dataset.py')
-    spec = importlib.util.find_spec('mmdet')
-    for folder in (spec and spec.submodule_search_locations) or []:
-        if Path(folder, inside).is_file():
-            return str(Path(folder, inside))
-    return 'tools/misc/download_dataset.py'
+    inside = ('tools', 'misc', 'download_dataset.py')
+    found = shipped('mmdet', *inside)
+    return str(found[0] if found else Path(*inside))
 
 
 def _find_entries(node: Any, name: str, key: str) -> Iterator[tuple[str, Any]]:

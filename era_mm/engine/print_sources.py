@@ -4,14 +4,15 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from era_mm.core.pairing import (
+from era_mm.core import distillation_kind
+from era_mm.core.host_models import resolve_model_config
+from era_mm.engine.host_configs import HostConfig, crop_size
+from era_mm.engine.pairing import (
     CLASSIFIER_SIZES,
     DETECTOR_SIZES,
     Member,
     observe,
 )
-from era_mm.core.teacher import resolve_model_config
-from era_mm.engine.host_configs import HostConfig, crop_size
 from era_mm.errors import UserError
 
 
@@ -45,8 +46,7 @@ def print_sources(
 def _members(config: HostConfig) -> Iterator[tuple[str, Member]]:
     """Each model with what it is called."""
     model = config.model
-    kind = str(model.get('type')).rpartition('.')[2]
-    if not kind.endswith('Distillation'):
+    if distillation_kind(model) is None:
         yield 'model', Member('model', config.reference, model, config.scope)
         return
     students = model.get('students') or {'student': model.get('student')}

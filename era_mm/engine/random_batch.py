@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from era_mm.core.pairing import kind_of, num_classes_of
+from era_mm.core.host_models import kind_of, num_classes_of
 from era_mm.errors import UserError
 
 #: Sides of the boxes, relative to those of the image.

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from era_mm.core import Distillation
-from era_mm.core.utils import blank_sample, evaluating, preserve_rng
+from era_mm.core.host_models import blank_sample
+from era_mm.core.utils import evaluating, preserve_rng
 
 #: Height and width of the image that is counted on, in pixels: large enough
 #: for the coarsest level of a pyramid.

@@ -11,8 +11,9 @@ from mmengine.analysis import FlopAnalyzer
 from torch import nn
 
 from era_mm.core import BaseDistiller, Distillation, MutualDistillation
+from era_mm.core.host_models import blank_sample
 from era_mm.core.mutual import Peer
-from era_mm.core.utils import blank_sample, preserve_rng
+from era_mm.core.utils import preserve_rng
 from era_mm.engine.step_cost import cost_line
 
 #: Pixels above which a CPU takes too long to count FLOPs.
@@ -44,7 +45,7 @@ def summary_of(
 
 
 def _lines(model: Distillation, name: str, batch: Any) -> Iterator[str]:
-    size = model.dry_run_size
+    size = model.wiring.input_size
     yield _model_line(name, model.student, batch, size)
     for key, teacher in model.teachers.items():
         if not isinstance(teacher, Peer):
@@ -54,9 +55,9 @@ def _lines(model: Distillation, name: str, batch: Any) -> Iterator[str]:
     cost = cost_line(model)
     if cost is not None:
         yield cost
-    if model.student_shapes:
+    if model.wiring.student_shapes:
         yield f'sources, for an image of {size[0]} x {size[1]}'
-    owners = {name: model.student_shapes, **model.teacher_shapes}
+    owners = {name: model.wiring.student_shapes, **model.wiring.teacher_shapes}
     for owner, shapes in owners.items():
         for source, levels in shapes.items():
             shown = ' '.join('x'.join(map(str, s[1:])) for s in levels)

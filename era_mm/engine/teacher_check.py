@@ -22,7 +22,7 @@ import mmengine.fileio
 from mmengine.runner import Runner
 
 from era_mm.core import Teacher
-from era_mm.core.pairing import num_classes_of
+from era_mm.core.host_models import num_classes_of
 from era_mm.core.utils import errors_only
 from era_mm.errors import UserError
 
@@ -318,7 +318,7 @@ def check_teacher(
         UserError: The teacher is near chance.
     """
     name = teacher.name
-    if teacher.checkpoint == 'random':
+    if teacher.is_random:
         return f'{name}: random weights, not evaluated'
     if runner.val_loop is None:
         return f'{name}: not evaluated, the config has no val_dataloader'

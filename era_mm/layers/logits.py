@@ -14,6 +14,8 @@ from torch.nn.functional import (
     softmax,
 )
 
+from .features import full_precision
+
 
 def kl_loss(
     *, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
@@ -70,10 +72,6 @@ def dist_loss(
     )
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def bernoulli_entropy(q: Tensor) -> Tensor:
     """Entropy of each probability of a yes, in nats."""
     return torch.special.entr(q) + torch.special.entr(1 - q)
@@ -95,7 +93,7 @@ def bernoulli_kl(
         - student_logits, target: ``(R, classes)``
         - out: ``(R,)``
     """
-    logits, target = _full(student_logits), _full(target)
+    logits, target = full_precision(student_logits), full_precision(target)
     cross = binary_cross_entropy_with_logits(
         logits / temperature, target, reduction='none'
     )

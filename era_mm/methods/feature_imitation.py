@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import BaseDistiller, Features
+from ..layers import check_alike, full_precision, levels_of
 from ..registry import MODELS
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def standardise(feat: Tensor, eps: float = 1e-6) -> Tensor:
@@ -54,7 +51,7 @@ def imitation_loss(
         - masks: ``(N, P, H, W)``
         - out: scalar
     """
-    student, teacher = _full(student_feat), _full(teacher_feat)
+    student, teacher = map(full_precision, (student_feat, teacher_feat))
     if measure == 'pearson':
         student, teacher = standardise(student), standardise(teacher)
     error = (student - teacher).square()
@@ -117,10 +114,6 @@ class FeatureImitationDistiller(BaseDistiller):
         self._has_connector = connector
         self.connectors: nn.ModuleList | None = None
 
-    @staticmethod
-    def _levels(feats: Features, sources: Sequence[str]) -> list[Tensor]:
-        return [feat for source in sources for feat in feats[source]]
-
     def prepare(
         self,
         *,
@@ -131,19 +124,19 @@ class FeatureImitationDistiller(BaseDistiller):
     ) -> None:
         """Build the connectors for the pair's channels."""
         own, theirs = (
-            [tuple(feat.shape) for feat in self._levels(feats, sources)]
+            [tuple(feat.shape) for feat in levels_of(feats, sources)]
             for feats, sources in (
                 (student_feats, self.student_sources),
                 (teacher_feats, self.teacher_sources),
             )
         )
-        if [(len(s), s[2:]) for s in own] != [(len(s), s[2:]) for s in theirs]:
-            raise ValueError(
-                f'The student has features {own} at {self.student_sources} '
-                f'and the teacher {theirs} at {self.teacher_sources}: all but '
-                'the channels must agree. Choose sources of the same levels '
-                'and strides.'
-            )
+        check_alike(
+            own,
+            theirs,
+            names=('The student', 'the teacher'),
+            at=(self.student_sources, self.teacher_sources),
+            advice='Choose sources of the same levels and strides.',
+        )
         channels = [(s[1], t[1]) for s, t in zip(own, theirs, strict=True)]
         if self._has_connector:
             self.connectors = nn.ModuleList(
@@ -173,8 +166,8 @@ class FeatureImitationDistiller(BaseDistiller):
             area_masks: By level, ``(N, P, H, W)``: the loss is taken inside
                 these areas alone.
         """
-        maps = self._levels(student_feats, self.student_sources)
-        targets = self._levels(teacher_feats, self.teacher_sources)
+        maps = levels_of(student_feats, self.student_sources)
+        targets = levels_of(teacher_feats, self.teacher_sources)
         if self.connectors is not None:
             maps = [
                 connector(feat)

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from torch import nn
 
-from ..core.utils import blank_sample
+from ..core.host_models import blank_sample
 
 IMAGE_SIZE = 64
 CLASSES = ('square', 'bar', 'cross')

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from era_mm.core import BaseDistiller, base_distiller, student_config_of
+from era_mm.core import BaseDistiller, connections, student_config_of
 from era_mm.layers import Connector
 from era_mm.testing import (
     detection_batch,
@@ -95,27 +95,31 @@ def test_padding__is_cut_off_without_a_connector(unpadded):
 
 def test_padding__explains_no_other_stride():
     """Maps of 2x2 and 1x1 on the trial image, of strides 32 and 64 or 128."""
-    distiller = Hearing()
+    between = Hearing().connections
 
-    def connect(own, theirs, **kwargs):
+    def shapes_of(call, own, theirs):
         feats = [
             {'neck': tuple(torch.rand(1, 1, side, side) for side in sides)}
             for sides in (own, theirs)
         ]
-        found = distiller.connect(
-            student_feats=feats[0], teacher_feats=feats[1], **kwargs
-        )
+        found = call(student_feats=feats[0], teacher_feats=feats[1])
         return [
             [feat.shape[2] for feat in feats['neck']]
             for feats in found.values()
         ]
 
-    connect([2, 1], [2, 1], is_dry_run=True)
+    def meet(own, theirs):
+        return shapes_of(between.meet, own, theirs)
+
+    def connect(own, theirs):
+        return shapes_of(between.connect, own, theirs)
+
+    meet([2, 1], [2, 1])
     assert connect([25, 13], [24, 12]) == [[24, 12]] * 2
     assert connect([28, 14], [25, 13]) == [[25, 13]] * 2
     assert connect([25, 13], [25, 7]) == [[25, 13], [25, 7]]
     # Other strides on the trial image: the method's own business.
-    connect([4, 2], [2, 1], is_dry_run=True)
+    meet([4, 2], [2, 1])
     assert connect([4, 2], [2, 1]) == [[4, 2], [2, 1]]
 
 
@@ -129,7 +133,7 @@ def test_connector__has_no_part_in_the_files():
 def test_connector__says_what_it_resizes(monkeypatch):
     said = []
     monkeypatch.setattr(
-        base_distiller, 'print_log', lambda text, **kwargs: said.append(text)
+        connections, 'print_log', lambda text, **kwargs: said.append(text)
     )
     build(connector=COVER)
     assert said == [

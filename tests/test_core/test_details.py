@@ -16,12 +16,13 @@ from torch import nn
 from era_mm.core import (
     BaseDistiller,
     Recorder,
-    base_distiller,
     checkpoint,
-    distillation,
     extras_of,
+    step,
+    utils,
 )
-from era_mm.core.teacher import Teacher, forward_until
+from era_mm.core.host_models import forward_until
+from era_mm.core.teacher import Teacher
 from era_mm.core.utils import preserve_rng
 from era_mm.registry import MODELS as ERA_MODELS
 from era_mm.testing import (
@@ -292,8 +293,8 @@ def test_inner__gradients_are_averaged_over_the_ranks(monkeypatch):
 
     alone = weight_after_a_step()
     # Two ranks with one and the same batch: the sum is twice the gradient.
-    monkeypatch.setattr(base_distiller, 'all_reduce', lambda g: g.mul_(2))
-    monkeypatch.setattr(base_distiller, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(utils, 'all_reduce', lambda g: g.mul_(2))
+    monkeypatch.setattr(utils, 'get_world_size', lambda: 2)
     torch.testing.assert_close(weight_after_a_step(), alone)
 
 
@@ -313,7 +314,7 @@ def test_inner__learns_in_training_only():
 
 def test_init_weights__puts_the_extras_alike_on_all_ranks(monkeypatch):
     sent = []
-    monkeypatch.setattr(distillation, 'broadcast', sent.append)
+    monkeypatch.setattr(step, 'broadcast', sent.append)
     config = distillation_config(ERA)
     model = MODELS.build(config)
     model.init_weights()

@@ -315,7 +315,7 @@ def test_teacher__is_shared_by_deepcopy(teacher_file):
     assert clone.teachers['teacher'] is model.teachers['teacher']
     assert clone.student is not model.student
     # The copy records its own modules, not the original's.
-    assert clone._student_recorder.model is clone.student
+    assert clone.wiring.recorder.model is clone.student
 
 
 def test_teacher__is_bit_identical_after_training(make_runner, teacher_file):
@@ -417,7 +417,7 @@ def test_extras__all_of_era_get_a_gradient(teacher_file):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(3):
         step(model, optimizer)
-    assert not model._unreached
+    assert not model._gradients.unreached
 
 
 def test_source__that_never_fires_is_named():

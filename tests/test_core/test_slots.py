@@ -33,6 +33,22 @@ class SelfDistiller(BaseDistiller):
         }
 
 
+@ERA_MODELS.register_module(name='_SourcelessDistiller', force=True)
+class SourcelessDistiller(BaseDistiller):
+    """Reads nothing of the student."""
+
+    def __init__(self):
+        super().__init__(source=dict(student=[], teacher='neck'))
+
+    def prepare(self, *, student, teacher, student_feats, teacher_feats):
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def loss(self, *, student_feats, teacher_feats, data_samples):
+        assert student_feats == {}
+        feat = teacher_feats['neck'][0]
+        return {'loss_scale': (self.scale * feat).square().mean()}
+
+
 class ToyCoder(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -94,6 +110,23 @@ def test_no_teacher__is_needed_nor_allowed_to_be_missing_else():
     del config['teacher']
     with pytest.raises(ValueError, match=r"named 'teacher'.*has none"):
         MODELS.build(config)
+
+
+def test_source__of_the_student_may_be_none_and_the_loss_counts(teacher_file):
+    config = distillation_config(
+        dict(type='era_mm._SourcelessDistiller'), checkpoint=teacher_file
+    )
+    model = MODELS.build(config).train()
+    data = model.data_preprocessor(detection_batch(), True)
+    for _ in range(3):
+        losses = model(**data, mode='loss')
+        total, log_vars = model.parse_losses(losses)
+        total.backward()
+    # In training as in evaluation.
+    with torch.no_grad():
+        expected = model.eval()(**data, mode='loss')['loss_scale']
+    assert log_vars['loss_scale'] == expected > 0
+    assert model.distillers['distiller'].scale.grad > 0
 
 
 def test_inner__is_outside_the_runs_optimiser_and_steps_by_itself(

@@ -1319,7 +1319,7 @@ def two_stages(folder, agnostic=False, norm=False, **kwargs):
 
 def recorded(model, data):
     """Features of both as the distiller gets them."""
-    with model._student_recorder as recorder:
+    with model.wiring.recorder as recorder:
         model.student(**data, mode='loss')
     return dict(
         student_feats=recorder.pop(),

@@ -711,10 +711,11 @@ def test_classifier__parts_move_as_their_names_say(classifier):
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(8, 3, 64, 64, generator=generator)
     samples = [DataSample().set_gt_label(y) for y in torch.arange(8) % 3]
+    model.load_teachers()
     for _ in range(10):
         model.distillers['distiller'].inner_step(
             student_feats={},
-            teacher_feats=model._teach(inputs, samples, None)['teacher'],
+            teacher_feats=model.wiring.teach(inputs, samples)['teacher'],
             data_samples=samples,
         )
     model.distillers['distiller'].freeze_inner = True

@@ -16,7 +16,7 @@ from mmengine.registry import (
 )
 from mmpretrain.structures import DataSample
 
-from era_mm.core.teacher import resolve_model_config
+from era_mm.core.host_models import resolve_model_config
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 
-from era_mm.core.teacher import resolve_model_config
+from era_mm.core.host_models import resolve_model_config
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -486,7 +486,7 @@ def test_search__finds_the_best_policy(tmp_path, mixture):
     )
     losses = []
     for step in range(200):
-        distiller.step = step
+        distiller.begin_step(step)
         feat = torch.randn(4, 6, 5, 5, generator=generator)
         mean = avg_pool2d(feat, 3, 1, 1, count_include_pad=False)
         losses.append(
@@ -577,12 +577,12 @@ def test_search__keeps_the_policy_in_its_ranges(tmp_path):
 def test_search__stops_after_its_share_and_goes_on_without_a_run(teacher_file):
     model = build(teacher_file, search_share=0.25, dam=False)
     distiller = model.distillers['distiller']
-    distiller.step = 10**6
+    distiller.begin_step(10**6)
     assert distiller.is_searching
     MessageHub.get_current_instance().update_info('max_iters', 10)
     found = []
     for step in range(10):
-        distiller.step = step
+        distiller.begin_step(step)
         found.append(distiller.is_searching)
     # 10 * .25 = 2.5: steps 0, 1 and 2.
     assert found == [True] * 3 + [False] * 7
@@ -627,8 +627,6 @@ def test_unrolled__is_the_gradient_through_the_students_step(teacher_file):
     def spy(parameters, **batch):
         loss, gradients = unrolled(parameters, **batch)
         found.update(loss=loss, alpha=gradients[0])
-        rerun = distiller.rerun
-        batch['rerun'] = rerun
         found.update(batch=batch)
         return loss, [torch.zeros_like(g) for g in gradients]
 

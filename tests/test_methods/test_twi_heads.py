@@ -282,7 +282,7 @@ def freeze_norms(model):
 def era_losses(model, data):
     """The distiller's losses alone, drawn from seed 7."""
     era = model.distillers['distiller']
-    with model._student_recorder as recorder:
+    with model.wiring.recorder as recorder:
         model.student(**data, mode='loss')
     student_feats = recorder.pop()
     teacher_feats = model.teachers['teacher'].extract(**data)
@@ -567,7 +567,7 @@ def recorded(model, data):
         return result
 
     student.rpn_head.loss_and_predict = spy
-    with model._student_recorder as recorder:
+    with model.wiring.recorder as recorder:
         student(**data, mode='loss')
     del student.rpn_head.loss_and_predict
     return recorder.pop(), proposed

@@ -201,7 +201,7 @@ class Run:
                 season(
                     method,
                     lambda method=method: method.mbrnet(
-                        method.connected(feats)
+                        method.connections.connected(feats)
                     ),
                 )
                 self.measure(method.mbrnet.space)

@@ -19,7 +19,6 @@ from mmpretrain.structures import DataSample
 
 from era_mm import cli
 from era_mm.core import Distillation
-from era_mm.core.pairing import Member
 from era_mm.engine import make_config
 from era_mm.engine.host_configs import (
     class_names,
@@ -27,6 +26,7 @@ from era_mm.engine.host_configs import (
     read_host_config,
 )
 from era_mm.engine.make_config import LINE_LENGTH
+from era_mm.engine.pairing import Member
 from era_mm.testing import (
     detection_batch,
     detector_config,

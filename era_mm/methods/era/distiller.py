@@ -9,8 +9,14 @@ from mmengine.dist import all_reduce
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ...core import BaseDistiller, Features, HostModel
-from ...core.pairing import Pair, Plan, is_query_based
+from ...core import (
+    BaseDistiller,
+    Features,
+    HostModel,
+    MeasuredPair,
+    Plan,
+)
+from ...core.host_models import is_query_based
 from ...core.utils import evaluating, preserve_rng
 from ...registry import MODELS
 from .detector_terms import DenseTerm, DetectorTerm, RoITerm
@@ -247,7 +253,7 @@ class ERADistiller(BaseDistiller):
         self._asks_for_targets = twi_targets in ('teacher', 'both')
 
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """ERA with TWI where the teacher's head can be reused.
 
         With it every level of the teacher gets an estimate. Classifiers get
@@ -278,7 +284,7 @@ class ERADistiller(BaseDistiller):
         )
 
     @staticmethod
-    def _why_no_twi(pair: Pair) -> str | None:
+    def _why_no_twi(pair: MeasuredPair) -> str | None:
         student, teacher = pair.student, pair.teacher
         reason = why_not_reused(student.model, teacher.model)
         if reason is not None:
@@ -340,7 +346,9 @@ class ERADistiller(BaseDistiller):
             return
         # The blend needs the student's features as its own head gets them.
         student_head = find_head(student, self.twi_place)
-        self._blends = student_head is not None and not self.pair_connectors
+        self._blends = (
+            student_head is not None and not self.connections.connectors
+        )
         self._lacks_masks = getattr(student, 'with_mask', False) and not (
             isinstance(head, TwoStageTWIHead) and head.has_masks
         )
@@ -640,7 +648,7 @@ class ERADistiller(BaseDistiller):
         teacher_maps: tuple[Tensor, ...],
     ) -> None:
         assert self.logit is not None
-        if self.pair_connectors and isinstance(self.logit, RoITerm):
+        if self.connections.connectors and isinstance(self.logit, RoITerm):
             # Its RoI head reads what its neck gives.
             reason: str | None = 'a connector follows its neck'
         else:

@@ -72,7 +72,7 @@ def export_estimate(
             feeds the head, or the result is not the same.
     """
     stages = _neck_stages(distiller, student)
-    connector = distiller.pair_connectors.get('student')
+    connector = distiller.connections.connectors.get('student')
     if connector is not None:
         if mode != 'T' and not keep_align:
             raise _cannot_fold(
@@ -412,7 +412,9 @@ def _compare(
 
     mbrnet = double(distiller.mbrnet)
     plain, module = double(student.module), double(exported.module)
-    feats = distiller.connected(plain.extract_feat(inputs.double()))
+    feats = distiller.connections.connected(
+        plain.extract_feat(inputs.double())
+    )
     wanted = mbrnet(feats) if mode == 'T' else mbrnet.estimates(feats, 0)[0]
     found = module.extract_feat(inputs.double())
     if head is not None:

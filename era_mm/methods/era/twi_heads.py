@@ -22,7 +22,8 @@ from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 
 from ...core import Unregistered
-from ...core.utils import blank_sample, preserve_rng
+from ...core.host_models import blank_sample
+from ...core.utils import preserve_rng
 from ...registry import MODELS
 from .twi_blend import blend_raw, can_blend_raw, merge
 

@@ -1,6 +1,5 @@
 """IEKDDistiller: split, factors and losses, put together."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +7,9 @@ from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ...core import BaseDistiller, Features
-from ...core.pairing import Pair, Plan
+from ...core import BaseDistiller, Features, MeasuredPair, Plan
 from ...core.utils import broadcast_buffers
+from ...layers import levels_of
 from ...registry import MODELS
 from .losses import IELoss, attention_map, margin_relu, similarity
 from .parts import (
@@ -138,7 +137,7 @@ class IEKDDistiller(BaseDistiller):
         self.encoders: nn.ModuleDict
 
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """On maps, also in a classifier, as the [official code].
 
         Without a phase of pre-training, which would need a longer schedule
@@ -156,8 +155,8 @@ class IEKDDistiller(BaseDistiller):
         teacher_feats: Features,
     ) -> None:
         """Split the student's channels and build the coders."""
-        maps = self._levels(student_feats, self.student_sources)
-        targets = self._levels(teacher_feats, self.teacher_sources)
+        maps = levels_of(student_feats, self.student_sources)
+        targets = levels_of(teacher_feats, self.teacher_sources)
         for owner, feats, sources in (
             ('student', maps, self.student_sources),
             ('teacher', targets, self.teacher_sources),
@@ -210,10 +209,6 @@ class IEKDDistiller(BaseDistiller):
     def _index(split: Any, part: str) -> Tensor:
         return getattr(split, f'{part}_index')
 
-    @staticmethod
-    def _levels(feats: Features, sources: Sequence[str]) -> list[Tensor]:
-        return [feat for source in sources for feat in feats[source]]
-
     # -- the teacher's auto-encoder ----------------------------------------
 
     def build_inner(
@@ -242,7 +237,7 @@ class IEKDDistiller(BaseDistiller):
         L1 is [official code]; the paper writes the squared L2 norm.
         """
         assert self.inner is not None
-        feats = self._levels(teacher_feats, self.teacher_sources)
+        feats = levels_of(teacher_feats, self.teacher_sources)
         self.inner.train()
         _, rebuilt = self.inner(feats)
         errors = [
@@ -282,10 +277,8 @@ class IEKDDistiller(BaseDistiller):
         Logged beside them: ``iekd_cos_inherit`` and ``iekd_cos_explore``, the
         mean cosine between a part's factor and the teacher's.
         """
-        maps = self._levels(student_feats, self.student_sources)
-        targets = self._targets(
-            self._levels(teacher_feats, self.teacher_sources)
-        )
+        maps = levels_of(student_feats, self.student_sources)
+        targets = self._targets(levels_of(teacher_feats, self.teacher_sources))
         parts = [split(m) for split, m in zip(self.splits, maps, strict=True)]
         losses: dict[str, Tensor] = {}
         for index, part in enumerate(PARTS):

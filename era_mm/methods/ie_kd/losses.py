@@ -7,11 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
+from ...layers import full_precision
 from ...registry import explain_unknown_keys
-
-
-def _full(feat: Tensor) -> Tensor:
-    return feat.to(torch.promote_types(feat.dtype, torch.float32))
 
 
 def unit(feat: Tensor) -> Tensor:
@@ -25,7 +22,7 @@ def unit(feat: Tensor) -> Tensor:
         - feat: ``(N, C, H, W)``
         - out: ``(N, D)``
     """
-    return normalize(_full(feat).flatten(1), dim=1)
+    return normalize(full_precision(feat).flatten(1), dim=1)
 
 
 def attention_map(feat: Tensor) -> Tensor:
@@ -39,7 +36,7 @@ def attention_map(feat: Tensor) -> Tensor:
         - feat: ``(N, C, H, W)``
         - out: ``(N, 1, H, W)``
     """
-    return _full(feat).square().sum(dim=1, keepdim=True)
+    return full_precision(feat).square().sum(dim=1, keepdim=True)
 
 
 def margin_relu(feat: Tensor) -> Tensor:
@@ -57,7 +54,7 @@ def margin_relu(feat: Tensor) -> Tensor:
         - feat: ``(N, C, H, W)``
         - out: as feat
     """
-    feat = _full(feat)
+    feat = full_precision(feat)
     negative = feat < 0
     dims = (0, 2, 3)
     margin = (feat * negative).sum(dims, keepdim=True) / negative.sum(
@@ -174,7 +171,9 @@ class IELoss(nn.Module):
 
 def _cosines(first: Tensor, second: Tensor) -> Tensor:
     return cosine_similarity(
-        _full(first).flatten(1), _full(second).flatten(1), dim=1
+        full_precision(first).flatten(1),
+        full_precision(second).flatten(1),
+        dim=1,
     )
 
 

@@ -8,9 +8,8 @@ from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ...core import BaseDistiller, Features, Phase
-from ...core.pairing import Pair, Plan
-from ...errors import UserError
+from ...core import BaseDistiller, Features, MeasuredPair, Phase, Plan
+from ...layers import check_alike
 from ...registry import MODELS
 from .losses import assistant_loss, student_loss
 from .pair_config import PRETRAINING, pair_config
@@ -147,19 +146,19 @@ class ResidualKDDistiller(BaseDistiller):
             )
 
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """The feature form, on levels as they are.
 
         Raises:
-            UserError: The levels of the two are not the same.
+            ValueError: The levels of the two are not the same.
         """
         match = pair.match()
         if match.connector or match.unused():
             unused = ', '.join(match.unused()) or 'none'
-            raise UserError(
-                '--method: residual_kd adds the features of a whole neck, so '
-                'both models must have the same levels and strides. Here '
-                f'these have no partner: {unused}; connectors needed: '
+            raise ValueError(
+                f'{cls.__name__} adds the features of a whole neck, so both '
+                'models must have the same levels and strides. Here these '
+                f'have no partner: {unused}; connectors needed: '
                 f'{match.connector or "none"}. Choose another teacher or '
                 'another method.'
             )
@@ -230,14 +229,14 @@ class ResidualKDDistiller(BaseDistiller):
         own, theirs = (
             [tuple(m.shape) for m in feats] for feats in (maps, teacher_maps)
         )
-        if [(len(s), s[2:]) for s in own] != [(len(s), s[2:]) for s in theirs]:
-            raise ValueError(
-                f'The student has features {own} at {self.cut!r} and the '
-                f'teacher {theirs} at {self.teacher_sources[0]!r}: all but '
-                'the channels must agree. Choose sources of the same levels '
-                'and strides, and compare pad_size_divisor of both '
-                'data_preprocessors.'
-            )
+        check_alike(
+            own,
+            theirs,
+            names=('The student', 'the teacher'),
+            at=(self.cut, self.teacher_sources[0]),
+            advice='Choose sources of the same levels and strides, and '
+            'compare pad_size_divisor of both data_preprocessors.',
+        )
 
     def phase(self) -> Phase:
         """The phase at ``self.step``."""

@@ -4,14 +4,10 @@ Legend: F_S student, F_A assistant, F_T teacher, features of one shape
 ``(N, C, *)``.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-
-def _full(tensor: Tensor) -> Tensor:
-    # Half precision loses a small residual.
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from ...layers import full_precision
 
 
 def student_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
@@ -27,7 +23,7 @@ def student_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
         - student_feat, teacher_feat: ``(N, C, *)``
         - out: scalar
     """
-    return mse_loss(_full(student_feat), _full(teacher_feat))
+    return mse_loss(full_precision(student_feat), full_precision(teacher_feat))
 
 
 def assistant_loss(
@@ -48,5 +44,6 @@ def assistant_loss(
         - student_feat, assistant_feat, teacher_feat: ``(N, C, *)``
         - out: scalar
     """
-    residual = (_full(teacher_feat) - _full(student_feat)).detach()
-    return mse_loss(_full(assistant_feat), residual)
+    student, teacher = map(full_precision, (student_feat, teacher_feat))
+    residual = (teacher - student).detach()
+    return mse_loss(full_precision(assistant_feat), residual)

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from ...core.utils import preserve_rng
+from ...layers import check_alike
 from .pair import FeatureExtractor
 
 CUTS = ('backbone', 'neck')
@@ -228,10 +229,9 @@ def _check_shapes(
             'Residual KD works on vectors (N, C) and maps (N, C, H, W), but '
             f'the given model has {[tuple(s) for s in given]} at the cut.'
         )
-    # All but the channels.
-    if [(len(s), s[2:]) for s in own] != [(len(s), s[2:]) for s in given]:
-        raise ValueError(
-            f'The {name} has features {[tuple(s) for s in own]} where the '
-            f'given model has {[tuple(s) for s in given]}: all but the '
-            'channels must agree. Change widths, not strides or levels.'
-        )
+    check_alike(
+        own,
+        given,
+        names=(f'The {name}', 'the given model at the cut'),
+        advice='Change widths, not strides or levels.',
+    )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
-from .dam import full_precision
+from ...layers import check_alike, full_precision
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -29,17 +29,17 @@ def check_shapes(student: Shapes, teacher: Shapes) -> None:
         ValueError: Another number of levels or other sizes; features that
             are neither maps nor vectors.
     """
-    own, theirs = (
-        [(len(shape), shape[2:]) for shape in shapes]
-        for shapes in (student, teacher)
-    )
-    if own != theirs or any(dim not in (2, 4) for dim, _ in own):
+    if any(len(shape) not in (2, 4) for shape in student):
         raise ValueError(
-            'SoKD needs maps (N, C, H, W) or vectors (N, C) that agree in all '
-            f'but the channels, but the student has {list(student)} and the '
-            f'teacher {list(teacher)}. Choose sources of the same levels and '
-            'strides for `base`.'
+            'SoKD needs maps (N, C, H, W) or vectors (N, C), but the student '
+            f'has {list(student)}. Choose other sources for `base`.'
         )
+    check_alike(
+        student,
+        teacher,
+        names=('The student', 'the teacher'),
+        advice='Choose sources of the same levels and strides for `base`.',
+    )
 
 
 class Adapters(nn.ModuleList):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...layers import full_precision
 from ...registry import explain_unknown_keys
 from .ops import FeatureOp, build_op
 
@@ -48,8 +49,8 @@ def consistency_loss(
         - student_feat, refined_feat: ``(N, C, *)``
         - out: scalar
     """
-    dtype = torch.promote_types(refined_feat.dtype, torch.float32)
-    error = (refined_feat.to(dtype) - student_feat.to(dtype)).square() / 2
+    student, refined = map(full_precision, (student_feat, refined_feat))
+    error = (refined - student).square() / 2
     return error.mean() if reduction == 'mean' else error.sum()
 
 
@@ -266,7 +267,7 @@ class DAFA(nn.Module):
             generator.manual_seed(draw.seed + level)
             # Noise and blends in full precision.
             with torch.autocast(feat.device.type, enabled=False):
-                full = feat.to(torch.promote_types(feat.dtype, torch.float32))
+                full = full_precision(feat)
                 if feat.dim() == 2:
                     out = self._mix(full[..., None, None], draw, generator)
                     out = out[..., 0, 0]

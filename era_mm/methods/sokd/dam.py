@@ -13,6 +13,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
+from ...layers import full_precision
 from ...registry import explain_unknown_keys
 from .areas import (
     AreaDecoder,
@@ -22,11 +23,6 @@ from .areas import (
     attention_targets,
     box_targets,
 )
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class DAMHead(nn.Module):

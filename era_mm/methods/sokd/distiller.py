@@ -8,13 +8,19 @@ import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
-from ...core import BaseDistiller, Features, Unregistered
-from ...core.pairing import Pair, Plan
+from ...core import (
+    BaseDistiller,
+    Features,
+    MeasuredPair,
+    Plan,
+    Unregistered,
+)
+from ...layers import full_precision
 from ...registry import MODELS
 from .adapters import Adapters, check_shapes
 from .areas import Areas
 from .dafa import DAFA
-from .dam import DAM, full_precision
+from .dam import DAM
 from .search import SearchingDistiller
 
 AREAS_FOR = ('term', 'base')
@@ -130,7 +136,7 @@ class SoKDDistiller(SearchingDistiller):
         self.dam: DAM | None = None
 
     @classmethod
-    def plan_for(cls, pair: Pair) -> Plan:
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
         """Around FitNet, on maps, also in a classifier."""
         match = pair.match(maps=True)
         base = dict(type='era_mm.FeatureImitationDistiller', **match.config())

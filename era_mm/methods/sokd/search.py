@@ -14,11 +14,11 @@ from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, Unregistered
-from ...core.base_distiller import take_step
-from ...core.utils import preserve_rng
+from ...core.rerun import Rerun
+from ...core.utils import preserve_rng, take_step
+from ...layers import full_precision, levels_of
 from .adapters import Adapters, below
 from .dafa import DAFA, consistency_loss
-from .dam import full_precision
 from .wrapper import WrappingDistiller
 
 
@@ -175,12 +175,8 @@ class SearchingDistiller(WrappingDistiller):
         """
         sources = self.student_sources[: len(self.teacher_sources)]
         return (
-            [feat for source in sources for feat in student_feats[source]],
-            [
-                feat
-                for source in self.teacher_sources
-                for feat in teacher_feats[source]
-            ],
+            levels_of(student_feats, sources),
+            levels_of(teacher_feats, self.teacher_sources),
         )
 
     def _adapt(
@@ -261,11 +257,7 @@ class SearchingDistiller(WrappingDistiller):
         """F_t' of this step's draw, by source."""
         if self.policy is None:
             return teacher_feats
-        flat = [
-            feat
-            for source in self.teacher_sources
-            for feat in teacher_feats[source]
-        ]
+        flat = levels_of(teacher_feats, self.teacher_sources)
         refined = iter(self.policy(flat, self.step))
         return {
             source: tuple(next(refined) for _ in teacher_feats[source])
@@ -301,6 +293,7 @@ class SearchingDistiller(WrappingDistiller):
         student_feats: Features,
         teacher_feats: Features,
         data_samples: list,
+        rerun: Rerun | None = None,
     ) -> Tensor:
         """The wrapped distiller's inner step, then the policy's.
 
@@ -316,12 +309,12 @@ class SearchingDistiller(WrappingDistiller):
         if base.inner is not None and (
             self.step < self.pretrain_iters or not base.freeze_inner
         ):
-            losses.append(base.inner_step(**batch))
+            losses.append(base.inner_step(**batch, rerun=rerun))
         if self.is_searching:
-            losses.append(self._search(**batch))
+            losses.append(self._search(**batch, rerun=rerun))
         return torch.stack(losses).sum() if losses else torch.zeros(())
 
-    def _search(self, **batch: Any) -> Tensor:
+    def _search(self, *, rerun: Rerun | None, **batch: Any) -> Tensor:
         assert self.policy is not None
         assert isinstance(self.inner_optimizer, Optimizers)
         parameters = list(self.policy.parameters())
@@ -336,7 +329,9 @@ class SearchingDistiller(WrappingDistiller):
                 loss = self.inner_loss(**batch)
                 gradients = list(torch.autograd.grad(loss, parameters))
             else:
-                loss, gradients = self._unrolled(parameters, **batch)
+                loss, gradients = self._unrolled(
+                    parameters, rerun=rerun, **batch
+                )
         take_step(
             self.inner_optimizer.optimizers['policy'], parameters, gradients
         )
@@ -347,13 +342,13 @@ class SearchingDistiller(WrappingDistiller):
         self,
         policy: list[nn.Parameter],
         *,
+        rerun: Rerun | None,
         student_feats: Features,
         teacher_feats: Features,
         data_samples: list,
     ) -> tuple[Tensor, list[Tensor]]:
         """Second order: student and adapters take the step looked ahead."""
-        assert self.rerun is not None
-        rerun = self.rerun
+        assert rerun is not None
         modules: dict[str, nn.Module] = {'student': rerun.student}
         if self.adapters is not None:
             modules['adapters'] = self.adapters

@@ -17,6 +17,9 @@ class WrappingDistiller(BaseDistiller):
         base: The wrapped distiller.
         schedules: See ``BaseDistiller``.
         init_cfg: As in mmengine.
+
+    Raises:
+        ValueError: ``base`` wraps another one itself.
     """
 
     def __init__(
@@ -25,10 +28,17 @@ class WrappingDistiller(BaseDistiller):
         schedules: dict[str, dict] | None = None,
         init_cfg: dict | None = None,
     ) -> None:
+        if isinstance(base, WrappingDistiller):
+            raise ValueError(
+                f'{type(self).__name__} wraps a distiller with losses of its '
+                f'own, but `base` is a {type(base).__name__}, which wraps '
+                f'{type(base.base).__name__} itself. Give the config of that '
+                'one as `base`.'
+            )
         super().__init__(
             teacher=base.teacher, schedules=schedules, init_cfg=init_cfg
         )
-        self.base = base
+        self.base: BaseDistiller = base
         self.pretrain_iters = base.pretrain_iters
         self.has_phases = base.has_phases
         self._take_sources()
@@ -36,17 +46,12 @@ class WrappingDistiller(BaseDistiller):
     def _take_sources(self) -> None:
         self.student_sources = self.base.student_sources
         self.teacher_sources = self.base.teacher_sources
-        self.pair_connectors = self.base.pair_connectors
-        self._connected = self.base._connected
+        self.connections = self.base.connections
 
-    @property
-    def step(self) -> int:
-        """The run's global iteration, also the wrapped distiller's."""
-        return self.base.step
-
-    @step.setter
-    def step(self, value: int) -> None:
-        self.base.step = value
+    def begin_step(self, step: int) -> None:
+        """Also the wrapped distiller's."""
+        super().begin_step(step)
+        self.base.begin_step(step)
 
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None
@@ -62,6 +67,11 @@ class WrappingDistiller(BaseDistiller):
     def phase(self) -> Phase | None:
         """The wrapped distiller's."""
         return self.base.phase()
+
+    @property
+    def least_iters(self) -> int:
+        """The wrapped distiller's."""
+        return self.base.least_iters
 
     def is_complete(self, step: int) -> bool:
         """The wrapped distiller's."""

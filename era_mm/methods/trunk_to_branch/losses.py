@@ -13,9 +13,7 @@ from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from ...layers import full_precision
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -87,7 +85,7 @@ def mean_squared_correlation(
         )
     # Products in half precision would lose small correlations.
     with torch.autocast(embeddings[0].device.type, enabled=False):
-        stacked = _full(torch.stack(list(embeddings)))
+        stacked = full_precision(torch.stack(list(embeddings)))
         num_peers, count, width = stacked.shape
         counts = stacked.new_full((num_peers, 1), count)
         sums = _sum_over_ranks(torch.cat([stacked.sum(dim=1), counts], dim=1))
@@ -122,7 +120,7 @@ def mean_squared_cosine(embeddings: Sequence[Tensor]) -> Tensor:
     """
     if len(embeddings) < 2:
         return embeddings[0].new_zeros(())
-    full = [_full(embedding) for embedding in embeddings]
+    full = [full_precision(embedding) for embedding in embeddings]
     squares = [
         cosine_similarity(full[k], full[j], dim=1).square().mean()
         for k, j in _pairs(embeddings)

@@ -3,7 +3,7 @@
 import pytest
 from mmengine.config import ConfigDict
 
-from era_mm.core.pairing import Member, Pair
+from era_mm.engine.pairing import Member, Pair
 from era_mm.testing import detector_config
 
 

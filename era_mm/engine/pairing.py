@@ -19,44 +19,25 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..layers import Connector, crop_to_common
-from .recorder import as_tuple
-from .utils import blank_sample, evaluating, preserve_rng
+from era_mm.core.host_models import (
+    KINDS,
+    blank_sample,
+    is_query_based,
+    kind_of,
+    num_classes_of,
+)
+from era_mm.core.recorder import as_tuple
+from era_mm.core.utils import evaluating, preserve_rng
+from era_mm.errors import UserError
+from era_mm.layers import Connector, crop_to_common
 
 Feats = tuple[Tensor, ...]
 
 #: Sides of the trial image, tried in this order.
 DETECTOR_SIZES = (256, 512, 1024)
 CLASSIFIER_SIZES = (224, 256, 384, 32)
-KINDS = {'BaseDetector': 'detector', 'BaseClassifier': 'classifier'}
 #: Strides that differ by less than this factor count as one.
 SAME_STRIDE = 1.25
-
-
-def is_query_based(model: nn.Module) -> bool:
-    """Whether it is one of mmdet's DETR-like detectors."""
-    return hasattr(model, 'forward_transformer')
-
-
-def num_classes_of(model: nn.Module) -> int | None:
-    """How many classes a model tells apart, if its head says so."""
-    owner = getattr(model, 'roi_head', model)
-    for name in ('bbox_head', 'head', 'mask_head'):
-        head = getattr(owner, name, None)
-        if isinstance(head, nn.ModuleList):
-            head = head[-1]
-        if head is not None:
-            return getattr(head, 'num_classes', None)
-    return None
-
-
-def kind_of(model: nn.Module) -> str:
-    """'detector', 'classifier', or the class's name for what is neither."""
-    for cls in type(model).__mro__:
-        if cls.__name__ in KINDS:
-            return KINDS[cls.__name__]
-    return type(model).__name__
 
 
 class Seen(NamedTuple):
@@ -329,24 +310,6 @@ class Match:
                     role = ('student', 'teacher')[index]
                     found.append(f'{role} {half.source}[{level}]{at}')
         return found
-
-
-class Plan(NamedTuple):
-    """What a method makes of a pair.
-
-    Args:
-        distiller: Its config.
-        match: What it matched.
-        head: What it does with the teacher's head, one sentence; None for
-            methods that never use one.
-        modes: Predictions to report beside the student's own, as far as the
-            built model offers them.
-    """
-
-    distiller: dict[str, Any]
-    match: Match
-    head: str | None = None
-    modes: tuple[str, ...] = ()
 
 
 @dataclass

@@ -1,0 +1,76 @@
+"""What a method makes of a pair of models that was run and measured.
+
+``tools/make_config.py`` measures the pair and asks; so a method says what is
+written for it and imports nothing of the engine.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class MeasuredModel(Protocol):
+    """One of the models of a :class:`MeasuredPair`."""
+
+    model: nn.Module
+    #: Names of the classes it was trained for, where known.
+    classes: tuple[str, ...] | None
+
+
+class FeatureMatch(Protocol):
+    """Which outputs of two models go together."""
+
+    @property
+    def connector(self) -> dict[str, dict]:
+        """The ``connector`` of a ``source``; empty where none is needed."""
+
+    def config(self) -> dict[str, Any]:
+        """``source`` as a distiller takes it; empty where it is 'neck'."""
+
+    def feats(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Features of one image as the distiller would get them."""
+
+    def unused(self) -> list[str]:
+        """Outputs of either that go with none of the other."""
+
+
+class MeasuredPair(Protocol):
+    """What a method sees of two models that were run on one image.
+
+    ``era_mm.engine.pairing.Pair`` is one.
+    """
+
+    @property
+    def student(self) -> MeasuredModel:
+        """The one to be trained."""
+
+    @property
+    def teacher(self) -> MeasuredModel:
+        """The one to learn from."""
+
+    def match(
+        self,
+        *,
+        maps: bool = False,
+        encoder: bool = False,
+        cover: bool = False,
+    ) -> FeatureMatch:
+        """Find what to distil; see ``era_mm.engine.pairing.Pair.match``."""
+
+
+class Plan(NamedTuple):
+    """What a method makes of a pair.
+
+    Args:
+        distiller: Its config.
+        match: What it matched.
+        head: What it does with the teacher's head, one sentence; None for
+            methods that never use one.
+        modes: Predictions to report beside the student's own, as far as the
+            built model offers them.
+    """
+
+    distiller: dict[str, Any]
+    match: FeatureMatch
+    head: str | None = None
+    modes: tuple[str, ...] = ()

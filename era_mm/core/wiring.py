@@ -1,0 +1,179 @@
+"""Which source of whom reaches which distiller."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base_distiller import BaseDistiller, Features
+from .host_models import blank_sample, forward_until
+from .recorder import Recorder
+from .teacher import BaseTeacher
+from .utils import evaluating
+
+#: The student's features by source, and those of each teacher.
+Recorded = tuple[Features, Mapping[str, Features]]
+Shapes = dict[str, list[tuple[int, ...]]]
+
+
+def _shapes_of(feats: Features) -> Shapes:
+    return {
+        source: [tuple(level.shape) for level in levels]
+        for source, levels in feats.items()
+    }
+
+
+class Wiring:
+    """Listens to a student and its teachers for some distillers.
+
+    A dry run on a blank image lets each distiller meet its pair.
+
+    Source: ours.
+
+    Args:
+        student: The student.
+        teachers: The teachers by name.
+        distillers: The distillers by name; an ``nn.ModuleDict``, which
+            copies of the model share.
+        input_size: Height and width of the dry run, in pixels; a number for
+            both.
+
+    Raises:
+        ValueError: A distiller without its teacher, sources that do not
+            exist, pairs that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teachers: Mapping[str, BaseTeacher],
+        distillers: Mapping[str, BaseDistiller],
+        input_size: int | tuple[int, int],
+    ) -> None:
+        self._student = student
+        self._teachers = dict(teachers)
+        self._distillers = distillers
+        self._check_teachers()
+        for distiller in distillers.values():
+            distiller.choose_sources(**self._pair_of(distiller))
+        #: Height and width of the dry run's image.
+        self.input_size: tuple[int, int] = (
+            (input_size, input_size)
+            if isinstance(input_size, int)
+            else (input_size[0], input_size[1])
+        )
+        #: What each source of the student put out there, a shape per level.
+        self.student_shapes: Shapes = {}
+        #: The same by teacher.
+        self.teacher_shapes: dict[str, Shapes] = {}
+        feats = self._dry_run()
+        for distiller in distillers.values():
+            distiller.prepare(
+                **self._pair_of(distiller),
+                **distiller.connections.meet(
+                    **self.feats_of(distiller, feats)
+                ),
+            )
+            distiller.set_up_inner()
+        #: Listens to the student's sources.
+        # Anew: some are found to be of no use only when the pair is met.
+        self.recorder = self._listen_to_all()
+
+    def _check_teachers(self) -> None:
+        for distiller in self._distillers.values():
+            if distiller.needs_teacher and (
+                distiller.teacher not in self._teachers
+            ):
+                raise ValueError(
+                    f'{type(distiller).__name__} learns from a teacher named '
+                    f'{distiller.teacher!r}, but the model has '
+                    f'{sorted(self._teachers) or "none"}. Set '
+                    '`model.teacher`.'
+                )
+
+    def _pair_of(self, distiller: BaseDistiller) -> dict[str, Any]:
+        return dict(
+            student=self._student,
+            teacher=self._teachers[distiller.teacher].model
+            if distiller.needs_teacher
+            else None,
+        )
+
+    def _listen_to_all(self) -> Recorder:
+        return self.listen(
+            source
+            for distiller in self._distillers.values()
+            for source in distiller.student_sources
+        )
+
+    def _dry_run(self) -> Recorded:
+        inputs = torch.zeros(1, 3, *self.input_size)
+        samples = [blank_sample(*self.input_size)]
+        recorder = self._listen_to_all()
+        with torch.no_grad(), evaluating(self._student), recorder:
+            forward_until(self._student, inputs, recorder.sources, samples)
+        student_feats = recorder.pop()
+        for name, teacher in self._teachers.items():
+            teacher.record(
+                dict.fromkeys(
+                    source
+                    for distiller in self._distillers.values()
+                    if distiller.teacher == name
+                    for source in distiller.teacher_sources
+                )
+            )
+        teacher_feats = self.teach(inputs, samples)
+        self.student_shapes = _shapes_of(student_feats)
+        self.teacher_shapes = {
+            name: _shapes_of(feats) for name, feats in teacher_feats.items()
+        }
+        return student_feats, teacher_feats
+
+    def listen(self, sources: Iterable[str]) -> Recorder:
+        """What records some of the student's sources, each once."""
+        return Recorder(self._student, dict.fromkeys(sources), owner='student')
+
+    def teach(
+        self,
+        inputs: Tensor,
+        data_samples: list | None,
+        teacher_inputs: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Features]:
+        """The features of each teacher that is asked for any.
+
+        Args:
+            inputs: The student's batch.
+            data_samples: Ground truth and meta data.
+            teacher_inputs: Batches of teachers that see other tensors.
+        """
+        own = teacher_inputs or {}
+        return {
+            name: teacher.extract(own.get(name, inputs), data_samples)
+            for name, teacher in self._teachers.items()
+            # One that is there to be inherited from alone is not asked.
+            if teacher.is_recorded
+        }
+
+    def feats_of(
+        self, distiller: BaseDistiller, recorded: Recorded
+    ) -> dict[str, Features]:
+        """What was recorded for one distiller, not yet connected.
+
+        Args:
+            distiller: One of the distillers.
+            recorded: The student's features by source, and those of each
+                teacher.
+        """
+        student_feats, teacher_feats = recorded
+        return {
+            'student_feats': {
+                source: student_feats[source]
+                for source in distiller.student_sources
+            },
+            'teacher_feats': {
+                source: teacher_feats[distiller.teacher][source]
+                for source in distiller.teacher_sources
+            },
+        }
