@@ -65,8 +65,10 @@ class SoKDDistiller(SearchingDistiller):
             afterwards it stays. 0.2 is [inference]; too long a search
             overfits [paper, by readers' notes]. Outside of an mmengine run
             there is no end.
-        optimizer: The policy's. Adam, lr 3e-4, betas (0.5, 0.999), weight
-            decay 1e-3 is [DADA code].
+        optimizer: The policy's. Adam, lr 3e-4, betas (0.5, 0.999) is [DADA
+            code]; that it has no weight decay (1e-3 there) is [ours]: Adam
+            would shrink beta and m of all sub-policies that were not drawn,
+            whatever the loss says.
         unroll_lr: Length of the student's step that the policy looks ahead
             (second order, by finite differences); see ``unrolled_gradients``.
             Four more passes of the student in an iteration that searches.
