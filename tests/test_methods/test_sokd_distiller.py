@@ -153,6 +153,57 @@ def test_era__keeps_its_modes_under_sokd(teacher_file):
         assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
 
 
+def test_era__hears_what_the_head_says_of_the_teachers_own_feature(
+    teacher_file,
+):
+    """Under a strong policy the student's own head learns as without one."""
+    plain = build(teacher_file, BASES['era'])
+    model = build(
+        teacher_file,
+        base=BASES['era'],
+        dafa=dict(init=(0, 1.0, 0.9)),
+        dam=False,
+    )
+    theirs, found = losses_of(plain), losses_of(model)
+    assert abs(found['sokd_norm_ratio'] - 1) > 0.01
+    for key in ('loss_era_logit', 'loss_era_box'):
+        assert theirs[key] > 0
+        torch.testing.assert_close(found[key], theirs[key], rtol=0, atol=0)
+    assert found['loss_era_align'] != theirs['loss_era_align']
+
+
+def test_era__of_a_classifier_hears_the_teachers_own_logits(tmp_path):
+    init_default_scope('mmpretrain')
+    teacher = classifier_config(width=16)
+    file = save_teacher(teacher, tmp_path / 't.pth', scope='mmpretrain')
+    inputs = torch.randn(8, 3, 64, 64)
+    samples = [DataSample().set_gt_label(y % 3) for y in range(8)]
+    found = []
+    for distiller in (
+        BASES['era'],
+        dict(
+            type='era_mm.SoKDDistiller',
+            base=BASES['era'],
+            dafa=dict(init=(0, 1.0, 0.9)),
+            dam=False,
+        ),
+    ):
+        torch.manual_seed(0)
+        model = MODELS.build(
+            dict(
+                type='era_mm.Distillation',
+                student=classifier_config(),
+                teacher=dict(config=teacher, checkpoint=file),
+                distiller=distiller,
+            )
+        )
+        model.init_weights()
+        found.append(model(inputs, samples, mode='loss'))
+    assert found[0]['loss_era_logit'] > 0
+    assert torch.equal(*(each['loss_era_logit'] for each in found))
+    assert not torch.equal(*(each['loss_era_align'] for each in found))
+
+
 def test_iekd__pretrains_under_sokd_and_then_the_policy_begins(teacher_file):
     hub = MessageHub.get_current_instance()
     hub.update_info('max_iters', 12)

@@ -694,10 +694,18 @@ class ERADistiller(BaseDistiller):
         student_feats: Features,
         teacher_feats: Features,
         data_samples: list,
+        own_feats: Features | None = None,
     ) -> dict[str, Tensor]:
         """``loss_era_align``, ``_residual``, ``_logit``, ``_box``, ``_twi_*``.
 
         Those of the head only where they are on.
+
+        Args:
+            student_feats: Features by source.
+            teacher_feats: T, what is approximated.
+            data_samples: Ground truth.
+            own_feats: The teacher's own features, where T is made of them
+                (SoKD): what its head says is said of these.
         """
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
@@ -717,6 +725,9 @@ class ERADistiller(BaseDistiller):
             data_samples = self._proposals.attach(student_feats, data_samples)
         said = None
         if self.logit is not None:
+            if own_feats is not None:
+                own = self._maps(own_feats, self.teacher_sources)
+                targets = tuple(full(t) for t in own)
             with torch.no_grad():
                 said = self.logit.target(self._head, targets, data_samples)
                 if learns:
