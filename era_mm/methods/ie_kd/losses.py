@@ -86,15 +86,16 @@ class IELoss(nn.Module):
     so exploration cannot diverge. The mean over the numbers of a unit vector
     shrinks with 1 / sqrt(D), so on COCO's P3 a weight would be 0.03 of what it
     is on the released pair, and 2 times that on a small map: the root brings
-    all to the 2048 numbers for which the weight was found. [ours] ``partial`` leaves out of the sum where
-    n(A) <= n(B) <= 0: a student below a teacher that is off already does no
-    harm. ``cosine`` explores towards orthogonal, not opposite, factors.
+    all to the 2048 numbers for which the weight was found. [ours] ``partial``
+    leaves out of the sum where n(A) <= n(B) <= 0: a student below a teacher
+    that is off already does no harm. ``cosine`` explores towards orthogonal,
+    not opposite, factors.
 
     Source: IE-KD. ``norm`` (with D = 2048, the released pair's) and
     ``cosine`` are [official code], L1 the best of the measures compared and
     50 the best weight of both terms [paper, as relayed by readers' notes];
-    the released YAML has 1, which with this mean is next to nothing. ``partial`` is OFD's (arXiv 1904.01866) distance, its
-    bound [ours].
+    the released YAML has 1, which with this mean is next to nothing.
+    ``partial`` is OFD's (arXiv 1904.01866) distance, its bound [ours].
 
     Args:
         inherit_weight: Weight of the inheritance.
