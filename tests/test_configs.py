@@ -81,7 +81,11 @@ def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
         assert twin.model == next(iter(cfg.model.students.values()))
         del cfg.optim_wrapper['constructor']
     else:
-        assert twin.model == cfg.model.student
+        student = copy.deepcopy(cfg.model.student)
+        if re.match('era_.*_cifar100', file.stem):
+            # As released; see `test_configs_zoo.py`.
+            student.head.loss.loss_weight = 1.0
+        assert twin.model == student
         twin = begun_later(twin, cfg)
     own = ['model', 'custom_hooks', 'custom_imports']
     if 'distiller' in cfg.model and 'phases' in cfg.model.distiller:

@@ -303,6 +303,20 @@ def test_rtmdet__sizes_are_those_of_the_hosts_readme():
     assert round(count(on_meta(cfg.model.student)) / 1e6, 2) == 8.89
 
 
+@pytest.mark.parametrize(
+    'stem', [stem for stem in ERA if stem.endswith('cifar100')]
+)
+def test_cifar__terms_are_weighed_as_released(stem):
+    """Labels 0.9, KL 1 at temperature 4; else the student is the twin's."""
+    cfg = load(stem)
+    assert cfg.model.student.head.loss.loss_weight == 0.9
+    assert cfg.model.distiller.logit == dict(weight=1.0, temperature=4.0)
+    student = copy.deepcopy(cfg.model.student)
+    student.head.loss.loss_weight = 1.0
+    named = re.search(r'Plain twin: (\w+)\.py', FILES[stem].read_text())
+    assert student == load(named[1]).model
+
+
 # -- one training step ----------------------------------------------------
 
 

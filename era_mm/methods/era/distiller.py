@@ -18,7 +18,13 @@ from .export import export_estimate
 from .logit import LogitTerm, full
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
-from .twi import find_head, mismatch, tower_sources, why_not_reused
+from .twi import (
+    find_head,
+    mismatch,
+    tower_sources,
+    why_not_reused,
+    with_loss_of,
+)
 from .twi_heads import (
     DenseTWIHead,
     StudentProposals,
@@ -103,12 +109,13 @@ class ERADistiller(BaseDistiller):
             (detectors), with which to choose by the ``kind``: 'kl', 'dist',
             'dense', 'roi'. 'auto': by the teacher's head; None: nothing.
         twi_targets: What the teacher's head compares estimates with:
-            'labels', the ground truth [official code]; 'teacher', its own
-            outputs on the teacher's feature, by the ``logit`` term [ours]; or
-            'both', each halved [official code, its option featKL]. 'auto': by
-            the form; in the normalised one 'both' for two-stage detectors,
-            whose RPN is judged by labels alone; 'labels' without a ``logit``
-            term.
+            'labels', the ground truth, in classifiers by the student's own
+            loss with its smoothing and its weight [official code]; 'teacher',
+            its own outputs on the teacher's feature, by the ``logit`` term
+            [ours]; or 'both', each halved [official code, its option featKL].
+            'auto': by the form; in the normalised one 'both' for two-stage
+            detectors, whose RPN is judged by labels alone; 'labels' without a
+            ``logit`` term.
         twi_interval: TWI takes part in every so many iterations, with so many
             times its weight: the same expectation, for less time. [ours].
         detach: Keep the branches' losses from the student: they see its
@@ -332,6 +339,8 @@ class ERADistiller(BaseDistiller):
                 )
         if reason is None and isinstance(head, TwoStageTWIHead):
             head = self._two_stage(head, student)
+        if reason is None and type(head) is TWIHead:
+            head = self._with_students_loss(head, student)
         if head is None or reason is not None:
             if reason is not None:
                 self._leave_head(reason)
@@ -351,6 +360,18 @@ class ERADistiller(BaseDistiller):
                 level=logging.WARNING,
             )
         self.twi_head = head
+
+    @staticmethod
+    def _with_students_loss(head: TWIHead, student: nn.Module) -> TWIHead:
+        found = with_loss_of(student, head)
+        if found is None:
+            print_log(
+                "TWI by the labels takes the loss of the teacher's "
+                f"{type(head.head).__name__}, not the student's: they are not "
+                'heads of one kind.',
+                logger='current',
+            )
+        return found or head
 
     def _two_stage(
         self, head: TwoStageTWIHead, student: nn.Module
