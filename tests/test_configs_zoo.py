@@ -30,6 +30,7 @@ from PIL import Image
 
 from era_mm.core import extras_of
 from era_mm.core.teacher import resolve_model_config
+from era_mm.methods.era import MBRNet
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,31 @@ def test_imagenet__schedule_is_the_released_scripts(stem):
         (parameter,) = group['params']
         expected = 1e-4 if parameter.dim() > 1 else 0
         assert group['weight_decay'] == expected
+
+
+@pytest.mark.parametrize(
+    ('stem', 'decay'),
+    [
+        ('era_resnet34_resnet18_imagenet', 0),
+        # The released CIFAR configs decay everything.
+        ('era_resnet56_resnet20_cifar100', 5e-4),
+    ],
+)
+def test_classification__slopes_of_branches_decay_as_released(stem, decay):
+    cfg = load(stem)
+    net = MBRNet(8, 8, spatial_dims=0, act_cfg=dict(type='PReLU'))
+    slopes = {
+        id(m.weight) for m in net.modules() if isinstance(m, torch.nn.PReLU)
+    }
+    assert len(slopes) == 4
+    wrapper = build_optim_wrapper(net, cfg.optim_wrapper)
+    found = [
+        group['weight_decay']
+        for group in wrapper.optimizer.param_groups
+        for parameter in group['params']
+        if id(parameter) in slopes
+    ]
+    assert found == [decay] * 4
 
 
 @pytest.mark.parametrize(

@@ -324,9 +324,14 @@ ACTIVATIONS = [
     (dict(type='GELU'), F.gelu),
     (dict(type='Mish'), lambda x: x * torch.tanh(torch.log1p(x.exp()))),
     (dict(type='PReLU'), lambda x: x.clamp(min=0) + 0.25 * x.clamp(max=0)),
+    # As released, where PyTorch has 0.01.
     (
-        dict(type='LeakyReLU', negative_slope=0.2),
+        dict(type='LeakyReLU'),
         lambda x: x.clamp(min=0) + 0.2 * x.clamp(max=0),
+    ),
+    (
+        dict(type='LeakyReLU', negative_slope=0.1),
+        lambda x: x.clamp(min=0) + 0.1 * x.clamp(max=0),
     ),
 ]
 
