@@ -68,9 +68,10 @@ class ResidualKDDistiller(BaseDistiller):
     trains and which is not needed afterwards.
 
     Source: Residual KD, arXiv 2002.09168, read in abstract and introduction
-    only, without official code. [paper]: hidden features, the assistant and
-    its target, both cut from one model within its cost, the two schemes. The
-    rest is [inference], detection and the feature form are [ours].
+    only, without official code. [paper]: hidden features, an assistant that
+    learns what the student lacks, both cut from one model within its cost.
+    The two schemes are [paper, as a third party tells it]. The formulas and
+    the rest are [inference], detection and the feature form are [ours].
 
     Args:
         source: The cut, 'neck' or 'backbone', in the given model and in the
