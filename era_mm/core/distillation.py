@@ -282,6 +282,7 @@ class Distillation(BaseModel):
         }
         for name, distiller in distillers.items():
             distiller.choose_sources(**pairs[name])
+        self._check_moved()
         self._student_recorder = Recorder(
             self.student, self._all_sources(), owner='student'
         )
@@ -328,6 +329,20 @@ class Distillation(BaseModel):
         self._student_recorder = Recorder(
             self.student, self._all_sources(), owner='student'
         )
+
+    def _check_moved(self) -> None:
+        """Say under which name a source is that a method has moved."""
+        for mover in self.distillers.values():
+            for source, place in mover.moved_sources.items():
+                for name, distiller in self.distillers.items():
+                    if source in distiller.student_sources:
+                        raise ValueError(
+                            f'Distiller {name!r} ({type(distiller).__name__}) '
+                            f'reads {source!r} of the student, in whose place '
+                            f'{type(mover).__name__} has put {place!r}. Read '
+                            f'that: source=dict(student={place!r}, teacher='
+                            f'{source!r}).'
+                        )
 
     def _all_sources(self) -> dict[str, None]:
         """What is recorded of the student, each once, in order."""

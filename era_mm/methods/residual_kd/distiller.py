@@ -122,6 +122,9 @@ class ResidualKDDistiller(BaseDistiller):
             )
         self.cut = self.student_sources[0]
         self.student_sources = (STUDENT[-1], ASSISTANT)
+        if self.cut != 'backbone':
+            # The pair puts out the sum in the backbone's place.
+            self.moved_sources = {self.cut: 'backbone'}
         self._pair = dict(
             student=student, assistant=assistant, norm_cfg=norm_cfg
         )
