@@ -44,11 +44,15 @@ def unknown_keys(cfg, registry):
         if isinstance(kind, str) and kind.startswith('era_mm.'):
             cls = registry.get(kind)
             assert cls is not None, kind
-            known = set(inspect.signature(cls).parameters)
+            parameters = inspect.signature(cls).parameters
+            # One that hands keys on to a class of the host's takes any.
+            hands_on = any(
+                p.kind == p.VAR_KEYWORD for p in parameters.values()
+            )
             found += [
                 f'{kind}: {key}'
                 for key in cfg
-                if key not in known | {'type', '_scope_'}
+                if key not in {*parameters, 'type', '_scope_'} and not hands_on
             ]
         for item in cfg.values():
             found += unknown_keys(item, registry)

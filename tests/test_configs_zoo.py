@@ -140,9 +140,14 @@ def test_rtmdet__keeps_its_hooks_beside_ours():
     own = [hook.type for hook in plain.custom_hooks]
     assert own == ['EMAHook', 'PipelineSwitchHook']
     assert [hook.type for hook in era.custom_hooks] == [
-        *own,
+        'era_mm.EMAHook',
+        'PipelineSwitchHook',
         'era_mm.TWIHook',
     ]
+    for mine, theirs in zip(
+        era.custom_hooks[:2], plain.custom_hooks, strict=True
+    ):
+        assert dict(mine, type=theirs.type) == theirs
 
 
 @pytest.mark.parametrize(
