@@ -329,7 +329,9 @@ def _plain_config(cfg: Config, model: ConfigDict, scope: str | None) -> Config:
         plain.pop(key, None)
     hooks = [
         # The student's average is the host's.
-        dict(h, type='EMAHook') if h.get('type') == 'era_mm.EMAHook' else h
+        dict(h, type='EMAHook')
+        if _ours(h) and h['type'] == 'era_mm.EMAHook'
+        else h
         for h in plain.pop('custom_hooks', None) or []
     ]
     hooks = [h for h in hooks if not _ours(h)]
