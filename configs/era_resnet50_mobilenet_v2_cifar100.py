@@ -6,7 +6,14 @@ _base_ = ['plain_mobilenet_v2_cifar100.py', '_base_/era_runtime.py']
 model = dict(
     _delete_=True,
     type='era_mm.Distillation',
-    student=_base_.model,
+    student=dict(
+        _base_.model,
+        # The released CIFAR configs': labels have 0.9, of TWI too.
+        head=dict(
+            _base_.model.head,
+            loss=dict(type='CrossEntropyLoss', loss_weight=0.9),
+        ),
+    ),
     teacher=dict(
         config='mmpretrain::resnet/resnet50_8xb16_cifar100.py',
         checkpoint='https://mmassets.onedl.ai/mmclassification/v0/resnet/'
@@ -14,7 +21,7 @@ model = dict(
     ),
     distiller=dict(
         type='era_mm.ERADistiller',
-        # The released CIFAR configs', whose 0.9 on the labels is 1 here.
+        # The released CIFAR configs', too.
         logit=dict(weight=1.0, temperature=4.0),
     ),
 )

@@ -5,8 +5,10 @@ _base_ = 'plain_rtmdet_s.py'
 
 custom_imports = dict(imports=['era_mm'], allow_failed_imports=False)
 # Not from _base_/era_runtime.py: RTMDet has hooks of its own.
+# The first, EMA, averages align and branches as well.
 custom_hooks = [
-    *_base_.custom_hooks,
+    dict(_base_.custom_hooks[0], type='era_mm.EMAHook'),
+    *_base_.custom_hooks[1:],
     dict(type='era_mm.TWIHook', modes=['E0', 'T', 'ST']),
 ]
 model = dict(

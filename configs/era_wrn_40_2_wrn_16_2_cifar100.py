@@ -7,14 +7,21 @@ _base_ = ['plain_wrn_16_2_cifar100.py', '_base_/era_runtime.py']
 model = dict(
     _delete_=True,
     type='era_mm.Distillation',
-    student=_base_.model,
+    student=dict(
+        _base_.model,
+        # The released CIFAR configs': labels have 0.9, of TWI too.
+        head=dict(
+            _base_.model.head,
+            loss=dict(type='CrossEntropyLoss', loss_weight=0.9),
+        ),
+    ),
     teacher=dict(
         config='{{ fileDirname }}/plain_wrn_40_2_cifar100.py',
         checkpoint='work_dirs/plain_wrn_40_2_cifar100/epoch_240.pth',
     ),
     distiller=dict(
         type='era_mm.ERADistiller',
-        # The released CIFAR configs', whose 0.9 on the labels is 1 here.
+        # The released CIFAR configs', too.
         logit=dict(weight=1.0, temperature=4.0),
     ),
 )

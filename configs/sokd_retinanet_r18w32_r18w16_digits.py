@@ -13,8 +13,6 @@ model = dict(
         dam=dict(anchor='boxes'),  # CenterNet's supervision [inference]
         # A fifth of this run is 450 iterations: at DADA's 3e-4 nothing would
         # have moved by more than 0.14. [ours]
-        optimizer=dict(
-            type='Adam', lr=0.01, betas=(0.5, 0.999), weight_decay=1e-3
-        ),
+        optimizer=dict(type='Adam', lr=0.01, betas=(0.5, 0.999)),
     ),
 )

@@ -44,11 +44,15 @@ def unknown_keys(cfg, registry):
         if isinstance(kind, str) and kind.startswith('era_mm.'):
             cls = registry.get(kind)
             assert cls is not None, kind
-            known = set(inspect.signature(cls).parameters)
+            parameters = inspect.signature(cls).parameters
+            # One that hands keys on to a class of the host's takes any.
+            hands_on = any(
+                p.kind == p.VAR_KEYWORD for p in parameters.values()
+            )
             found += [
                 f'{kind}: {key}'
                 for key in cfg
-                if key not in known | {'type', '_scope_'}
+                if key not in {*parameters, 'type', '_scope_'} and not hands_on
             ]
         for item in cfg.values():
             found += unknown_keys(item, registry)
@@ -81,7 +85,11 @@ def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
         assert twin.model == next(iter(cfg.model.students.values()))
         del cfg.optim_wrapper['constructor']
     else:
-        assert twin.model == cfg.model.student
+        student = copy.deepcopy(cfg.model.student)
+        if re.match('era_.*_cifar100', file.stem):
+            # As released; see `test_configs_zoo.py`.
+            student.head.loss.loss_weight = 1.0
+        assert twin.model == student
         twin = begun_later(twin, cfg)
     own = ['model', 'custom_hooks', 'custom_imports']
     if 'distiller' in cfg.model and 'phases' in cfg.model.distiller:

@@ -30,6 +30,7 @@ from PIL import Image
 
 from era_mm.core import extras_of
 from era_mm.core.host_models import resolve_model_config
+from era_mm.methods.era import MBRNet
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,9 +140,14 @@ def test_rtmdet__keeps_its_hooks_beside_ours():
     own = [hook.type for hook in plain.custom_hooks]
     assert own == ['EMAHook', 'PipelineSwitchHook']
     assert [hook.type for hook in era.custom_hooks] == [
-        *own,
+        'era_mm.EMAHook',
+        'PipelineSwitchHook',
         'era_mm.TWIHook',
     ]
+    for mine, theirs in zip(
+        era.custom_hooks[:2], plain.custom_hooks, strict=True
+    ):
+        assert dict(mine, type=theirs.type) == theirs
 
 
 @pytest.mark.parametrize(
@@ -170,6 +176,31 @@ def test_imagenet__schedule_is_the_released_scripts(stem):
         (parameter,) = group['params']
         expected = 1e-4 if parameter.dim() > 1 else 0
         assert group['weight_decay'] == expected
+
+
+@pytest.mark.parametrize(
+    ('stem', 'decay'),
+    [
+        ('era_resnet34_resnet18_imagenet', 0),
+        # The released CIFAR configs decay everything.
+        ('era_resnet56_resnet20_cifar100', 5e-4),
+    ],
+)
+def test_classification__slopes_of_branches_decay_as_released(stem, decay):
+    cfg = load(stem)
+    net = MBRNet(8, 8, spatial_dims=0, act_cfg=dict(type='PReLU'))
+    slopes = {
+        id(m.weight) for m in net.modules() if isinstance(m, torch.nn.PReLU)
+    }
+    assert len(slopes) == 4
+    wrapper = build_optim_wrapper(net, cfg.optim_wrapper)
+    found = [
+        group['weight_decay']
+        for group in wrapper.optimizer.param_groups
+        for parameter in group['params']
+        if id(parameter) in slopes
+    ]
+    assert found == [decay] * 4
 
 
 @pytest.mark.parametrize(
@@ -301,6 +332,20 @@ def test_rtmdet__sizes_are_those_of_the_hosts_readme():
     teacher = on_meta(cfg.model.teacher.config)
     assert round(count(teacher) / 1e6, 1) == 52.3
     assert round(count(on_meta(cfg.model.student)) / 1e6, 2) == 8.89
+
+
+@pytest.mark.parametrize(
+    'stem', [stem for stem in ERA if stem.endswith('cifar100')]
+)
+def test_cifar__terms_are_weighed_as_released(stem):
+    """Labels 0.9, KL 1 at temperature 4; else the student is the twin's."""
+    cfg = load(stem)
+    assert cfg.model.student.head.loss.loss_weight == 0.9
+    assert cfg.model.distiller.logit == dict(weight=1.0, temperature=4.0)
+    student = copy.deepcopy(cfg.model.student)
+    student.head.loss.loss_weight = 1.0
+    named = re.search(r'Plain twin: (\w+)\.py', FILES[stem].read_text())
+    assert student == load(named[1]).model
 
 
 # -- one training step ----------------------------------------------------

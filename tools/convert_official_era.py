@@ -18,11 +18,18 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
-from era_mm.core.checkpoint import METADATA_KEY, Extras, load_strictly
+from era_mm.core.checkpoint import (
+    METADATA_KEY,
+    Extras,
+    extras_of,
+    load_strictly,
+)
 from era_mm.methods.era import MBRNet
 
-# What the released code saves, and what of it is used here.
-PARTS = ('model', 'gap_model', 'teacher_head')
+# What the released code saves, and what of it is used here. A stripped file
+# may lack the head of the teacher, who has it.
+PARTS = ('model', 'gap_model')
+HEAD = 'teacher_head'
 DEPTHS = {
     # Bottleneck or not, blocks per layer.
     (False, (2, 2, 2, 2)): 18,
@@ -38,8 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Convert a checkpoint of the released ERA code (ImageNet, '
         'a torchvision ResNet as student) to one of era_mm.Distillation: the '
-        'plain student for mmpretrain, with MBRNet and the head of the '
-        'teacher among its extras. Prints the configs that it fits.'
+        'plain student for mmpretrain, with MBRNet and, where the file has '
+        'it, the head of the teacher among its extras. Prints the configs '
+        'that it fits.'
     )
     parser.add_argument(
         'input', metavar='IN', type=Path, help='file of the released code'
@@ -65,9 +73,10 @@ def read_official(file: Path) -> dict[str, OrderedDict[str, Tensor]]:
             'released ERA code has saved.'
         ) from error
     keys = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else []
+    parts = (*PARTS, HEAD) if HEAD in keys else PARTS
     missing = [
         part
-        for part in PARTS
+        for part in parts
         if part not in keys
         or not isinstance(checkpoint[part], Mapping)
         or not all(isinstance(v, Tensor) for v in checkpoint[part].values())
@@ -79,7 +88,7 @@ def read_official(file: Path) -> dict[str, OrderedDict[str, Tensor]]:
             f'{", ".join(missing)} (it has '
             f'{keys[:8] or type(checkpoint).__name__}).'
         )
-    return {part: OrderedDict(checkpoint[part]) for part in PARTS}
+    return {part: OrderedDict(checkpoint[part]) for part in parts}
 
 
 def _count(state_dict: Mapping[str, Tensor], pattern: str) -> int:
@@ -210,10 +219,11 @@ def convert(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict]:
     parts = read_official(file)
     config = student_config(parts['model'])
     settings = mbrnet_config(parts)
-    head = parts['teacher_head']
+    head = parts.get(HEAD)
     out_channels, in_channels = _shape(parts['model'], 'model', 'up_fc.weight')
-    if _shape(head, 'teacher_head', 'weight')[1] != out_channels or (
-        set(head) != {'weight', 'bias'}
+    if head is not None and (
+        _shape(head, HEAD, 'weight')[1] != out_channels
+        or set(head) != {'weight', 'bias'}
     ):
         raise ValueError(
             f'`teacher_head` must be the weight and bias of a linear layer '
@@ -230,14 +240,15 @@ def convert(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict]:
     load_strictly(student, student_state, name=f'{file}: model')
     load_strictly(mbrnet, mbrnet_state, name=f'{file}: gap_model')
     state_dict = student.state_dict()
-    entry = {
+    entry: dict[str, Any] = {
         'type': 'ERADistiller',
         'state_dict': {
             f'mbrnet.{key}': value
             for key, value in mbrnet.state_dict().items()
         },
-        'teacher': {f'head.fc.{key}': value for key, value in head.items()},
     }
+    if head is not None:
+        entry['teacher'] = {f'head.fc.{k}': value for k, value in head.items()}
     state_dict._metadata[''][METADATA_KEY] = Extras(distiller=entry)
     return config, settings, {'meta': {}, 'state_dict': state_dict}
 
@@ -265,6 +276,13 @@ def main() -> None:
             part.unlink(missing_ok=True)
     except (ValueError, OSError) as error:
         raise SystemExit(f'{Path(__file__).name}: {error}') from None
+    extras = extras_of(checkpoint['state_dict']) or {}
+    if 'teacher' not in extras['distiller']:
+        print(
+            f'{args.input} has no `{HEAD}`, so E0, T and ST take the '
+            "teacher's own: give `teacher` the checkpoint that this student "
+            "was trained with, not 'random'."
+        )
     print(f'{args.output}: written. It fits')
     print(f'  student={config}')
     print(

@@ -9,6 +9,7 @@ saved is the core's business.
 import fnmatch
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ class BaseDistiller(BaseModule):
     - :meth:`choose_sources`: sources that depend on the pair.
     - :meth:`plan_for`: what ``tools/make_config.py`` writes for a pair.
     - :meth:`student_config`: a student that is more than the given model,
-      for methods that keep a module at inference.
+      for methods that keep a module at inference; ``moved_sources``: which
+      modules of the given model have other names there.
     - ``has_phases``, :meth:`phase`: stretches of the run in which parts of
       the student rest; ``least_iters``: how long all but the last take.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
@@ -94,6 +96,9 @@ class BaseDistiller(BaseModule):
     pretrain_iters = 0
     #: Whether the inner module stays as it is after the pre-training phase.
     freeze_inner = False
+    #: What :meth:`student_config` has taken away, by the name it had in the
+    #: given model, and the module that puts it out now.
+    moved_sources: Mapping[str, str] = MappingProxyType({})
     #: Whether :meth:`phase` ever freezes anything.
     has_phases = False
 

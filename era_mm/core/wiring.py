@@ -58,6 +58,7 @@ class Wiring:
         self._check_teachers()
         for distiller in distillers.values():
             distiller.choose_sources(**self._pair_of(distiller))
+        self._check_moved()
         #: Height and width of the dry run's image.
         self.input_size: tuple[int, int] = (
             (input_size, input_size)
@@ -92,6 +93,20 @@ class Wiring:
                     f'{sorted(self._teachers) or "none"}. Set '
                     '`model.teacher`.'
                 )
+
+    def _check_moved(self) -> None:
+        """Say under which name a source is that a method has moved."""
+        for mover in self._distillers.values():
+            for source, place in mover.moved_sources.items():
+                for name, distiller in self._distillers.items():
+                    if source in distiller.student_sources:
+                        raise ValueError(
+                            f'Distiller {name!r} ({type(distiller).__name__}) '
+                            f'reads {source!r} of the student, in whose place '
+                            f'{type(mover).__name__} has put {place!r}. Read '
+                            f'that: source=dict(student={place!r}, teacher='
+                            f'{source!r}).'
+                        )
 
     def _pair_of(self, distiller: BaseDistiller) -> dict[str, Any]:
         return dict(

@@ -323,7 +323,14 @@ def _plain_config(cfg: Config, model: ConfigDict, scope: str | None) -> Config:
     # What belongs to the run that was.
     for key in ('work_dir', 'load_from', 'resume', 'launcher'):
         plain.pop(key, None)
-    hooks = [h for h in plain.pop('custom_hooks', None) or [] if not _ours(h)]
+    hooks = [
+        # The student's average is the host's.
+        dict(h, type='EMAHook')
+        if _ours(h) and h['type'] == 'era_mm.EMAHook'
+        else h
+        for h in plain.pop('custom_hooks', None) or []
+    ]
+    hooks = [h for h in hooks if not _ours(h)]
     if hooks:
         plain['custom_hooks'] = hooks
     # A config that mmengine has dumped may hold what the command line set.

@@ -16,6 +16,9 @@ from torch.nn.functional import (
 
 from .features import full_precision
 
+#: Beside the product of the norms in DIST's correlation. [official code]
+DIST_EPS = 1e-8
+
 
 def kl_loss(
     *, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
@@ -43,7 +46,9 @@ def _correlation_distance(first: Tensor, second: Tensor) -> Tensor:
     """1 - Pearson correlation of the rows, averaged."""
     first = first - first.mean(dim=1, keepdim=True)
     second = second - second.mean(dim=1, keepdim=True)
-    return 1 - torch.cosine_similarity(first, second, dim=1).mean()
+    # torch's cosine_similarity clamps each norm instead.
+    norms = first.norm(dim=1) * second.norm(dim=1)
+    return 1 - ((first * second).sum(dim=1) / (norms + DIST_EPS)).mean()
 
 
 def dist_loss(
@@ -56,9 +61,16 @@ def dist_loss(
 
         tau^2 * [ (1 - rho over the rows) + (1 - rho over the columns) ]
 
-    of the two softmax matrices, rho the Pearson correlation, averaged.
+    of the two softmax matrices, averaged, with the Pearson correlation
 
-    Source: Huang et al., arXiv 2205.10536, eqs. 6 to 10.
+        rho(a, b) = <a', b'> / (||a'|| ||b'|| + 1e-8),   a' = a - mean(a)
+
+    The 1e-8 beside the product is no guard alone: where logits are confident
+    most of 1000 classes have probabilities near 0 in all of a batch, and it
+    takes the weight from such columns.
+
+    Source: Huang et al., arXiv 2205.10536, eqs. 6 to 10; the place of 1e-8 as
+    in ERA's [official code] and in DIST's own.
 
     Shape:
         - student_logits, teacher_logits: ``(N, K)``

@@ -68,19 +68,27 @@ def imitation_loss(
 class FeatureImitationDistiller(BaseDistiller):
     """The student's features become the teacher's.
 
-        L = loss_weight * mean_l imitation(connector_l(P_l), T_l)
+        'mse':      L = loss_weight * mean_l imitation(connector_l(P_l), T_l)
+        'pearson':  L = loss_weight * sum_l imitation(P_l, T_l)
 
-    with a 1x1 convolution per level as connector.
+    A connector is a 1x1 convolution. PKD has none: it gets one here for
+    levels of unlike channels alone.
 
     Source: FitNet, arXiv 1412.6550 (its hint, here together with the task
-    instead of before it, as the field uses it), and PKD, arXiv 2207.02039.
-    One connector per level is [ours].
+    instead of before it, as the field uses it), and PKD, arXiv 2207.02039,
+    with the settings of its recipe in mmrazor: 6 per level, summed over the
+    first four of a pyramid. One connector per level is [ours].
 
     Args:
         source: Module whose output is imitated; of several all are levels.
         measure: 'mse' (FitNet) or 'pearson' (PKD).
-        loss_weight: Its weight.
-        connector: False: none, for features of equal channels, as in PKD.
+        loss_weight: Its weight. None: 1 for 'mse' [ours]; 6 for 'pearson'
+            (published for Faster R-CNN; for RetinaNet it is 10).
+        connector: True: at all levels; False: none, for features of equal
+            channels. None: True for 'mse'; for 'pearson' where channels
+            differ.
+        num_levels: How many levels count, from the first. None: all for
+            'mse'; up to four for 'pearson'.
         teacher: Name of the teacher.
         schedules: See ``BaseDistiller``.
         init_cfg: As in mmengine.
@@ -89,17 +97,21 @@ class FeatureImitationDistiller(BaseDistiller):
         - features: L of ``(N, C, H, W)`` or ``(N, C)``
 
     Raises:
-        ValueError: An unknown measure, features that do not fit.
+        ValueError: An unknown measure, features that do not fit, more
+            levels than there are.
     """
 
     MEASURES = ('mse', 'pearson')
+    PKD_WEIGHT = 6.0
+    PKD_LEVELS = 4
 
     def __init__(
         self,
         source: str | list | dict = 'neck',
         measure: str = 'mse',
-        loss_weight: float = 1.0,
-        connector: bool = True,
+        loss_weight: float | None = None,
+        connector: bool | None = None,
+        num_levels: int | None = None,
         teacher: str = 'teacher',
         schedules: dict[str, dict] | None = None,
         init_cfg: dict | None = None,
@@ -110,9 +122,19 @@ class FeatureImitationDistiller(BaseDistiller):
                 f'`measure` must be one of {self.MEASURES}, but got '
                 f'{measure!r}.'
             )
+        if num_levels is not None and num_levels < 1:
+            raise ValueError(
+                f'`num_levels` must be at least 1, but got {num_levels}.'
+            )
+        if loss_weight is None:
+            loss_weight = 1.0 if measure == 'mse' else self.PKD_WEIGHT
         self.measure, self.loss_weight = measure, loss_weight
-        self._has_connector = connector
-        self.connectors: nn.ModuleList | None = None
+        self.num_levels = num_levels
+        self._connector = connector
+        self.connectors: nn.ModuleList
+
+    def _levels(self, feats: Features, sources: Sequence[str]) -> list[Tensor]:
+        return levels_of(feats, sources)[: self.num_levels]
 
     def prepare(
         self,
@@ -137,17 +159,32 @@ class FeatureImitationDistiller(BaseDistiller):
             at=(self.student_sources, self.teacher_sources),
             advice='Choose sources of the same levels and strides.',
         )
-        channels = [(s[1], t[1]) for s, t in zip(own, theirs, strict=True)]
-        if self._has_connector:
-            self.connectors = nn.ModuleList(
-                nn.Linear(*pair) if len(shape) == 2 else nn.Conv2d(*pair, 1)
-                for pair, shape in zip(channels, own, strict=True)
+        if self.num_levels is None:
+            if self.measure == 'pearson':
+                self.num_levels = min(len(own), self.PKD_LEVELS)
+        elif self.num_levels > len(own):
+            raise ValueError(
+                f'`num_levels` is {self.num_levels}, but there are {len(own)} '
+                f'levels at {self.student_sources}. Leave it out.'
             )
-        elif any(s != t for s, t in channels):
+        own, theirs = own[: self.num_levels], theirs[: self.num_levels]
+        channels = [(s[1], t[1]) for s, t in zip(own, theirs, strict=True)]
+        if self._connector is False and any(s != t for s, t in channels):
             raise ValueError(
                 '`connector=False` needs equal channels, but student and '
                 f'teacher have {channels}. Leave the connector on.'
             )
+        always = self._connector
+        if always is None:
+            always = self.measure == 'mse'
+        self.connectors = nn.ModuleList(
+            nn.Identity()
+            if s == t and not always
+            else nn.Linear(s, t)
+            if len(shape) == 2
+            else nn.Conv2d(s, t, 1)
+            for (s, t), shape in zip(channels, own, strict=True)
+        )
 
     def loss(
         self,
@@ -166,23 +203,28 @@ class FeatureImitationDistiller(BaseDistiller):
             area_masks: By level, ``(N, P, H, W)``: the loss is taken inside
                 these areas alone.
         """
-        maps = levels_of(student_feats, self.student_sources)
-        targets = levels_of(teacher_feats, self.teacher_sources)
-        if self.connectors is not None:
-            maps = [
-                connector(feat)
-                for connector, feat in zip(self.connectors, maps, strict=True)
-            ]
-        terms = [
-            imitation_loss(
-                student_feat=s, teacher_feat=t, measure=self.measure, masks=m
-            )
-            for s, t, m in zip(
-                maps, targets, area_masks or [None] * len(maps), strict=True
-            )
+        maps = self._levels(student_feats, self.student_sources)
+        targets = self._levels(teacher_feats, self.teacher_sources)
+        maps = [
+            connector(feat)
+            for connector, feat in zip(self.connectors, maps, strict=True)
         ]
-        loss = self.loss_weight * torch.stack(terms).mean()
-        return {'loss_imitation': loss}
+        masks = area_masks or [None] * len(maps)
+        terms = torch.stack(
+            [
+                imitation_loss(
+                    student_feat=s,
+                    teacher_feat=t,
+                    measure=self.measure,
+                    masks=m,
+                )
+                for s, t, m in zip(
+                    maps, targets, masks[: len(maps)], strict=True
+                )
+            ]
+        )
+        loss = terms.mean() if self.measure == 'mse' else terms.sum()
+        return {'loss_imitation': self.loss_weight * loss}
 
     def loss_weights(self) -> dict[str, float]:
         """Of the one term."""

@@ -22,7 +22,9 @@ class _StepLog(Hook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        self.steps[runner.iter] = {k: float(v) for k, v in outputs.items()}
+        self.steps[runner.iter] = {
+            k: float(v.detach()) for k, v in outputs.items()
+        }
 
 
 def recorded_run(

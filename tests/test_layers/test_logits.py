@@ -54,7 +54,7 @@ def pearson(a, b):
     cov = sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True))
     va = sum((x - ma) ** 2 for x in a)
     vb = sum((y - mb) ** 2 for y in b)
-    return cov / math.sqrt(va * vb)
+    return cov / (math.sqrt(va * vb) + 1e-8)
 
 
 def test_dist__against_a_loop():
@@ -76,11 +76,56 @@ def test_dist__against_a_loop():
     assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_dist__of_tiny_columns_by_hand():
+    """1e-8 stands beside the product of the norms, as released.
+
+    Classes 1 and 2 of two samples have probabilities e, 2e and 2e, e: centred
+    -+e/2, norm e / sqrt(2), so with e = 1e-5 the product of the norms is
+    5e-11 and rho = 5e-11 / (5e-11 + 1e-8) = 0.005. Class 0: 1 - 3e twice.
+    """
+    e = 1e-5
+    probs = torch.tensor(
+        [[1 - 3 * e, e, 2 * e], [1 - 3 * e, 2 * e, e]], dtype=torch.float64
+    )
+    found = dist_loss(student_logits=probs.log(), teacher_logits=probs.log())
+    rho = 5e-11 / (5e-11 + 1e-8)
+    assert found.item() == pytest.approx(1 - 2 * rho / 3, rel=1e-4)
+
+
+def test_dist__gradient_of_confident_logits_is_the_released_ones():
+    """1000 classes: most columns are near 0, so the epsilon's place counts."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        6 * torch.randn(64, 1000, generator=generator, dtype=torch.float64)
+        for _ in range(2)
+    )
+
+    def released(z):
+        total = 0.0
+        matrices = z.softmax(1), teacher.softmax(1)
+        for a, b in (matrices, [m.t() for m in matrices]):
+            a, b = a - a.mean(1, True), b - b.mean(1, True)
+            lengths = a.square().sum(1).sqrt() * b.square().sum(1).sqrt()
+            total += 1 - ((a * b).sum(1) / (lengths + 1e-8)).mean()
+        return total
+
+    gradients = []
+    for loss in (
+        released,
+        lambda z: dist_loss(student_logits=z, teacher_logits=teacher),
+    ):
+        z = student.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(loss(z), z)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-14)
+
+
 @pytest.mark.parametrize('loss', [kl_loss, dist_loss])
 def test_loss__is_zero_for_equal_logits_and_has_right_gradients(loss):
     teacher = logits(4, 6)
     same = loss(student_logits=teacher, teacher_logits=teacher)
-    assert same.item() == pytest.approx(0, abs=1e-9)
+    # DIST's 1e-8 beside the norms' product leaves a little.
+    slack = 1e-9 if loss is kl_loss else 1e-6
+    assert same.item() == pytest.approx(0, abs=slack)
     torch.autograd.gradcheck(
         lambda z: loss(
             student_logits=z, teacher_logits=teacher, temperature=1.5

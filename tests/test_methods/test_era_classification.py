@@ -23,13 +23,16 @@ CLASSES = 3
 def build(tmp_path):
     init_default_scope('mmpretrain')
 
-    def make(width=16, **kwargs):
+    def make(width=16, student_head=None, teacher_head=None, **kwargs):
         teacher = classifier_config(width=width, num_classes=CLASSES)
+        teacher['head'] |= teacher_head or {}
         file = save_teacher(teacher, tmp_path / 't.pth', scope='mmpretrain')
+        student = classifier_config(num_classes=CLASSES)
+        student['head'] |= student_head or {}
         model = MODELS.build(
             dict(
                 type='era_mm.Distillation',
-                student=classifier_config(num_classes=CLASSES),
+                student=student,
                 teacher=dict(config=teacher, checkpoint=file),
                 distiller=dict(type='era_mm.ERADistiller', **kwargs),
             )
@@ -155,6 +158,64 @@ def test_official__every_term_and_gradient_is_the_released_scripts(
                 assert relative(ours[key], gradient) < 1e-10, (name, key)
     total, expected_total = sum(found.values()), sum(expected.values())
     assert relative(total, expected_total) < 1e-10
+
+
+def test_twi__judges_by_the_students_own_loss(build):
+    """Its smoothing and its weight, as released; not the teacher's.
+
+    Smoothing .1 of 3 classes: targets .9 + .1 / 3 and .1 / 3.
+    """
+    model = build(
+        student_head=dict(
+            loss=dict(
+                type='mmpretrain.LabelSmoothLoss',
+                label_smooth_val=0.1,
+                mode='original',
+                loss_weight=0.9,
+            )
+        ),
+        teacher_head=dict(
+            loss=dict(type='mmpretrain.CrossEntropyLoss', loss_weight=3.0)
+        ),
+        loss=dict(scales=(1, 1, 1, 1)),
+    ).eval()
+    inputs, labels, samples = batch()
+    found = model(inputs, samples, mode='loss')
+    era = model.distillers['distiller']
+    own = model.student.extract_feat(inputs)
+    steps = [step[0] for step in era.mbrnet.estimates(own)]
+    head = model.teachers['teacher'].model.head
+    truth = torch.nn.functional.one_hot(labels, CLASSES)
+    smooth = 0.9 * truth + 0.1 / CLASSES
+
+    def judged(logits):
+        return -0.9 * (smooth * logits.log_softmax(1)).sum() / len(logits)
+
+    torch.testing.assert_close(
+        found['loss'], judged(model.student.head(own)), rtol=1e-6, atol=0
+    )
+    expected = judged(head((steps[0],))) + sum(
+        judged(head((step,))) / 4 for step in steps[1:]
+    )
+    torch.testing.assert_close(
+        found['loss_era_twi_cls'], expected, rtol=1e-6, atol=0
+    )
+    # The teacher's head itself is as it was, and shares its weights.
+    assert type(head.loss_module).__name__ == 'CrossEntropyLoss'
+    assert era.twi_head.head.fc is head.fc
+
+
+def test_twi__of_heads_of_other_kinds_judges_by_the_teachers(build):
+    """A head of several labels takes other targets."""
+    model = build(
+        teacher_head=dict(
+            type='mmpretrain.MultiLabelLinearClsHead',
+            loss=dict(type='mmpretrain.CrossEntropyLoss', use_sigmoid=True),
+        ),
+        logit=None,
+    )
+    head = model.distillers['distiller'].twi_head.head
+    assert head is model.teachers['teacher'].model.head
 
 
 def test_inference__blend_is_on_raw_logits(build):

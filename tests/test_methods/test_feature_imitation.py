@@ -7,6 +7,8 @@ from mmengine.registry import MODELS
 from era_mm.methods.feature_imitation import imitation_loss, standardise
 from era_mm.testing import detection_batch, distillation_config
 
+ROLES = ('student', 'teacher')
+
 
 def noise(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +53,8 @@ def test_pearson__is_one_minus_the_correlation():
 
 
 @pytest.mark.parametrize('measure', ['mse', 'pearson'])
-def test_distiller__is_the_mean_over_levels(teacher_file, measure):
+def test_distiller__is_the_mean_or_the_sum_over_levels(teacher_file, measure):
+    """FitNet's mean [ours]; PKD's sum, as published."""
     model = MODELS.build(
         distillation_config(
             dict(
@@ -76,11 +79,82 @@ def test_distiller__is_the_mean_over_levels(teacher_file, measure):
             distiller.connectors, maps, targets, strict=True
         )
     ]
-    torch.testing.assert_close(
-        losses['loss_imitation'], 3 * torch.stack(expected).mean()
-    )
+    assert len(expected) == 2
+    total = sum(expected) if measure == 'pearson' else sum(expected) / 2
+    torch.testing.assert_close(losses['loss_imitation'], 3 * total)
     losses['loss_imitation'].backward()
     assert model.student.backbone.conv1.weight.grad.abs().max() > 0
+
+
+def prepared(student_channels=8, teacher_channels=8, levels=5, **options):
+    """A distiller that has met pyramids of so many levels, and these."""
+    sizes = [2 ** (levels + 1 - level) for level in range(levels)]
+    feats = [
+        {
+            'neck': tuple(
+                noise(2, channels, size, size, seed=seed + size).float()
+                for size in sizes
+            )
+        }
+        for seed, channels in ((0, student_channels), (99, teacher_channels))
+    ]
+    distiller = MODELS.build(
+        dict(type='era_mm.FeatureImitationDistiller', **options)
+    )
+    pair = dict(student_feats=feats[0], teacher_feats=feats[1])
+    distiller.prepare(student=None, teacher=None, **pair)
+    return distiller, pair
+
+
+def test_pkd__is_as_published_by_default():
+    """6 per level, summed over the first four, without connectors."""
+    distiller, pair = prepared(measure='pearson')
+    assert not list(distiller.parameters())
+    expected = 0.0
+    for level in range(4):
+        feats = [pair[f'{role}_feats']['neck'][level] for role in ROLES]
+        student, teacher = (
+            (f - f.mean((0, 2, 3), True)) / f.std((0, 2, 3), keepdim=True)
+            for f in feats
+        )
+        expected += 6 * (student - teacher).square().mean() / 2
+    found = distiller.loss(**pair, data_samples=[])['loss_imitation']
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    # Unlike noise has r = 0: about 6 * 4.
+    assert found.item() == pytest.approx(24, rel=0.1)
+    assert distiller.loss_weights() == {'loss_imitation': 6}
+
+
+def test_pkd__has_a_connector_where_channels_differ_alone():
+    distiller, pair = prepared(8, 12, measure='pearson')
+    assert [
+        tuple(connector.weight.shape[:2]) for connector in distiller.connectors
+    ] == [(12, 8)] * 4
+    distiller.loss(**pair, data_samples=[])['loss_imitation'].backward()
+    assert all(p.grad is not None for p in distiller.parameters())
+    always, _ = prepared(measure='pearson', connector=True, num_levels=2)
+    assert len(list(always.parameters())) == 2 * 2
+
+
+def test_fitnet__has_all_levels_and_a_connector_at_each():
+    distiller, _ = prepared()
+    assert len(distiller.connectors) == 5
+    assert len(list(distiller.parameters())) == 5 * 2
+    assert distiller.loss_weights() == {'loss_imitation': 1}
+
+
+def test_levels__those_left_out_need_no_areas():
+    """Areas come for all levels; the first count."""
+    distiller, pair = prepared(num_levels=2, connector=False)
+    masks = [
+        torch.zeros(2, 1, *feat.shape[2:])
+        for feat in pair['student_feats']['neck']
+    ]
+    masks[0][:, 0, 0] = 1
+    found = distiller.loss(**pair, data_samples=[], area_masks=masks)
+    student, teacher = (pair[f'{role}_feats']['neck'][0] for role in ROLES)
+    expected = (student - teacher)[:, :, 0].square().mean() / 2
+    torch.testing.assert_close(found['loss_imitation'], expected)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +162,8 @@ def test_distiller__is_the_mean_over_levels(teacher_file, measure):
     [
         (dict(measure='l1'), r"'mse', 'pearson'.*got 'l1'"),
         (dict(connector=False), 'needs equal channels'),
+        (dict(num_levels=0), 'at least 1, but got 0'),
+        (dict(num_levels=3), 'is 3, but there are 2 levels'),
         (
             dict(source=dict(student='neck', teacher='backbone.layer3')),
             'same levels',

@@ -957,6 +957,32 @@ def test_pair__of_a_model_without_neck_is_refused():
         pair_config(given)
 
 
+@pytest.mark.parametrize(
+    'other',
+    [
+        dict(type='era_mm.ERADistiller'),
+        dict(type='era_mm.FeatureImitationDistiller', source=['neck']),
+    ],
+    ids=['era', 'fitnet'],
+)
+@pytest.mark.parametrize('is_wrapped', [False, True])
+def test_pair__says_where_the_neck_of_another_distiller_is(other, is_wrapped):
+    """What reads the given model's neck is told the pair's name for it."""
+    residual = dict(RKD)
+    if is_wrapped:
+        residual = dict(type='era_mm.SoKDDistiller', base=residual, dam=False)
+    config = dict(other=other, residual=residual)
+    message = r"'other' .* reads 'neck' .* source=dict\(student='backbone', "
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(distillation_config(config))
+    # And with the source that it names, both learn.
+    source = dict(student='backbone', teacher='neck')
+    config['other'] = dict(other, source=source)
+    losses = losses_of(MODELS.build(distillation_config(config)))
+    found = {key.partition('.')[0] for key in losses}
+    assert {'other', 'residual'} <= found
+
+
 def test_pair__of_a_pair_is_refused():
     config = pair_config(detector_config())
     with pytest.raises(ValueError, match='a pair already'):

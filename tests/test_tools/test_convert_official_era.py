@@ -468,6 +468,32 @@ def test_teacher__without_such_a_head_is_refused(tool, tmp_path):
         model.load_teachers()
 
 
+@torch.no_grad()
+def test_teacher__gives_the_head_that_a_stripped_file_lacks(
+    tool, run, tmp_path, capsys
+):
+    checkpoint = official()
+    head = checkpoint.pop('teacher_head')
+    source = save(checkpoint, tmp_path / 'in.pth')
+    run(source, tmp_path / 'out.pth')
+    assert "not 'random'" in capsys.readouterr().out
+    config, settings, _ = tool.convert(source)
+    file = save_teacher(
+        classifier_config(16, CLASSES), tmp_path / 't.pth', scope='mmpretrain'
+    )
+    teacher = torch.load(file, weights_only=False)
+    for key, value in head.items():
+        teacher['state_dict'][f'head.fc.{key}'] = value
+    torch.save(teacher, file)
+    model = build(config, settings, 16, checkpoint=file)
+    load_checkpoint(model, str(tmp_path / 'out.pth'), strict=True)
+    feature = recompute_feature(
+        {k: v.double() for k, v in checkpoint['model'].items()}, INPUTS
+    )
+    model.load_teachers()
+    check_logits(model, checkpoint | {'teacher_head': head}, INPUTS, feature)
+
+
 # -- what is refused ----------------------------------------------------------
 
 
@@ -496,7 +522,7 @@ REFUSED = {
     'a_list': (lambda c: [1, 2], 'no checkpoint of the released'),
     'a_plain_checkpoint': (
         lambda c: {'state_dict': c['model']},
-        'it lacks model, gap_model, teacher_head ',
+        'it lacks model, gap_model ',
     ),
     'no_branches': (lambda c: c | {'gap_model': None}, 'it lacks gap_model '),
     'no_tensors': (

@@ -795,7 +795,11 @@ def test_files__are_a_host_s_own(run):
 
 def test_files__drop_what_the_command_line_had_added(run):
     other = dict(type='EarlyStoppingHook', monitor='coco/bbox_mAP')
-    run.cfg.custom_hooks = [dict(type='era_mm.TWIHook'), other]
+    run.cfg.custom_hooks = [
+        dict(type='era_mm.EMAHook', momentum=0.1),
+        dict(type='era_mm.TWIHook'),
+        other,
+    ]
     run.cfg.custom_imports.imports = ['era_mm', 'json', 'era_mm.testing']
     run.cfg.model_wrapper_cfg = dict(type='era_mm.DistillationDataParallel')
     run.cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
@@ -803,7 +807,8 @@ def test_files__drop_what_the_command_line_had_added(run):
     run.cfg.resume = True
     run.cfg.launcher = 'pytorch'
     cfg = Config.fromfile(run.export('S').config)
-    assert cfg.custom_hooks == [other]
+    # The host averages the student alone.
+    assert cfg.custom_hooks == [dict(type='EMAHook', momentum=0.1), other]
     assert cfg.custom_imports.imports == ['json']
     assert cfg.optim_wrapper.type == 'OptimWrapper'
     for key in ('model_wrapper_cfg', 'load_from', 'resume', 'launcher'):

@@ -50,4 +50,7 @@ def build_activation(act_cfg: dict) -> nn.Module:
     if cfg.get('type') == 'Mish':
         # ERA offers it, mmcv does not register it.
         cfg['type'] = nn.Mish
+    elif cfg.get('type') == 'LeakyReLU':
+        # [official code]; PyTorch's own is 0.01.
+        cfg.setdefault('negative_slope', 0.2)
     return build_activation_layer(cfg)

@@ -24,7 +24,13 @@ from .export import export_estimate
 from .logit import LogitTerm, full
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
-from .twi import find_head, mismatch, tower_sources, why_not_reused
+from .twi import (
+    find_head,
+    mismatch,
+    tower_sources,
+    why_not_reused,
+    with_loss_of,
+)
 from .twi_heads import (
     DenseTWIHead,
     StudentProposals,
@@ -110,12 +116,13 @@ class ERADistiller(BaseDistiller):
             (detectors), with which to choose by the ``kind``: 'kl', 'dist',
             'dense', 'roi'. 'auto': by the teacher's head; None: nothing.
         twi_targets: What the teacher's head compares estimates with:
-            'labels', the ground truth [official code]; 'teacher', its own
-            outputs on the teacher's feature, by the ``logit`` term [ours]; or
-            'both', each halved [official code, its option featKL]. 'auto': by
-            the form; in the normalised one 'both' for two-stage detectors,
-            whose RPN is judged by labels alone; 'labels' without a ``logit``
-            term.
+            'labels', the ground truth, in classifiers by the student's own
+            loss with its smoothing and its weight [official code]; 'teacher',
+            its own outputs on the teacher's feature, by the ``logit`` term
+            [ours]; or 'both', each halved [official code, its option featKL].
+            'auto': by the form; in the normalised one 'both' for two-stage
+            detectors, whose RPN is judged by labels alone; 'labels' without a
+            ``logit`` term.
         twi_interval: TWI takes part in every so many iterations, with so many
             times its weight: the same expectation, for less time. [ours].
         detach: Keep the branches' losses from the student: they see its
@@ -340,6 +347,8 @@ class ERADistiller(BaseDistiller):
                 )
         if reason is None and isinstance(head, TwoStageTWIHead):
             head = self._two_stage(head, student)
+        if reason is None and type(head) is TWIHead:
+            head = self._with_students_loss(head, student)
         if head is None or reason is not None:
             if reason is not None:
                 self._leave_head(reason)
@@ -361,6 +370,18 @@ class ERADistiller(BaseDistiller):
                 level=logging.WARNING,
             )
         self.twi_head = head
+
+    @staticmethod
+    def _with_students_loss(head: TWIHead, student: nn.Module) -> TWIHead:
+        found = with_loss_of(student, head)
+        if found is None:
+            print_log(
+                "TWI by the labels takes the loss of the teacher's "
+                f"{type(head.head).__name__}, not the student's: they are not "
+                'heads of one kind.',
+                logger='current',
+            )
+        return found or head
 
     def _two_stage(
         self, head: TwoStageTWIHead, student: nn.Module
@@ -704,10 +725,18 @@ class ERADistiller(BaseDistiller):
         student_feats: Features,
         teacher_feats: Features,
         data_samples: list,
+        own_feats: Features | None = None,
     ) -> dict[str, Tensor]:
         """``loss_era_align``, ``_residual``, ``_logit``, ``_box``, ``_twi_*``.
 
         Those of the head only where they are on.
+
+        Args:
+            student_feats: Features by source.
+            teacher_feats: T, what is approximated.
+            data_samples: Ground truth.
+            own_feats: The teacher's own features, where T is made of them
+                (SoKD): what its head says is said of these.
         """
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
@@ -727,6 +756,9 @@ class ERADistiller(BaseDistiller):
             data_samples = self._proposals.attach(student_feats, data_samples)
         said = None
         if self.logit is not None:
+            if own_feats is not None:
+                own = self._maps(own_feats, self.teacher_sources)
+                targets = tuple(full(t) for t in own)
             with torch.no_grad():
                 said = self.logit.target(self._head, targets, data_samples)
                 if learns:

@@ -222,7 +222,7 @@ class MBRNet(BaseModule):
             layer's own defaults.
         act_cfg: Activation between the blocks, any that mmcv builds, and
             'Mish'. None: ReLU. [official code] offers ReLU, GELU, Mish, PReLU
-            and LeakyReLU (slope 0.2).
+            and LeakyReLU (whose slope is 0.2 here, too).
         group_width: How many channels a convolution of a block mixes at most;
             wider features are convolved in groups. None: all. [ours], for
             detectors without a neck: on a ResNet-50's own maps the branches

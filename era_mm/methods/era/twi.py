@@ -17,6 +17,9 @@ from .twi_heads import (
     with_children,
 )
 
+#: mmpretrain's heads with a `loss_module`: of one label, of several.
+CLS_HEADS = {'ClsHead', 'MultiLabelClsHead'}
+
 
 def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
     """What TWI can use of a model; None if there is nothing.
@@ -46,6 +49,32 @@ def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
         return TwoStageTWIHead(rpn_head, roi_head)
     head = getattr(model, 'head', None)
     return TWIHead(head) if _can(head, 'loss', 'predict') else None
+
+
+def with_loss_of(student: nn.Module, head: TWIHead) -> TWIHead | None:
+    """A classifier's head that judges by the student's own loss.
+
+    Its smoothing, its weight, its form of labels: what the student's own
+    logits are judged by. All else is the teacher's.
+
+    Source: ERA [official code].
+
+    Args:
+        student: The student.
+        head: The teacher's.
+
+    Returns:
+        None where the two heads take labels of other forms, or one of them
+        computes its loss in a way of its own.
+    """
+    kinds = [
+        {kind.__name__ for kind in type(owner).__mro__} & CLS_HEADS
+        for owner in (getattr(student, 'head', None), head.head)
+    ]
+    if not kinds[0] or kinds[0] != kinds[1]:
+        return None
+    loss_module = student.head.loss_module
+    return TWIHead(with_children(head.head, loss_module=loss_module))
 
 
 def mismatch(student: nn.Module, teacher: nn.Module) -> str | None:

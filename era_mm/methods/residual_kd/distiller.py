@@ -67,9 +67,10 @@ class ResidualKDDistiller(BaseDistiller):
     trains and which is not needed afterwards.
 
     Source: Residual KD, arXiv 2002.09168, read in abstract and introduction
-    only, without official code. [paper]: hidden features, the assistant and
-    its target, both cut from one model within its cost, the two schemes. The
-    rest is [inference], detection and the feature form are [ours].
+    only, without official code. [paper]: hidden features, an assistant that
+    learns what the student lacks, both cut from one model within its cost.
+    The two schemes are [paper, as a third party tells it]. The formulas and
+    the rest are [inference], detection and the feature form are [ours].
 
     Args:
         source: The cut, 'neck' or 'backbone', in the given model and in the
@@ -120,6 +121,9 @@ class ResidualKDDistiller(BaseDistiller):
             )
         self.cut = self.student_sources[0]
         self.student_sources = (STUDENT[-1], ASSISTANT)
+        if self.cut != 'backbone':
+            # The pair puts out the sum in the backbone's place.
+            self.moved_sources = {self.cut: 'backbone'}
         self._pair = dict(
             student=student, assistant=assistant, norm_cfg=norm_cfg
         )

@@ -38,7 +38,7 @@ def assistant_loss(
     would be pulled to make errors that are easy to predict.
 
     Source: Residual KD [paper: the assistant learns the residual error]; the
-    stop-gradient is [inference].
+    squared distance and the stop-gradient are [inference].
 
     Shape:
         - student_feat, assistant_feat, teacher_feat: ``(N, C, *)``

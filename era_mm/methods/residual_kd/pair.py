@@ -131,7 +131,7 @@ class ImageAssistant(BaseModule):
         F_A = adapter(neck(backbone(image)))
 
     Source: Residual KD [paper: assistant and student are derived from one
-    given model, hence it takes the image].
+    given model]; hence it takes the image [inference].
 
     Args:
         backbone: Host config.

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -36,9 +37,12 @@ class SoKDDistiller(SearchingDistiller):
                 + agree_weight * L_D + area_weight * L_DA
 
     The wrapped distiller gets the refined features in the teacher's place
-    and its losses keep their names. In each iteration the policy takes a step
-    of its own optimiser first (with the student as it is), then the student
-    learns from what the new policy makes of the same batch.
+    and its losses keep their names. One that asks the teacher's head what it
+    says of them (ERA) gets the teacher's own as well, as ``own_feats`` of its
+    ``loss``: a refined feature is to be learnt, not to be believed. [ours]
+    In each iteration the policy takes a step of its own optimiser first (with
+    the student as it is), then the student learns from what the new policy
+    makes of the same batch.
 
     Phi is a 1x1 convolution at each level. It learns from L_D and L_DA, and
     from ``loss_sokd_adapter = mean (Phi(sg F_s) - F_t)^2``, which trains Phi
@@ -71,8 +75,10 @@ class SoKDDistiller(SearchingDistiller):
             afterwards it stays. 0.2 is [inference]; too long a search
             overfits [paper, by readers' notes]. Outside of an mmengine run
             there is no end.
-        optimizer: The policy's. Adam, lr 3e-4, betas (0.5, 0.999), weight
-            decay 1e-3 is [DADA code].
+        optimizer: The policy's. Adam, lr 3e-4, betas (0.5, 0.999) is [DADA
+            code]; that it has no weight decay (1e-3 there) is [ours]: Adam
+            would shrink beta and m of all sub-policies that were not drawn,
+            whatever the loss says.
         unroll_lr: Length of the student's step that the policy looks ahead
             (second order, by finite differences); see ``unrolled_gradients``.
             Four more passes of the student in an iteration that searches.
@@ -129,9 +135,9 @@ class SoKDDistiller(SearchingDistiller):
         self.areas_for = areas
         self._has_adapter = adapter
         self.adapter_weight = adapter_weight
-        self._takes_masks = 'area_masks' in (
-            inspect.signature(built.loss).parameters
-        )
+        taken = inspect.signature(built.loss).parameters
+        self._takes_masks = 'area_masks' in taken
+        self._takes_own = 'own_feats' in taken
         self._check_masks()
         self.dam: DAM | None = None
 
@@ -254,11 +260,16 @@ class SoKDDistiller(SearchingDistiller):
                     refined=refined,
                     data_samples=data_samples,
                 )
+        options: dict[str, Any] = {}
+        if self.areas_for == 'base':
+            options['area_masks'] = masks
+        if self._takes_own:
+            options['own_feats'] = teacher_feats
         losses = self.base.loss(
             student_feats=student_feats,
             teacher_feats=refined_feats,
             data_samples=data_samples,
-            **(dict(area_masks=masks) if self.areas_for == 'base' else {}),
+            **options,
         )
         return self.base.scheduled(losses, self.step) | own
 

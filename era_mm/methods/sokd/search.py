@@ -21,6 +21,12 @@ from .adapters import Adapters, below
 from .dafa import DAFA, consistency_loss
 from .wrapper import WrappingDistiller
 
+#: The policy's optimiser. [DADA code] but for its weight decay of 1e-3: with
+#: one sub-policy drawn per step the others have no gradient of the loss, and
+#: Adam scales whatever there is up to the learning rate. The decay alone would
+#: move them. [ours]
+POLICY_OPTIMIZER = dict(type='Adam', lr=3e-4, betas=(0.5, 0.999))
+
 
 def unrolled_gradients(
     *,
@@ -159,9 +165,7 @@ class SearchingDistiller(WrappingDistiller):
             )
         self.search_share = search_share
         self.unroll_lr = unroll_lr
-        self._optimizer_cfg = optimizer or dict(
-            type='Adam', lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3
-        )
+        self._optimizer_cfg = optimizer or POLICY_OPTIMIZER
         self._policy: Unregistered | None = None
         self.adapters: Adapters | None = None
 

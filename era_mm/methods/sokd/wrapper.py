@@ -41,6 +41,7 @@ class WrappingDistiller(BaseDistiller):
         self.base: BaseDistiller = base
         self.pretrain_iters = base.pretrain_iters
         self.has_phases = base.has_phases
+        self.moved_sources = base.moved_sources
         self._take_sources()
 
     def _take_sources(self) -> None:

@@ -1,0 +1,110 @@
+"""Averages the extras beside the student, for modes such as T."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.hooks import EMAHook as HostEMAHook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import MODELS
+from torch import nn
+
+from ..core import Distillation, extras_of
+from ..core.checkpoint import METADATA_KEY
+from ..registry import HOOKS
+
+
+@HOOKS.register_module()
+class EMAHook(HostEMAHook):
+    """mmengine's ``EMAHook``, for the distillers' extras as well.
+
+    That one averages the student alone: modes such as T join the averaged
+    student with extras as they were last trained. This one averages the
+    extras' parameters in the same way, evaluates with both averages, and
+    writes files whose extras go with the averaged student they hold. What a
+    resumed run needs of the extras as trained is in ``ema_state_dict``.
+
+    Buffers of the extras (norms' statistics) are the last ones, with
+    ``update_buffers`` as well: counters and statistics of a fixed stretch of
+    the run have no average. Inner modules, which have an optimiser of their
+    own, are not averaged.
+
+    Source: that MBRNet and align are averaged is ERA's [official code]; the
+    files are [ours].
+
+    Args:
+        kwargs: As mmengine's.
+
+    Raises:
+        TypeError: The model is no ``Distillation``.
+    """
+
+    def before_run(self, runner: Any) -> None:
+        """Copy the extras beside the model."""
+        model = runner.model
+        if is_model_wrapper(model):
+            model = model.module
+        if not isinstance(model, Distillation):
+            raise TypeError(
+                '`era_mm.EMAHook` averages the extras of a Distillation, but '
+                f'the model is a {type(model).__name__}. Use EMAHook.'
+            )
+        super().before_run(runner)
+        self.ema_extras = MODELS.build(
+            dict(self.ema_cfg, update_buffers=False),
+            default_args=dict(model=model.distillers),
+        )
+
+    def _put(self, extras: Mapping[str, Any] | None) -> None:
+        """Take a file's extras as the averages, those that are there."""
+        for name, distiller in self._averages.items():
+            entry = (extras or {}).get(name)
+            if entry is not None and entry['type'] == type(distiller).__name__:
+                distiller.load_state_dict(entry['state_dict'])
+
+    @property
+    def _averages(self) -> nn.ModuleDict:
+        return self.ema_extras.module
+
+    def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """Average."""
+        super().after_train_iter(runner, *args, **kwargs)
+        own = self.src_model.distillers
+        if self._ema_started(runner):
+            self.ema_extras.update_parameters(own)
+        else:
+            self._averages.load_state_dict(own.state_dict())
+
+    def _swap_ema_parameters(self) -> None:
+        super()._swap_ema_parameters()
+        pairs = zip(
+            self._averages.parameters(),
+            self.src_model.distillers.parameters(),
+            strict=True,
+        )
+        for average, own in pairs:
+            kept = average.data.clone()
+            average.data.copy_(own.data)
+            own.data.copy_(kept)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Put averaged extras beside the averaged student."""
+        super().before_save_checkpoint(runner, checkpoint)
+        # What stands in the metadata of `ema_state_dict` are the extras as
+        # trained: its model shares them.
+        extras = extras_of(checkpoint['state_dict']) or {}
+        for name, distiller in self._averages.items():
+            extras[name]['state_dict'] = dict(distiller.state_dict())
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Take the averages in; a resumed run goes on with what it trained."""
+        super().after_load_checkpoint(runner, checkpoint)
+        state = checkpoint['state_dict']
+        extras = extras_of(state)
+        self._put(extras)
+        if 'ema_state_dict' not in checkpoint or not runner._resume:
+            return
+        self.ema_extras.steps.copy_(self.ema_model.steps)
+        metadata = getattr(checkpoint['ema_state_dict'], '_metadata', {})
+        trained = metadata.get('module', {}).get(METADATA_KEY)
+        if extras is not None and trained is not None:
+            state._metadata[''][METADATA_KEY] = trained
