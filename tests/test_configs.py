@@ -218,6 +218,7 @@ def imports_of(file):
     [
         ('layers', {'registry', 'layers'}),
         ('core', {'registry', 'core', 'errors', 'layers'}),
+        ('heads', {'registry', 'core', 'heads', 'layers'}),
     ],
 )
 def test_imports__point_one_way(folder, allowed):

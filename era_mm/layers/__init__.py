@@ -1,28 +1,34 @@
 """Small parts that several methods use; they import nothing of ours."""
 
 from .connector import Connector, crop_to_common
+from .first_batches import FirstBatches
 from .logits import (
     bernoulli_entropy,
     bernoulli_kl,
     bernoulli_kl_loss,
     best_rows,
     dist_loss,
+    dkd_loss,
     kl_loss,
     rows_at,
     rows_of_levels,
+    standardise_logits,
     top_rows,
 )
 
 __all__ = [
     'Connector',
+    'FirstBatches',
     'bernoulli_entropy',
     'bernoulli_kl',
     'bernoulli_kl_loss',
     'best_rows',
     'crop_to_common',
     'dist_loss',
+    'dkd_loss',
     'kl_loss',
     'rows_at',
     'rows_of_levels',
+    'standardise_logits',
     'top_rows',
 ]

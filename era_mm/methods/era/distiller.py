@@ -12,19 +12,24 @@ from torch import Tensor, nn
 from ...core import BaseDistiller, Features, HostModel
 from ...core.pairing import Pair, Plan, is_query_based
 from ...core.utils import evaluating, preserve_rng
-from ...registry import MODELS
-from .detector_terms import DenseTerm, DetectorTerm, RoITerm
-from .export import export_estimate
-from .logit import LogitTerm, full
-from .losses import ERALoss, estimates_of, residual_targets
-from .mbrnet import MBRNet
-from .twi import find_head, mismatch, tower_sources, why_not_reused
-from .twi_heads import (
-    DenseTWIHead,
+from ...heads import (
+    DetectorTerm,
+    LogitTerm,
+    RoITerm,
     StudentProposals,
     TWIHead,
     TwoStageTWIHead,
+    find_head,
+    full,
+    mismatch,
+    term_for,
+    tower_sources,
+    why_not_reused,
 )
+from ...registry import MODELS
+from .export import export_estimate
+from .losses import ERALoss, estimates_of, residual_targets
+from .mbrnet import MBRNet
 
 #: Iterations between two looks at the running shares, for which the ranks wait
 #: for each other, and how far the shares follow the batch that is looked at.
@@ -423,25 +428,8 @@ class ERADistiller(BaseDistiller):
                 logger='current',
                 level=logging.WARNING,
             )
-        own = 'kl'
-        if isinstance(self.twi_head, DenseTWIHead):
-            own = 'dense'
-        elif isinstance(self.twi_head, TwoStageTWIHead):
-            own = 'roi'
-        kind = own if kind is None else kind
-        if kind == 'dense':
-            self.logit = DenseTerm(**cfg)
-        elif kind == 'roi':
-            self.logit = RoITerm(**cfg)
-        else:
-            self.logit = LogitTerm(kind=kind, **cfg)
         # Now: a student without the term's source would be told of that.
-        if kind != own and not (own == 'kl' and kind in LogitTerm.KINDS):
-            raise ValueError(
-                f'`logit` of kind {kind!r} does not fit the teacher, whose '
-                f'head is a {type(self.twi_head.head).__name__}. Remove '
-                f'`kind`, or set kind={own!r}.'
-            )
+        self.logit = term_for(self.twi_head, kind, **cfg)
         modules = dict(student.named_modules())
         lacking = [s for s in self.logit.sources if s not in modules]
         if is_query_based(student):
@@ -669,7 +657,7 @@ class ERADistiller(BaseDistiller):
                 teacher_feats=teacher_maps,
             )
             if reason is None:
-                said = self.logit.target(
+                said: Any = self.logit.target(
                     self._head,
                     teacher_maps,
                     [self._head.trial_sample(teacher_maps)],
@@ -715,7 +703,7 @@ class ERADistiller(BaseDistiller):
         losses, parts = self._approximate(maps, targets, learns=learns)
         if self._proposals is not None:
             data_samples = self._proposals.attach(student_feats, data_samples)
-        said = None
+        said: Any = None
         if self.logit is not None:
             with torch.no_grad():
                 said = self.logit.target(self._head, targets, data_samples)

@@ -6,7 +6,7 @@
 
 from torch import Tensor, nn
 
-from ...core.pairing import is_query_based, num_classes_of
+from ..core.pairing import is_query_based, num_classes_of
 from .twi_heads import (
     DenseTWIHead,
     PredictorTWIHead,

@@ -8,14 +8,14 @@ Legend: N batch, K classes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...core import Features
-from ...layers import dist_loss, kl_loss
-from ...registry import explain_unknown_keys
+from ..core import Features
+from ..layers import dist_loss, dkd_loss, kl_loss, standardise_logits
+from ..registry import explain_unknown_keys
 from .twi_heads import TWIHead
 
 
@@ -24,44 +24,78 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-@explain_unknown_keys
-class LogitTerm:
-    """ERA's distillation of a classifier's logits.
-
-        loss_era_logit = weight * loss of the (N, K) logits
+class SaidOfClasses(NamedTuple):
+    """What the teacher says of a batch.
 
     Args:
-        kind: 'kl' or 'dist'.
-        weight: Its weight. 2 is [official code].
-        temperature: tau. 1 is [official code].
+        logits: Its logits, ``(N, K)``.
+        labels: The true classes, ``(N,)``; None for kinds that do not ask.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+
+
+@explain_unknown_keys
+class LogitTerm:
+    """Distillation of a classifier's logits.
+
+        weight * loss of the (N, K) logits
+
+    Args:
+        kind: 'kl', 'dist' or 'dkd'.
+        weight: Its weight. 2 is ERA's [official code].
+        temperature: tau. 1 is ERA's [official code].
+        standardise: Whether both logits are standardised first
+            (:func:`~era_mm.layers.standardise_logits`).
+        alpha: Of the true class, 'dkd' only. None: 1.
+        beta: Of the other classes, 'dkd' only. None: 8.
         source: The student's module whose output the logits are.
 
     Raises:
         ValueError: An unknown kind, a weight below 0, a temperature that is
-            not above 0.
+            not above 0, ``alpha`` or ``beta`` of another kind.
     """
 
-    KINDS: ClassVar[dict[str, Callable]] = {'kl': kl_loss, 'dist': dist_loss}
+    KINDS: ClassVar[dict[str, Callable]] = {
+        'kl': kl_loss,
+        'dist': dist_loss,
+        'dkd': dkd_loss,
+    }
 
     def __init__(
         self,
         kind: str = 'kl',
         weight: float = 2.0,
         temperature: float = 1.0,
+        standardise: bool = False,
+        alpha: float | None = None,
+        beta: float | None = None,
         source: str = 'head',
     ) -> None:
         if kind not in self.KINDS:
             raise ValueError(
-                "`logit.kind` must be one of ['dense', 'dist', 'kl', 'roi'], "
-                f'but got {kind!r}.'
+                '`logit.kind` must be one of '
+                f'{sorted([*self.KINDS, "dense", "roi"])}, but got {kind!r}.'
             )
         if weight < 0 or temperature <= 0:
             raise ValueError(
                 '`logit` needs a weight of at least 0 and a temperature above '
                 f'0, but got {weight} and {temperature}.'
             )
+        shares = {
+            key: value
+            for key, value in (('alpha', alpha), ('beta', beta))
+            if value is not None
+        }
+        if shares and kind != 'dkd':
+            raise ValueError(
+                f"`logit.{next(iter(shares))}` is of kind 'dkd', but the kind "
+                f'is {kind!r}. Leave it out.'
+            )
         self.kind, self.weight = kind, weight
-        self.temperature = temperature
+        self.standardise = standardise
+        self._settings: dict[str, Any] = dict(temperature=temperature) | shares
         self.sources: tuple[str, ...] = (source,)
 
     def prepare(
@@ -102,29 +136,49 @@ class LogitTerm:
 
     def target(
         self, head: TWIHead, teacher_feats: Sequence[Tensor], samples: list
-    ) -> Tensor:
-        """The teacher's logits."""
-        return head(teacher_feats)
+    ) -> SaidOfClasses:
+        """The teacher's logits.
 
-    def measure(self, said: Tensor) -> None:
+        Raises:
+            ValueError: An image without one true class, of which 'dkd' asks.
+        """
+        logits = head(teacher_feats)
+        if self.kind != 'dkd':
+            return SaidOfClasses(logits, None)
+        labels = [sample.get('gt_label') for sample in samples]
+        if any(label is None or label.numel() != 1 for label in labels):
+            raise ValueError(
+                "`logit` of kind 'dkd' needs the one true class of each "
+                'image, and these have none (mixed images have two). Remove '
+                "batch augmentation, or take kind='kl'."
+            )
+        return SaidOfClasses(logits, torch.cat(labels).to(logits.device))
+
+    def measure(self, said: SaidOfClasses) -> None:
         """Nothing: logits have no unit."""
 
     def of_student(
-        self, student_feats: Features, said: Tensor
+        self, student_feats: Features, said: SaidOfClasses
     ) -> dict[str, Tensor]:
         """The term of the student's own head."""
         return self._compare(student_feats[self.sources[0]][0], said)
 
     def of_estimate(
-        self, head: TWIHead, feats: Sequence[Tensor], said: Tensor
+        self, head: TWIHead, feats: Sequence[Tensor], said: SaidOfClasses
     ) -> dict[str, Tensor]:
         """The term of the teacher's head on an estimate."""
         return self._compare(head(feats), said)
 
-    def _compare(self, logits: Tensor, said: Tensor) -> dict[str, Tensor]:
+    def _compare(
+        self, logits: Tensor, said: SaidOfClasses
+    ) -> dict[str, Tensor]:
+        pair = [full(logits), full(said.logits)]
+        if self.standardise:
+            pair = [standardise_logits(one) for one in pair]
+        settings = dict(self._settings)
+        if said.labels is not None:
+            settings['labels'] = said.labels
         loss = self.KINDS[self.kind](
-            student_logits=full(logits),
-            teacher_logits=full(said),
-            temperature=self.temperature,
+            student_logits=pair[0], teacher_logits=pair[1], **settings
         )
         return {'logit': self.weight * loss}

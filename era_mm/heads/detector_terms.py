@@ -18,17 +18,17 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from ...core import Features, Unregistered
-from ...core.utils import evaluating
-from ...layers import (
+from ..core import Features, Unregistered
+from ..core.utils import evaluating
+from ..layers import (
+    FirstBatches,
     bernoulli_entropy,
     bernoulli_kl,
     best_rows,
     rows_at,
 )
-from ...registry import explain_unknown_keys
+from ..registry import explain_unknown_keys
 from .logit import full
-from .space import FirstBatches
 from .twi_blend import coder_of, same_priors
 from .twi_heads import DenseTWIHead, TWIHead, TwoStageTWIHead
 
@@ -87,8 +87,8 @@ class Unit(nn.Module):
 class DetectorTerm(nn.Module, ABC):
     """Scores and boxes of a detector's head, in units of the teacher's own.
 
-        loss_era_logit = weight * mean_r KL(q_r || p_r) / unit_score
-        loss_era_box   = box_weight * mean_r w_r |b_r - t_r| / unit_box
+        logit = weight * mean_r KL(q_r || p_r) / unit_score
+        box   = box_weight * mean_r w_r |b_r - t_r| / unit_box
 
     over the k rows of each image of which the teacher is surest; q and p are
     scores of teacher and student, t and b their raw box outputs, w how sure
@@ -196,7 +196,7 @@ class DetectorTerm(nn.Module, ABC):
     def _leave_boxes(self, reason: str) -> None:
         self.box_weight = 0.0
         print_log(
-            f'ERA without distilled boxes: {reason}.',
+            f'Boxes are not distilled: {reason}.',
             logger='current',
             level=logging.WARNING,
         )
