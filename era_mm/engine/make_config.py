@@ -391,8 +391,8 @@ def report(made: Made, teacher_checkpoint: str) -> str:
         )
     lines.append(f'{"weights":11}{teacher_checkpoint}')
     lines.append(
-        f'{"sources":11}student {match.student.source}, teacher '
-        f'{match.teacher.source}, on {pair.input_size}x{pair.input_size}'
+        f'{"sources":11}student {_names(match.student)}, teacher '
+        f'{_names(match.teacher)}, on {pair.input_size}x{pair.input_size}'
     )
     lines += _report_levels(match)
     lines.append(f'{"connectors":11}{_report_connectors(match)}')
@@ -408,6 +408,12 @@ def report(made: Made, teacher_checkpoint: str) -> str:
             f'{"run":11}{" and ".join(own)} not taken from the student'
         )
     return '\n'.join(lines)
+
+
+def _names(half: Half) -> str:
+    if isinstance(half.source, str):
+        return half.source
+    return ' '.join(half.source)
 
 
 def _report_levels(match: Match) -> list[str]:

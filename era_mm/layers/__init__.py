@@ -2,6 +2,7 @@
 
 from .connector import Connector, crop_to_common
 from .first_batches import FirstBatches
+from .levels import Aligns, check_maps, levels_of
 from .logits import (
     bernoulli_entropy,
     bernoulli_kl,
@@ -17,16 +18,19 @@ from .logits import (
 )
 
 __all__ = [
+    'Aligns',
     'Connector',
     'FirstBatches',
     'bernoulli_entropy',
     'bernoulli_kl',
     'bernoulli_kl_loss',
     'best_rows',
+    'check_maps',
     'crop_to_common',
     'dist_loss',
     'dkd_loss',
     'kl_loss',
+    'levels_of',
     'rows_at',
     'rows_of_levels',
     'standardise_logits',
