@@ -1,7 +1,8 @@
 # ReviewKD, ResNet-18 of width 16 to width 8, digit crops, 40 epochs.
 # Plain twin: plain_resnet18w8_digit_crops.py; train the teacher first.
 #   python tools/train.py configs/plain_resnet18w16_digit_crops.py
-#   python tools/train.py configs/reviewkd_resnet18w16_resnet18w8_digit_crops.py
+#   python tools/train.py \
+#       configs/reviewkd_resnet18w16_resnet18w8_digit_crops.py
 _base_ = ['plain_resnet18w8_digit_crops.py']
 custom_imports = dict(imports=['era_mm'], allow_failed_imports=False)
 
