@@ -7,11 +7,18 @@ how, ``twi_blend`` its outputs mixed with the student's), ``logit`` and
 """
 
 from .choice import kind_for, term_for
-from .detector_terms import DenseTerm, DetectorTerm, RoITerm, Said
+from .detector_terms import (
+    DenseTerm,
+    DetectorTerm,
+    RoITerm,
+    Said,
+    why_no_sigmoid_scores,
+)
 from .logit import LogitTerm, full
 from .twi import (
     find_head,
     mismatch,
+    plain_towers,
     predictors_of,
     tower_sources,
     why_not_reused,
@@ -39,8 +46,10 @@ __all__ = [
     'full',
     'kind_for',
     'mismatch',
+    'plain_towers',
     'predictors_of',
     'term_for',
     'tower_sources',
+    'why_no_sigmoid_scores',
     'why_not_reused',
 ]

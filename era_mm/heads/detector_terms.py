@@ -284,6 +284,24 @@ class DetectorTerm(nn.Module, ABC):
         return terms
 
 
+#: What heads have that tell objects from background apart from the class.
+OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
+
+
+def why_no_sigmoid_scores(head: nn.Module) -> str | None:
+    """Why a dense head's class scores are no sigmoid logits, if so."""
+    loss = getattr(head, 'loss_cls', None)
+    if any(hasattr(head, part) for part in OBJECTNESS):
+        return 'scores objects apart from their classes'
+    if (
+        not getattr(loss, 'use_sigmoid', False)
+        or getattr(loss, 'activated', False)
+        or not getattr(head, 'cls_out_channels', 0)
+    ):
+        return 'has no sigmoid scores'
+    return None
+
+
 @explain_unknown_keys
 class DenseTerm(DetectorTerm):
     """``DetectorTerm`` for dense heads, anchor-based or anchor-free.
@@ -303,8 +321,6 @@ class DenseTerm(DetectorTerm):
         topk: Anchors of each image.
     """
 
-    #: What heads have that tell objects from background apart from the class.
-    OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
     #: What decides, beside class and coder, what a head's box outputs mean.
     BOX_SETTINGS = ('norm_on_bbox', 'reg_max', 'reg_decoded_bbox')
 
@@ -353,16 +369,7 @@ class DenseTerm(DetectorTerm):
         return None
 
     def _problem(self, head: nn.Module) -> str | None:
-        loss = getattr(head, 'loss_cls', None)
-        if any(hasattr(head, part) for part in self.OBJECTNESS):
-            return 'scores objects apart from their classes'
-        if (
-            not getattr(loss, 'use_sigmoid', False)
-            or getattr(loss, 'activated', False)
-            or not getattr(head, 'cls_out_channels', 0)
-        ):
-            return 'has no sigmoid scores'
-        return None
+        return why_no_sigmoid_scores(head)
 
     def _box_problem(
         self, own: nn.Module, theirs: nn.Module, outs: Outputs
