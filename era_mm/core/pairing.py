@@ -356,12 +356,14 @@ class Plan(NamedTuple):
             methods that never use one.
         modes: Predictions to report beside the student's own, as far as the
             built model offers them.
+        inherit: Modules of the student that start from the teacher's weights.
     """
 
     distiller: dict[str, Any]
     match: Match
     head: str | None = None
     modes: tuple[str, ...] = ()
+    inherit: tuple[str, ...] = ()
 
 
 @dataclass

@@ -349,6 +349,11 @@ def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
         else dict(zip(draft.plans, distillers, strict=True)),
         input_size=draft.input_size,
     )
+    inherited = [
+        name for plan in draft.plans.values() for name in plan.inherit
+    ]
+    if inherited:
+        entries['model']['inherit'] = inherited
     lines = [
         f'# {", ".join(draft.plans)}: {Path(teacher.reference).stem} teaches',
         f'# {Path(student.reference).stem}. Made by tools/make_config.py.',

@@ -356,6 +356,29 @@ def test_classifiers__train_by_the_baselines(make, method):
     assert len([key for key in losses if 'loss' in key]) == 2
 
 
+def test_simkd__puts_the_teachers_classifier_into_the_student(
+    make, host, tmp_path, capsys
+):
+    config, _ = make('resnet', 'resnet_wide', '--method', 'simkd')
+    assert config.model.distiller == dict(
+        type='era_mm.SimKDDistiller', channels=[64, 128]
+    )
+    assert config.model.inherit == ['head']
+    losses = train_and_predict(build(config), images)
+    assert [key for key in losses if 'loss' in key] == ['loss_simkd']
+    for student, teacher, message in (
+        ('retinanet', 'fcos', 'it is for classifiers'),
+        ('resnet', 'vit', 'does not pool maps'),
+    ):
+        error = fails(
+            capsys,
+            *('--student', host(student), '--teacher', host(teacher)),
+            *('--teacher-checkpoint', 'random', '--method', 'simkd'),
+            *('--out', str(tmp_path / 'o.py')),
+        )
+        assert message in error
+
+
 def test_stages__are_asked_for_by_hand_where_there_are_none(
     host, tmp_path, capsys
 ):
