@@ -1,8 +1,9 @@
 """Small parts that several methods use; they import nothing of ours."""
 
 from .connector import Connector, crop_to_common
+from .features import check_alike, full_precision, levels_of
 from .first_batches import FirstBatches
-from .levels import Aligns, check_maps, levels_of
+from .levels import Aligns, check_maps
 from .logits import (
     bernoulli_entropy,
     bernoulli_kl,
@@ -25,10 +26,12 @@ __all__ = [
     'bernoulli_kl',
     'bernoulli_kl_loss',
     'best_rows',
+    'check_alike',
     'check_maps',
     'crop_to_common',
     'dist_loss',
     'dkd_loss',
+    'full_precision',
     'kl_loss',
     'levels_of',
     'rows_at',

@@ -1,18 +1,11 @@
-"""What methods on features share: levels in order, equal channels.
+"""What methods on maps share: levels in pairs, equal channels.
 
 Legend: N batch, C channels, L levels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
-
-
-def levels_of(
-    feats: Mapping[str, Sequence[Tensor]], sources: Sequence[str]
-) -> list[Tensor]:
-    """The outputs of several sources, one after the other."""
-    return [feat for source in sources for feat in feats[source]]
 
 
 def check_maps(

@@ -9,7 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ..core import BaseDistiller, Features
 from ..core.pairing import Pair, Plan
-from ..layers import check_maps, levels_of
+from ..layers import check_maps, full_precision, levels_of
 from ..registry import MODELS
 
 
@@ -45,10 +45,7 @@ def attention_loss(
         - student_feat, teacher_feat: ``(N, C, H, W)``, channels may differ
         - out: scalar
     """
-    maps = [
-        feat.to(torch.promote_types(feat.dtype, torch.float32))
-        for feat in (student_feat, teacher_feat)
-    ]
+    maps = [full_precision(feat) for feat in (student_feat, teacher_feat)]
     size = [min(one.shape[dim] for one in maps) for dim in (2, 3)]
     student, teacher = (
         attention(

@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from ..core import BaseDistiller, Features
 from ..core.pairing import Pair, Plan
-from ..layers import Aligns, check_maps, levels_of
+from ..layers import Aligns, check_maps, full_precision, levels_of
 from ..registry import MODELS
 
 
@@ -28,7 +28,7 @@ def channel_wise_loss(
         - out: scalar
     """
     maps = [
-        feat.to(torch.promote_types(feat.dtype, torch.float32)).flatten(0, 1)
+        full_precision(feat).flatten(0, 1)
         for feat in (student_feat, teacher_feat)
     ]
     student, teacher = (

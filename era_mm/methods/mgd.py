@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core import BaseDistiller, Features
 from ..core.pairing import Pair, Plan
-from ..layers import Aligns, check_maps, levels_of
+from ..layers import Aligns, check_maps, full_precision, levels_of
 from ..registry import MODELS
 
 
@@ -26,8 +26,7 @@ def generation_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
         - out: scalar
     """
     student, teacher = (
-        feat.to(torch.promote_types(feat.dtype, torch.float32))
-        for feat in (student_feat, teacher_feat)
+        full_precision(feat) for feat in (student_feat, teacher_feat)
     )
     return (student - teacher).square().sum() / len(student)
 

@@ -9,7 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate, mse_loss
 
 from ..core import BaseDistiller, Features
 from ..core.pairing import Pair, Plan
-from ..layers import check_maps, levels_of
+from ..layers import check_maps, full_precision, levels_of
 from ..registry import MODELS
 
 #: Sides of the pooled maps of the hierarchical context loss.
@@ -35,8 +35,7 @@ def hierarchical_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
         - out: scalar
     """
     student, teacher = (
-        feat.to(torch.promote_types(feat.dtype, torch.float32))
-        for feat in (student_feat, teacher_feat)
+        full_precision(feat) for feat in (student_feat, teacher_feat)
     )
     loss = mse_loss(student, teacher)
     weight = total = 1.0

@@ -17,6 +17,7 @@ from ..core.pairing import Pair, Plan
 from ..core.phase import Phase
 from ..errors import UserError
 from ..heads import why_not_reused
+from ..layers import full_precision
 from ..registry import MODELS
 
 #: Where the student's config has its projector.
@@ -82,10 +83,7 @@ def projection_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
         - student_feat, teacher_feat: ``(N, C_t, H, W)``
         - out: scalar
     """
-    maps = [
-        feat.to(torch.promote_types(feat.dtype, torch.float32))
-        for feat in (student_feat, teacher_feat)
-    ]
+    maps = [full_precision(feat) for feat in (student_feat, teacher_feat)]
     size = [min(one.shape[dim] for one in maps) for dim in (2, 3)]
     student, teacher = (
         one if list(one.shape[2:]) == size else adaptive_avg_pool2d(one, size)
