@@ -120,7 +120,7 @@ def begun_later(twin, cfg):
         file
         for file in DISTILLED
         if 'digit' in file.stem
-        and not file.stem.startswith(('ie_dml_', 't2b_'))
+        and not file.stem.startswith(('dml_', 'ie_dml_', 't2b_'))
     ],
     ids=by_name,
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 from era_mm.layers import dist_loss, dkd_loss, kl_loss, standardise_logits
 from era_mm.methods.logit import LogitDistiller
@@ -206,6 +206,40 @@ def test_peers__hear_each_other_in_eval_mode():
     for key, value in peer.student.state_dict().items():
         assert torch.equal(before[key], value), key
     assert all(module.training for module in peer.student.bbox_head.modules())
+
+
+def test_dml__each_student_hears_the_other_as_it_is_now(image_batch):
+    """L_1 = CE + KL(p_2 || p_1), then the same the other way round."""
+    init_default_scope('mmpretrain')
+    student = classifier_config()
+    model = MODELS.build(
+        dict(
+            type='era_mm.MutualDistillation',
+            students=dict(first=student, second=student),
+            distiller=dict(
+                type='era_mm.LogitDistiller',
+                logit=dict(weight=1.0, temperature=1.0),
+            ),
+        )
+    )
+    model.init_weights()
+    batch = image_batch()
+    for name, other in (('first', 'second'), ('second', 'first')):
+        half, peer = model.students[name], model.students[other].student
+        losses = half.eval()(**batch, mode='loss')
+        with torch.no_grad():
+            told = peer.eval()(batch['inputs'], mode='tensor')
+        own = half.student(batch['inputs'], mode='tensor')
+        labels = torch.arange(6) % 3
+        torch.testing.assert_close(
+            losses['loss'], torch.nn.functional.cross_entropy(own, labels)
+        )
+        expected = kl_loss(student_logits=own, teacher_logits=told)
+        torch.testing.assert_close(losses['loss_logit_score'], expected)
+        losses['loss_logit_score'].backward()
+        assert half.student.head.fc.weight.grad.abs().max() > 0
+        assert peer.head.fc.weight.grad is None
+        half.zero_grad()
 
 
 @pytest.mark.parametrize(
