@@ -66,7 +66,7 @@ class LogitDistiller(BaseDistiller):
 
             - 'kl': 0.9 and 4 (beside 0.1 on the labels);
             - 'kl' with ``standardise``: 9 and 2 (beside 0.1);
-            - 'dist': 2 and 4 [paper];
+            - 'dist': 2 and 4 (1 on ImageNet);
             - 'dkd': 1 and 4, alpha 1, beta 8, which depends on the pair (0.5
               and 1 on ImageNet). Its ramp over 20 epochs goes to
               ``schedules``.
