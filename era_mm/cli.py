@@ -192,9 +192,11 @@ def _make_config_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--method',
-        default='era',
-        help='how to distil: era (default), feature_imitation, ie_kd, '
-        'residual_kd, sokd',
+        action='append',
+        metavar='NAME',
+        help='how to distil, may be given several times: era (default), at, '
+        'crosskd, cwd, feature_imitation, ie_kd, logit, mgd, residual_kd, '
+        'reviewkd, simkd, sokd',
     )
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='where to write, a .py'
@@ -537,7 +539,7 @@ def _make_config(args: argparse.Namespace) -> None:
         run(
             args.student,
             args.teacher,
-            method=args.method,
+            method=args.method or ['era'],
             out=args.out,
             student_checkpoint=args.student_checkpoint,
             teacher_checkpoint=args.teacher_checkpoint,

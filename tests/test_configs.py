@@ -128,7 +128,7 @@ def begun_later(twin, cfg):
         file
         for file in DISTILLED
         if 'digit' in file.stem
-        and not file.stem.startswith(('ie_dml_', 't2b_'))
+        and not file.stem.startswith(('dml_', 'ie_dml_', 't2b_'))
     ],
     ids=by_name,
 )
@@ -226,6 +226,7 @@ def imports_of(file):
     [
         ('layers', {'registry', 'layers'}),
         ('core', {'registry', 'core', 'errors', 'layers'}),
+        ('heads', {'registry', 'core', 'heads', 'layers'}),
     ],
 )
 def test_imports__point_one_way(folder, allowed):

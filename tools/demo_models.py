@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from era_mm.heads import find_head
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
-
-from era_mm.methods.era.twi import find_head
 
 WARM_UP = 20
 TIMED = 200

@@ -519,8 +519,8 @@ def run_pair(
         )
     return dict(
         result='works',
-        twi=made.plan.distiller.get('twi_steps') != 'none',
-        detail=clean(made.plan.head or ''),
+        twi=made.plans['era'].distiller.get('twi_steps') != 'none',
+        detail=clean(made.plans['era'].head or ''),
     )
 
 

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 class MeasuredModel(Protocol):
     """One of the models of a :class:`MeasuredPair`."""
 
+    #: What messages call it.
+    name: str
     model: nn.Module
     #: Names of the classes it was trained for, where known.
     classes: tuple[str, ...] | None
+    #: What its modules gave for the trial image, by module.
+    feats: dict[str, tuple[Tensor, ...]]
 
 
 class FeatureMatch(Protocol):
@@ -40,6 +44,9 @@ class MeasuredPair(Protocol):
     ``era_mm.engine.pairing.Pair`` is one.
     """
 
+    #: Two detectors; else two classifiers.
+    is_detector: bool
+
     @property
     def student(self) -> MeasuredModel:
         """The one to be trained."""
@@ -57,6 +64,9 @@ class MeasuredPair(Protocol):
     ) -> FeatureMatch:
         """Find what to distil; see ``era_mm.engine.pairing.Pair.match``."""
 
+    def match_stages(self, *, pooled: bool = False) -> FeatureMatch:
+        """Pair the stages of two classifiers; see ``Pair.match_stages``."""
+
 
 class Plan(NamedTuple):
     """What a method makes of a pair.
@@ -68,9 +78,11 @@ class Plan(NamedTuple):
             methods that never use one.
         modes: Predictions to report beside the student's own, as far as the
             built model offers them.
+        inherit: Modules of the student that start from the teacher's weights.
     """
 
     distiller: dict[str, Any]
     match: FeatureMatch
     head: str | None = None
     modes: tuple[str, ...] = ()
+    inherit: tuple[str, ...] = ()

@@ -39,20 +39,14 @@ class Made(NamedTuple):
         text: The file's text; ``{base}`` stands for the student's config,
             ``{work_dir}`` for a folder named like the file.
         pair: The two models, measured.
-        plan: What the method makes of them.
+        plans: What each method makes of them, by its name.
         model: The model that the config describes, built.
     """
 
     text: str
     pair: Pair
-    plan: Plan
+    plans: dict[str, Plan]
     model: Distillation
-
-    @property
-    def match(self) -> Match:
-        """Which of their outputs the method pairs."""
-        assert isinstance(self.plan.match, Match)
-        return self.plan.match
 
 
 class Draft(NamedTuple):
@@ -63,8 +57,7 @@ class Draft(NamedTuple):
         teacher: The teacher's.
         teacher_checkpoint: Its weights.
         student_checkpoint: What the student starts from, if anything.
-        method: Name of the method.
-        plan: What it makes of the pair.
+        plans: What each method makes of the pair, by its name.
         input_size: Side of the image of the dry run.
     """
 
@@ -72,8 +65,7 @@ class Draft(NamedTuple):
     teacher: HostConfig
     teacher_checkpoint: str
     student_checkpoint: str | None
-    method: str
-    plan: Plan
+    plans: dict[str, Plan]
     input_size: int
 
 
@@ -105,19 +97,26 @@ def methods() -> dict[str, type[BaseDistiller]]:
     return found
 
 
-def find_method(name: str) -> type[BaseDistiller]:
-    """One of :func:`methods`.
+def find_methods(names: Sequence[str]) -> dict[str, type[BaseDistiller]]:
+    """Some of :func:`methods`, by name.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is none of that name, or one is asked for twice.
     """
     known = methods()
-    if name not in known:
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f'--method: expected one of {", ".join(sorted(known))}, but '
+                f'got {name!r}.'
+            )
+    if len(set(names)) < len(names):
         raise UserError(
-            f'--method: expected one of {", ".join(sorted(known))}, but got '
-            f'{name!r}.'
+            '--method: expected each method once, but got '
+            f'{", ".join(names)}. Two distillers of one method are written '
+            'by hand.'
         )
-    return known[name]
+    return {name: known[name] for name in names}
 
 
 def pair_of(student: HostConfig, teacher: HostConfig) -> Pair:
@@ -144,7 +143,7 @@ def make_config(
     student: HostConfig,
     teacher: HostConfig,
     *,
-    method: str = 'era',
+    method: str | Sequence[str] = 'era',
     teacher_checkpoint: str,
     student_checkpoint: str | None = None,
 ) -> Made:
@@ -157,7 +156,7 @@ def make_config(
         student: The student's whole config; data, schedule and hooks are
             taken from it.
         teacher: The teacher's.
-        method: One of :func:`methods`.
+        method: One of :func:`methods`, or several, which then teach at once.
         teacher_checkpoint: Path or URL of the teacher's weights, or 'random'.
         student_checkpoint: Weights the student starts from.
 
@@ -165,33 +164,36 @@ def make_config(
         UserError: The pair cannot be matched; the message says why.
     """
     check_student(student)
-    method_class = find_method(method)
+    chosen = find_methods([method] if isinstance(method, str) else method)
     pair = pair_of(student, teacher)
     try:
         with preserve_rng():
-            plan = method_class.plan_for(pair)
+            plans = {name: cls.plan_for(pair) for name, cls in chosen.items()}
     except UserError:
         # Of the pair, which names the model that is at fault.
         raise
     except ValueError as error:
         raise UserError(f'--method: {error}') from error
-    assert isinstance(plan.match, Match)
-    pair.check_training(plan.match)
+    for plan in plans.values():
+        pair.check_training(_match_of(plan))
     draft = Draft(
         student=student,
         teacher=teacher,
         teacher_checkpoint=teacher_checkpoint,
         student_checkpoint=student_checkpoint,
-        method=method,
-        plan=plan,
+        plans=plans,
         input_size=pair.input_size,
     )
     model = _build(_text(draft), student)
-    (distiller,) = model.distillers.values()
-    modes = [
-        mode for mode in plan.modes if mode in distiller.inference_modes()
-    ]
-    return Made(_text(draft, modes), pair, plan, model)
+    modes = []
+    for plan, (name, distiller) in zip(
+        plans.values(), model.distillers.items(), strict=True
+    ):
+        # As the model names them.
+        prefix = f'{name}.' if len(plans) > 1 else ''
+        known = distiller.inference_modes()
+        modes += [f'{prefix}{mode}' for mode in plan.modes if mode in known]
+    return Made(_text(draft, modes), pair, plans, model)
 
 
 def check_student(student: HostConfig) -> None:
@@ -318,6 +320,7 @@ def _base(student: HostConfig, out: Path) -> str:
 
 def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
     student, teacher = draft.student, draft.teacher
+    distillers = [plan.distiller for plan in draft.plans.values()]
     entries: dict[str, Any] = {'_base_': Code('{base}')}
     imports = student.cfg.get('custom_imports') or {}
     names = [n for n in imports.get('imports', []) if n != 'era_mm']
@@ -347,11 +350,18 @@ def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
             config=teacher.reference,
             checkpoint=draft.teacher_checkpoint,
         ),
-        distiller=draft.plan.distiller,
+        distiller=distillers[0]
+        if len(distillers) == 1
+        else dict(zip(draft.plans, distillers, strict=True)),
         input_size=draft.input_size,
     )
+    inherited = [
+        name for plan in draft.plans.values() for name in plan.inherit
+    ]
+    if inherited:
+        entries['model']['inherit'] = inherited
     lines = [
-        f'# {draft.method}: {Path(teacher.reference).stem} teaches',
+        f'# {", ".join(draft.plans)}: {Path(teacher.reference).stem} teaches',
         f'# {Path(student.reference).stem}. Made by tools/make_config.py.',
     ]
     lines += [f'{key} = {_render(v, key)}' for key, v in entries.items()]
@@ -393,7 +403,7 @@ def _flat(value: Any) -> str:
 
 def report(made: Made, teacher_checkpoint: str) -> str:
     """What was decided, on one screen."""
-    pair, match = made.pair, made.match
+    pair = made.pair
     lines = []
     for member in (pair.student, pair.teacher):
         classes = member.num_classes
@@ -403,14 +413,18 @@ def report(made: Made, teacher_checkpoint: str) -> str:
             f'{member.name}'
         )
     lines.append(f'{"weights":11}{teacher_checkpoint}')
-    lines.append(
-        f'{"sources":11}student {match.student.source}, teacher '
-        f'{match.teacher.source}, on {pair.input_size}x{pair.input_size}'
-    )
-    lines += _report_levels(match)
-    lines.append(f'{"connectors":11}{_report_connectors(match)}')
-    if made.plan.head is not None:
-        lines.append(f'{"head":11}{made.plan.head}')
+    for name, plan in made.plans.items():
+        if len(made.plans) > 1:
+            lines.append(f'{"method":11}{name}')
+        match = _match_of(plan)
+        lines.append(
+            f'{"sources":11}student {_names(match.student)}, teacher '
+            f'{_names(match.teacher)}, on {pair.input_size}x{pair.input_size}'
+        )
+        lines += _report_levels(match)
+        lines.append(f'{"connectors":11}{_report_connectors(match)}')
+        if plan.head is not None:
+            lines.append(f'{"head":11}{plan.head}')
     lines.append(f'{"input":11}{_report_input(pair)}')
     lines.append(f'{"classes":11}{_report_classes(pair)}')
     own = [
@@ -421,6 +435,18 @@ def report(made: Made, teacher_checkpoint: str) -> str:
             f'{"run":11}{" and ".join(own)} not taken from the student'
         )
     return '\n'.join(lines)
+
+
+def _match_of(plan: Plan) -> Match:
+    """Which of the pair's outputs a method pairs."""
+    assert isinstance(plan.match, Match)
+    return plan.match
+
+
+def _names(half: Half) -> str:
+    if isinstance(half.source, str):
+        return half.source
+    return ' '.join(half.source)
 
 
 def _report_levels(match: Match) -> list[str]:
@@ -512,7 +538,7 @@ def run(
     student: str,
     teacher: str,
     *,
-    method: str,
+    method: str | Sequence[str],
     out: str,
     student_checkpoint: str | None,
     teacher_checkpoint: str | None,
@@ -523,7 +549,7 @@ def run(
         UserError: Anything that cannot be done; nothing was written then.
     """
     check_out(Path(out))
-    find_method(method)
+    find_methods([method] if isinstance(method, str) else method)
     given = read_host_config(student, '--student')
     check_student(given)
     theirs = read_host_config(teacher, '--teacher')

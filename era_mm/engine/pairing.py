@@ -213,6 +213,21 @@ class Member:
                 return name
         return None
 
+    def stages(self) -> list[str]:
+        """The last sequence of blocks at each size of map, largest first.
+
+        Of the backbone; found by what they put out, not by name.
+        """
+        last: dict[int, str] = {}
+        for name, feats in self.feats.items():
+            if (
+                name.startswith('backbone.')
+                and [feat.dim() for feat in feats] == [4]
+                and isinstance(self.model.get_submodule(name), nn.Sequential)
+            ):
+                last[feats[0].shape[2]] = name
+        return [last[size] for size in sorted(last, reverse=True)]
+
     def extra_tokens(self, tokens: Tensor) -> int:
         """How many tokens of ``(N, T, C)`` stand for no place."""
         number = tokens.shape[1]
@@ -224,12 +239,12 @@ class Half(NamedTuple):
     """What one model gives to a match.
 
     Args:
-        source: Module.
-        feats: Its outputs on the trial image.
+        source: Module, or several.
+        feats: Outputs on the trial image, of several one after the other.
         connector: Arguments of ``Connector``.
     """
 
-    source: str
+    source: str | list[str]
     feats: Feats
     connector: dict[str, Any]
 
@@ -384,12 +399,17 @@ class Pair:
                 training, or cannot run.
         """
         source, member = match.student.source, self.student
-        if source.partition('.')[0] not in ('backbone', 'neck'):
+        names = [source] if isinstance(source, str) else source
+        if not {name.partition('.')[0] for name in names} <= {
+            'backbone',
+            'neck',
+        }:
             return
         try:
-            found = observe(
-                member.model, [source], self.input_size, training=True
-            ).outputs.get(source, ())
+            outputs = observe(
+                member.model, names, self.input_size, training=True
+            ).outputs
+            found = [o for name in names for o in outputs.get(name, ())]
         # Whatever a host raises.
         except Exception as error:
             raise UserError(
@@ -446,6 +466,45 @@ class Pair:
             self._vector(self.teacher),
             self.input_size,
         )
+
+    def match_stages(self, *, pooled: bool = False) -> Match:
+        """Pair the stages of two classifiers' backbones, from the last on.
+
+        Maps of a pair may differ in size: two models may have strides of
+        their own.
+
+        Args:
+            pooled: Add the pooled features of both, where both have them.
+
+        Raises:
+            UserError: A backbone without sequences of blocks.
+        """
+        members = (self.student, self.teacher)
+        names = [member.stages() for member in members]
+        for member, found in zip(members, names, strict=True):
+            if not found:
+                raise UserError(
+                    f'{member.role}: expected stages (sequences of blocks '
+                    'that put out maps) in the backbone of '
+                    f'{member.name}, but found none. Write the `source` by '
+                    'hand (tools/print_sources.py lists the modules).'
+                )
+        number = min(map(len, names))
+        chosen = [found[-number:] for found in names]
+        if pooled and all(
+            [feat.dim() for feat in member.feats.get('neck', ())] == [2]
+            for member in members
+        ):
+            chosen = [[*found, 'neck'] for found in chosen]
+        student, teacher = (
+            Half(
+                found,
+                tuple(feat for name in found for feat in member.feats[name]),
+                {},
+            )
+            for member, found in zip(members, chosen, strict=True)
+        )
+        return Match(student, teacher, self.input_size)
 
     def _matched(self, student: str, teacher: str, **connectors: Any) -> Match:
         return Match(

@@ -2,6 +2,8 @@
 
 from .connector import Connector, crop_to_common
 from .features import check_alike, full_precision, levels_of
+from .first_batches import FirstBatches
+from .levels import Aligns, check_maps
 from .logits import (
     Rows,
     bernoulli_entropy,
@@ -9,24 +11,31 @@ from .logits import (
     bernoulli_kl_loss,
     best_rows,
     dist_loss,
+    dkd_loss,
     kl_loss,
     rows_of_levels,
+    standardise_logits,
     top_rows,
 )
 
 __all__ = [
+    'Aligns',
     'Connector',
+    'FirstBatches',
     'Rows',
     'bernoulli_entropy',
     'bernoulli_kl',
     'bernoulli_kl_loss',
     'best_rows',
     'check_alike',
+    'check_maps',
     'crop_to_common',
     'dist_loss',
+    'dkd_loss',
     'full_precision',
     'kl_loss',
     'levels_of',
     'rows_of_levels',
+    'standardise_logits',
     'top_rows',
 ]

@@ -9,8 +9,10 @@ from era_mm.layers import (
     bernoulli_kl_loss,
     best_rows,
     dist_loss,
+    dkd_loss,
     kl_loss,
     rows_of_levels,
+    standardise_logits,
     top_rows,
 )
 
@@ -195,3 +197,79 @@ def test_best_rows__gradients_reach_the_chosen_values_alone():
     expected = torch.zeros(4, 4)
     expected[2 * anchor : 2 * anchor + 2, place] = 1
     assert torch.equal(scores[0].grad.flatten(2)[0].float(), expected)
+
+
+def test_dkd__by_hand():
+    # Class 0 is true. Teacher (1/2, 1/4, 1/4), student (1/4, 1/2, 1/4):
+    # KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 log 2 + 1/2 log 2/3
+    # KL((1/2, 1/2) || (2/3, 1/3)) = 1/2 log 3/4 + 1/2 log 3/2
+    teacher = torch.tensor([[0.5, 0.25, 0.25]]).double().log()
+    student = torch.tensor([[0.25, 0.5, 0.25]]).double().log()
+    pair = dict(
+        student_logits=student + 3,
+        teacher_logits=teacher - 1,
+        labels=torch.tensor([0]),
+        temperature=1.0,
+    )
+    target = 0.5 * (math.log(2) + math.log(2 / 3))
+    others = 0.5 * (math.log(0.75) + math.log(1.5))
+    for alpha, beta in ((1.0, 0.0), (0.0, 1.0), (0.5, 8.0)):
+        found = dkd_loss(**pair, alpha=alpha, beta=beta)
+        expected = alpha * target + beta * others
+        assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_dkd__with_the_teachers_own_weight_is_kl():
+    # KL = TCKD + (1 - p_t) NCKD of each image, eq. 6 of the paper.
+    student, teacher = logits(1, 5), logits(1, 5, seed=1)
+    share = 1 - (teacher / 4).softmax(1)[0, 2].item()
+    found = dkd_loss(
+        student_logits=student,
+        teacher_logits=teacher,
+        labels=torch.tensor([2]),
+        alpha=1.0,
+        beta=share,
+    )
+    expected = kl_loss(
+        student_logits=student, teacher_logits=teacher, temperature=4.0
+    )
+    torch.testing.assert_close(found, expected)
+    # The mean over images, each with its own class.
+    student, teacher = logits(3, 5), logits(3, 5, seed=1)
+    labels = torch.tensor([4, 0, 2])
+    found = dkd_loss(
+        student_logits=student, teacher_logits=teacher, labels=labels
+    )
+    each = [
+        dkd_loss(
+            student_logits=student[i : i + 1],
+            teacher_logits=teacher[i : i + 1],
+            labels=labels[i : i + 1],
+        )
+        for i in range(3)
+    ]
+    torch.testing.assert_close(found, sum(each) / 3)
+
+
+def test_dkd__is_finite_for_sure_logits():
+    student = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
+    loss = dkd_loss(
+        student_logits=student,
+        teacher_logits=torch.tensor([[-200.0, 200.0, 0.0]]),
+        labels=torch.tensor([0]),
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+def test_standardise__by_hand():
+    # (1, 2, 3): mean 2, deviation 1 with K - 1.
+    found = standardise_logits(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5]]))
+    expected = torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    # Neither scale nor shift of the logits matters.
+    one = logits(4, 6)
+    torch.testing.assert_close(
+        standardise_logits(one), standardise_logits(3 * one - 2)
+    )

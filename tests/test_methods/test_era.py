@@ -13,6 +13,9 @@ from mmengine.structures import InstanceData
 from torch.nn.functional import conv2d
 
 from era_mm.core import Distillation
+from era_mm.heads.detector_terms import DenseTerm, RoITerm
+from era_mm.heads.twi_blend import can_blend_raw, merge
+from era_mm.heads.twi_heads import DenseTWIHead
 from era_mm.hooks.modes import for_mode
 from era_mm.methods.era import (
     ERADistiller,
@@ -22,10 +25,7 @@ from era_mm.methods.era import (
     estimates_of,
     residual_targets,
 )
-from era_mm.methods.era.detector_terms import DenseTerm, RoITerm
 from era_mm.methods.era.mbrnet import ResidualBranch
-from era_mm.methods.era.twi_blend import can_blend_raw, merge
-from era_mm.methods.era.twi_heads import DenseTWIHead
 from era_mm.testing import (
     detection_batch,
     detector_config,
@@ -313,9 +313,9 @@ def released(*args, **kwargs):
 def said(monkeypatch):
     """What the distiller and its terms say."""
     messages = []
-    for module in ('distiller', 'detector_terms'):
+    for module in ('methods.era.distiller', 'heads.detector_terms'):
         monkeypatch.setattr(
-            f'era_mm.methods.era.{module}.print_log',
+            f'era_mm.{module}.print_log',
             lambda message, **kwargs: messages.append(message),
         )
     return messages
@@ -974,7 +974,7 @@ def test_dense__boxes_of_another_code_are_left_out(
         twi_steps='none',
     )
     assert len(said) == 1
-    assert 'ERA without distilled boxes' in said[0]
+    assert 'Boxes are not distilled' in said[0]
     assert message in said[0]
     losses = losses_of(model)
     assert losses['loss_era_logit'] > 0
@@ -1059,7 +1059,7 @@ def test_logit__binary_is_dense_now(said):
         ('kl', "kind 'kl' does not fit .*RetinaHead.*kind='dense'"),
         ('dist', "kind 'dist' does not fit .*RetinaHead.*kind='dense'"),
         ('roi', "kind 'roi' does not fit .*RetinaHead.*kind='dense'"),
-        ('mse', "one of .*'dense', 'dist', 'kl', 'roi'.*'mse'"),
+        ('mse', "one of .*'dense', 'dist', 'dkd', 'kl', 'roi'.*'mse'"),
     ],
 )
 def test_logit__kind_is_the_heads(kind, message):

@@ -6,9 +6,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 from torch.nn.functional import cross_entropy, log_softmax, relu, softmax
 
-from era_mm.methods.era.logit import LogitTerm
-from era_mm.methods.era.twi import find_head, mismatch
-from era_mm.methods.era.twi_heads import TWIHead
+from era_mm.heads.logit import LogitTerm
+from era_mm.heads.twi import find_head, mismatch
+from era_mm.heads.twi_heads import TWIHead
 from era_mm.testing import (
     classifier_config,
     detector_config,

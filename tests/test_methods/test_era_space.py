@@ -15,17 +15,17 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from era_mm.heads.detector_terms import DenseTerm, RoITerm, Said
+from era_mm.heads.twi import find_head
+from era_mm.heads.twi_heads import DenseTWIHead
 from era_mm.methods.era import ERADistiller, ERALoss, MBRNet, TWIHook
 from era_mm.methods.era import distiller as distiller_module
-from era_mm.methods.era.detector_terms import DenseTerm, RoITerm, Said
 from era_mm.methods.era.losses import (
     estimates_of,
     residual_targets,
     step_errors,
 )
 from era_mm.methods.era.space import LEAST_SHARE, FeatureSpace
-from era_mm.methods.era.twi import find_head
-from era_mm.methods.era.twi_heads import DenseTWIHead
 from era_mm.testing import (
     classifier_config,
     detection_batch,
@@ -1548,7 +1548,7 @@ def test_roi__boxes_of_another_code_are_left_out(
 ):
     said = []
     monkeypatch.setattr(
-        'era_mm.methods.era.detector_terms.print_log',
+        'era_mm.heads.detector_terms.print_log',
         lambda text, **kwargs: said.append(text),
     )
     teacher = two_stage_config(16, 24)

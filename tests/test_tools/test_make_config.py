@@ -114,6 +114,11 @@ MODELS_OF = {
         'backbone=dict(base_channels=8, stem_channels=8), '
         'head=dict(in_channels=64, num_classes=3, topk=(1,))',
     ),
+    'resnet_wide': (
+        'mmpretrain::resnet/resnet18_8xb32_in1k.py',
+        'backbone=dict(base_channels=16, stem_channels=16), '
+        'head=dict(in_channels=128, num_classes=3, topk=(1,))',
+    ),
     'vit': (
         'mmpretrain::vision_transformer/vit-base-p16_32xb128-mae_in1k.py',
         'backbone=dict(arch=dict(_delete_=True, embed_dims=24, num_layers=2, '
@@ -263,7 +268,20 @@ def test_detectors__of_other_padding_are_cut_to_what_both_have(make):
 
 
 @pytest.mark.parametrize(
-    'method', ['era', 'feature_imitation', 'ie_kd', 'residual_kd', 'sokd']
+    'method',
+    [
+        'at',
+        'crosskd',
+        'cwd',
+        'era',
+        'feature_imitation',
+        'ie_kd',
+        'logit',
+        'mgd',
+        'residual_kd',
+        'reviewkd',
+        'sokd',
+    ],
 )
 def test_detectors__of_other_padding_train_by_every_method(make, method):
     """No connector is needed, and 100 pixels are padded to 128 or not."""
@@ -323,6 +341,99 @@ def test_ie_kd__puts_the_tokens_of_a_vit_on_their_grid(make):
     )
     losses = train_and_predict(build(config), images)
     assert losses['loss_iekd_inherit'] > 0
+
+
+@pytest.mark.parametrize('method', ['at', 'cwd', 'logit', 'mgd', 'reviewkd'])
+def test_classifiers__train_by_the_baselines(make, method):
+    config, printed = make('resnet', 'resnet_wide', '--method', method)
+    if method in ('at', 'reviewkd'):
+        stages = [f'backbone.layer{index}' for index in range(1, 5)]
+        pooled = ['neck'] if method == 'reviewkd' else []
+        assert config.model.distiller.source == stages + pooled
+        assert f'student {" ".join(stages + pooled)}' in printed
+        assert '[0] stride 4, 8 channels' in printed
+    losses = train_and_predict(build(config), images)
+    assert len([key for key in losses if 'loss' in key]) == 2
+
+
+def test_simkd__puts_the_teachers_classifier_into_the_student(
+    make, host, tmp_path, capsys
+):
+    config, _ = make('resnet', 'resnet_wide', '--method', 'simkd')
+    assert config.model.distiller == dict(
+        type='era_mm.SimKDDistiller', channels=[64, 128]
+    )
+    assert config.model.inherit == ['head']
+    losses = train_and_predict(build(config), images)
+    assert [key for key in losses if 'loss' in key] == ['loss_simkd']
+    for student, teacher, message in (
+        ('retinanet', 'fcos', 'it is for classifiers'),
+        ('resnet', 'vit', 'does not pool maps'),
+    ):
+        error = fails(
+            capsys,
+            *('--student', host(student), '--teacher', host(teacher)),
+            *('--teacher-checkpoint', 'random', '--method', 'simkd'),
+            *('--out', str(tmp_path / 'o.py')),
+        )
+        assert message in error
+
+
+def test_stages__are_asked_for_by_hand_where_there_are_none(
+    host, tmp_path, capsys
+):
+    error = fails(
+        capsys,
+        *('--student', host('resnet'), '--teacher', host('vit')),
+        *('--teacher-checkpoint', 'random', '--method', 'at'),
+        *('--out', str(tmp_path / 'o.py')),
+    )
+    assert 'teacher: expected stages' in error
+    assert 'Write the `source` by hand' in error
+
+
+def test_logit_and_crosskd__say_which_pairs_they_cannot_have(
+    host, tmp_path, capsys
+):
+    for method, teacher, message in (
+        ('logit', 'faster_rcnn', "needs the student's proposals"),
+        ('crosskd', 'faster_rcnn', 'has no dense head'),
+    ):
+        error = fails(
+            capsys,
+            *('--student', host('retinanet'), '--teacher', host(teacher)),
+            *('--teacher-checkpoint', 'random', '--method', method),
+            *('--out', str(tmp_path / 'o.py')),
+        )
+        assert message in error
+
+
+def test_methods__several_teach_at_once(make, host, tmp_path, capsys):
+    config, printed = make(
+        'retinanet', 'fcos', '--method', 'era', '--method', 'cwd'
+    )
+    assert {k: v.type for k, v in config.model.distiller.items()} == dict(
+        era='era_mm.ERADistiller', cwd='era_mm.CWDDistiller'
+    )
+    assert config.custom_hooks == [
+        dict(type='era_mm.TWIHook', modes=['era.E0', 'era.T', 'era.ST'])
+    ]
+    lines = printed.splitlines()
+    assert [x for x in lines if x.startswith('method')] == [
+        'method     era',
+        'method     cwd',
+    ]
+    model = build(config)
+    model.check_modes(config.custom_hooks[0].modes)
+    losses = train_and_predict(model, lambda: detection_batch(2, size=128))
+    assert {'era.loss_era_align', 'cwd.loss_cwd'} <= set(losses)
+    error = fails(
+        capsys,
+        *('--student', host('retinanet'), '--teacher', host('fcos')),
+        *('--teacher-checkpoint', 'random', '--out', str(tmp_path / 'o.py')),
+        *('--method', 'cwd', '--method', 'cwd'),
+    )
+    assert 'expected each method once' in error
 
 
 def test_residual_kd__trains_or_says_which_levels_are_alone(

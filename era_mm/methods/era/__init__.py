@@ -1,15 +1,14 @@
 """ERA: Expandable Residual Approximation (arXiv 2508.16050).
 
 In reading order: ``mbrnet`` (the residual neck), ``losses`` (decomposition
-and weights), ``twi`` (which head of the teacher is reused; ``twi_heads`` how,
-``twi_blend`` its outputs mixed with the student's, ``twi_hook`` the modes
-reported), ``distiller`` (all of it put together).
+and weights), ``era_mm.heads`` (which head of the teacher is reused, and how),
+``twi_hook`` (the modes reported), ``distiller`` (all of it put together).
 """
 
+from ...heads import TWIHead
 from .distiller import ERADistiller
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
-from .twi_heads import TWIHead
 from .twi_hook import TWIHook
 
 __all__ = [

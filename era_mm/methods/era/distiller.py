@@ -18,25 +18,25 @@ from ...core import (
 )
 from ...core.host_models import is_query_based
 from ...core.utils import evaluating, preserve_rng
-from ...registry import MODELS
-from .detector_terms import DenseTerm, DetectorTerm, RoITerm
-from .export import export_estimate
-from .logit import LogitTerm, full
-from .losses import ERALoss, estimates_of, residual_targets
-from .mbrnet import MBRNet
-from .twi import (
+from ...heads import (
+    DetectorTerm,
+    LogitTerm,
+    RoITerm,
+    StudentProposals,
+    TWIHead,
+    TwoStageTWIHead,
     find_head,
     mismatch,
+    term_for,
     tower_sources,
     why_not_reused,
     with_loss_of,
 )
-from .twi_heads import (
-    DenseTWIHead,
-    StudentProposals,
-    TWIHead,
-    TwoStageTWIHead,
-)
+from ...layers import full_precision
+from ...registry import MODELS
+from .export import export_estimate
+from .losses import ERALoss, estimates_of, residual_targets
+from .mbrnet import MBRNet
 
 #: Iterations between two looks at the running shares, for which the ranks wait
 #: for each other, and how far the shares follow the batch that is looked at.
@@ -454,25 +454,8 @@ class ERADistiller(BaseDistiller):
                 logger='current',
                 level=logging.WARNING,
             )
-        own = 'kl'
-        if isinstance(self.twi_head, DenseTWIHead):
-            own = 'dense'
-        elif isinstance(self.twi_head, TwoStageTWIHead):
-            own = 'roi'
-        kind = own if kind is None else kind
-        if kind == 'dense':
-            self.logit = DenseTerm(**cfg)
-        elif kind == 'roi':
-            self.logit = RoITerm(**cfg)
-        else:
-            self.logit = LogitTerm(kind=kind, **cfg)
         # Now: a student without the term's source would be told of that.
-        if kind != own and not (own == 'kl' and kind in LogitTerm.KINDS):
-            raise ValueError(
-                f'`logit` of kind {kind!r} does not fit the teacher, whose '
-                f'head is a {type(self.twi_head.head).__name__}. Remove '
-                f'`kind`, or set kind={own!r}.'
-            )
+        self.logit = term_for(self.twi_head, kind, **cfg)
         modules = dict(student.named_modules())
         lacking = [s for s in self.logit.sources if s not in modules]
         if is_query_based(student):
@@ -700,7 +683,7 @@ class ERADistiller(BaseDistiller):
                 teacher_feats=teacher_maps,
             )
             if reason is None:
-                said = self.logit.target(
+                said: Any = self.logit.target(
                     self._head,
                     teacher_maps,
                     [self._head.trial_sample(teacher_maps)],
@@ -749,16 +732,16 @@ class ERADistiller(BaseDistiller):
                 )
         # Sums and differences of estimates in full precision: the last
         # residuals are small.
-        targets = tuple(full(t) for t in targets)
+        targets = tuple(full_precision(t) for t in targets)
         learns = self.training and torch.is_grad_enabled()
         losses, parts = self._approximate(maps, targets, learns=learns)
         if self._proposals is not None:
             data_samples = self._proposals.attach(student_feats, data_samples)
-        said = None
+        said: Any = None
         if self.logit is not None:
             if own_feats is not None:
                 own = self._maps(own_feats, self.teacher_sources)
-                targets = tuple(full(t) for t in own)
+                targets = tuple(full_precision(t) for t in own)
             with torch.no_grad():
                 said = self.logit.target(self._head, targets, data_samples)
                 if learns:
@@ -779,7 +762,7 @@ class ERADistiller(BaseDistiller):
         """The feature terms, and what estimates are made of."""
         space = self.mbrnet.space
         seen = [m.detach() for m in maps] if self.detach else maps
-        aligned = [full(u) for u in self.mbrnet.align(maps)]
+        aligned = [full_precision(u) for u in self.mbrnet.align(maps)]
         if space is not None:
             if learns:
                 space.update(targets)
@@ -795,7 +778,7 @@ class ERADistiller(BaseDistiller):
             parts = Parts(
                 aligned,
                 [
-                    [full(d) for d in level]
+                    [full_precision(d) for d in level]
                     for level in zip(*self.mbrnet.residuals(seen), strict=True)
                 ],
             )
@@ -844,7 +827,9 @@ class ERADistiller(BaseDistiller):
         if self.detach and step:
             start = [u.detach() for u in start]
         estimate = [
-            estimates_of(aligned=u, residuals=[full(x) for x in d[:step]])[-1]
+            estimates_of(
+                aligned=u, residuals=[full_precision(x) for x in d[:step]]
+            )[-1]
             for u, d in zip(start, parts.residuals, strict=True)
         ]
         space = self.mbrnet.space
@@ -905,9 +890,9 @@ class ERADistiller(BaseDistiller):
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
         found = self.loss_terms.of_shares(
-            aligned=[full(u) for u in self.mbrnet.align(maps)],
+            aligned=[full_precision(u) for u in self.mbrnet.align(maps)],
             residuals=self.mbrnet.stacked_residuals(maps),
-            targets=space.normalize([full(t) for t in targets]),
+            targets=space.normalize([full_precision(t) for t in targets]),
             share_weights=space.share_weights,
         )
         return self._shares(found)

@@ -5,51 +5,16 @@ dimensions.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
+from ...layers import FirstBatches
+
 #: Channels that vary less than this share of their level's are not scaled up
 #: further: what is left in them is noise.
 LEAST_SHARE = 0.1
-
-
-class FirstBatches(nn.Module):
-    """Counts the batches that something is measured on; saved and resumed.
-
-    Source: ours.
-
-    Args:
-        number: How many they are.
-
-    Raises:
-        ValueError: Less than 1.
-    """
-
-    def __init__(self, number: int = 20) -> None:
-        super().__init__()
-        if number < 1:
-            raise ValueError(
-                f'`num_batches` must be at least 1, but got {number}.'
-            )
-        self.number = number
-        self.register_buffer('seen', torch.zeros((), dtype=torch.long))
-        # Known on the host, so that a step on a GPU need not ask.
-        self._is_over = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._is_over = False
-
-    def take(self) -> bool:
-        """Count a batch; False once there were enough."""
-        if not self._is_over:
-            self._is_over = int(self.seen) >= self.number
-        if not self._is_over:
-            self.seen += 1
-        return not self._is_over
 
 
 class FeatureSpace(nn.Module):

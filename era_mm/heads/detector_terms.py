@@ -18,17 +18,17 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from ...core import Features, Unregistered
-from ...core.utils import evaluating
-from ...layers import (
+from ..core import Features, Unregistered
+from ..core.utils import evaluating
+from ..layers import (
+    FirstBatches,
     Rows,
     bernoulli_entropy,
     bernoulli_kl,
     best_rows,
+    full_precision,
 )
-from ...registry import explain_unknown_keys
-from .logit import full
-from .space import FirstBatches
+from ..registry import explain_unknown_keys
 from .twi_blend import coder_of, same_priors
 from .twi_heads import DenseTWIHead, TWIHead, TwoStageTWIHead
 
@@ -85,8 +85,8 @@ class Unit(nn.Module):
 class DetectorTerm(nn.Module, ABC):
     """Scores and boxes of a detector's head, in units of the teacher's own.
 
-        loss_era_logit = weight * mean_r KL(q_r || p_r) / unit_score
-        loss_era_box   = box_weight * mean_r w_r |b_r - t_r| / unit_box
+        logit = weight * mean_r KL(q_r || p_r) / unit_score
+        box   = box_weight * mean_r w_r |b_r - t_r| / unit_box
 
     over the k rows of each image of which the teacher is surest; q and p are
     scores of teacher and student, t and b their raw box outputs, w how sure
@@ -197,7 +197,7 @@ class DetectorTerm(nn.Module, ABC):
     def _leave_boxes(self, reason: str) -> None:
         self.box_weight = 0.0
         print_log(
-            f'ERA without distilled boxes: {reason}.',
+            f'Boxes are not distilled: {reason}.',
             logger='current',
             level=logging.WARNING,
         )
@@ -259,13 +259,13 @@ class DetectorTerm(nn.Module, ABC):
             - logits: as ``said.scores``
             - boxes: as ``said.boxes``, before any softmax
         """
-        logits = full(logits)
+        logits = full_precision(logits)
         gap = self._score_gap(logits, said.scores).sum() / said.number
         terms = {'logit': self.weight * gap / self.score_unit.value}
         if self.box_weight:
             assert boxes is not None
             assert said.boxes is not None
-            boxes = full(boxes)
+            boxes = full_precision(boxes)
             if self.bins > 1:
                 distance = (
                     (
@@ -282,6 +282,24 @@ class DetectorTerm(nn.Module, ABC):
             distance = (said.sure * distance).sum() / said.number
             terms['box'] = self.box_weight * distance
         return terms
+
+
+#: What heads have that tell objects from background apart from the class.
+OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
+
+
+def why_no_sigmoid_scores(head: nn.Module) -> str | None:
+    """Why a dense head's class scores are no sigmoid logits, if so."""
+    loss = getattr(head, 'loss_cls', None)
+    if any(hasattr(head, part) for part in OBJECTNESS):
+        return 'scores objects apart from their classes'
+    if (
+        not getattr(loss, 'use_sigmoid', False)
+        or getattr(loss, 'activated', False)
+        or not getattr(head, 'cls_out_channels', 0)
+    ):
+        return 'has no sigmoid scores'
+    return None
 
 
 @explain_unknown_keys
@@ -303,8 +321,6 @@ class DenseTerm(DetectorTerm):
         topk: Anchors of each image.
     """
 
-    #: What heads have that tell objects from background apart from the class.
-    OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
     #: What decides, beside class and coder, what a head's box outputs mean.
     BOX_SETTINGS = ('norm_on_bbox', 'reg_max', 'reg_decoded_bbox')
 
@@ -353,16 +369,7 @@ class DenseTerm(DetectorTerm):
         return None
 
     def _problem(self, head: nn.Module) -> str | None:
-        loss = getattr(head, 'loss_cls', None)
-        if any(hasattr(head, part) for part in self.OBJECTNESS):
-            return 'scores objects apart from their classes'
-        if (
-            not getattr(loss, 'use_sigmoid', False)
-            or getattr(loss, 'activated', False)
-            or not getattr(head, 'cls_out_channels', 0)
-        ):
-            return 'has no sigmoid scores'
-        return None
+        return why_no_sigmoid_scores(head)
 
     def _box_problem(
         self, own: nn.Module, theirs: nn.Module, outs: Outputs
@@ -400,9 +407,9 @@ class DenseTerm(DetectorTerm):
         outs = head.training_forward(teacher_feats)
         rows = best_rows(outs[0], self.num_classes, self.topk)
         logits, boxes = self._outputs_at(outs, rows)
-        scores = full(logits).sigmoid()
+        scores = full_precision(logits).sigmoid()
         if boxes is not None:
-            boxes = full(boxes)
+            boxes = full_precision(boxes)
             boxes = boxes.softmax(dim=2) if self.bins > 1 else boxes
         sure = scores.amax(dim=1)
         return Said(rows, scores, boxes, sure, len(scores))
@@ -548,10 +555,10 @@ class RoITerm(DetectorTerm):
             ]
         )
         logits, coded = self._run(head.head, teacher_feats, rois)
-        scores = full(logits).softmax(dim=1)
+        scores = full_precision(logits).softmax(dim=1)
         # The last of the scores is the background's.
         classes = scores[:, :-1].argmax(dim=1)
-        at = self._boxes_at(full(coded), classes)
+        at = self._boxes_at(full_precision(coded), classes)
         number = len(samples) * self.topk
         return Said((rois, classes), scores, at, 1 - scores[:, -1], number)
 

@@ -21,10 +21,10 @@ from mmengine.model import BaseModule
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 
-from ...core import Unregistered
-from ...core.host_models import blank_sample
-from ...core.utils import preserve_rng
-from ...registry import MODELS
+from ..core import Unregistered
+from ..core.host_models import blank_sample
+from ..core.utils import preserve_rng
+from ..registry import MODELS
 from .twi_blend import blend_raw, can_blend_raw, merge
 
 
@@ -206,7 +206,11 @@ class TWIHead(BaseModule):
 
     def trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
         """Data of an image to try the head on."""
-        return blank_sample(1, 1)
+        sample = blank_sample(1, 1)
+        sample.gt_label = torch.zeros(
+            1, dtype=torch.long, device=feats[0].device
+        )
+        return sample
 
     def predict(self, feats: Sequence[Tensor], data_samples: list) -> list:
         """The head's predictions on an estimate, as new data samples."""

@@ -6,7 +6,7 @@
 
 from torch import Tensor, nn
 
-from ...core.host_models import is_query_based, num_classes_of
+from ..core.host_models import is_query_based, num_classes_of
 from .twi_heads import (
     DenseTWIHead,
     PredictorTWIHead,
@@ -163,24 +163,58 @@ def _heads_of(model: nn.Module) -> str:
     )
 
 
-def tower_sources(model: nn.Module) -> tuple[str, ...]:
+def plain_towers(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """A dense head's two towers, each one list of layers for all levels.
+
+    Raises:
+        ValueError: The head has no towers, or one for each level.
+    """
+    towers = _towers(model)
+    if any(
+        name.startswith('multi_level') or isinstance(tower[0], nn.ModuleList)
+        for name, tower in towers.items()
+    ):
+        raise ValueError(
+            f'{type(model.bbox_head).__name__} has towers of its own at each '
+            'level, but a head is needed whose levels share two towers, as '
+            'those of RetinaNet, FCOS, ATSS and GFL do.'
+        )
+    return towers
+
+
+def tower_sources(
+    model: nn.Module, layers: int | None = None
+) -> tuple[str, ...]:
     """Names of the last layers of a dense head's two towers.
 
     Their outputs come in the order of ``PredictorTWIHead``: all levels
     of the classification tower, then all of the other.
 
+    Args:
+        model: A detector.
+        layers: After how many layers of a tower; None: after all.
+
     Raises:
-        ValueError: The head has no such towers.
+        ValueError: The head has no such towers, or a shorter one.
     """
+    if layers is not None:
+        towers = plain_towers(model)
+        shortest = min(map(len, towers.values()))
+        if not 1 <= layers <= shortest:
+            raise ValueError(
+                f'`layer` must be 1 to {shortest}, the layers in the towers '
+                f'of {type(model.bbox_head).__name__}, but got {layers}.'
+            )
+        return tuple(f'bbox_head.{name}.{layers - 1}' for name in towers)
     sources = []
     for name, tower in _towers(model).items():
         if name.startswith('multi_level'):
-            layers = [f'{level}' for level in range(len(tower))]
+            last = [f'{level}' for level in range(len(tower))]
         elif isinstance(tower[0], nn.ModuleList):
-            layers = [f'{i}.{len(own) - 1}' for i, own in enumerate(tower)]
+            last = [f'{i}.{len(own) - 1}' for i, own in enumerate(tower)]
         else:
-            layers = [f'{len(tower) - 1}']
-        sources += [f'bbox_head.{name}.{layer}' for layer in layers]
+            last = [f'{len(tower) - 1}']
+        sources += [f'bbox_head.{name}.{layer}' for layer in last]
     return tuple(sources)
 
 
@@ -196,17 +230,25 @@ class _Half(nn.Module):
         return x.chunk(2, dim=1)[self.index].contiguous()
 
 
-def predictors_of(model: nn.Module) -> nn.Module:
+def predictors_of(model: nn.Module, layers: int | None = None) -> nn.Module:
     """A model's dense head less its towers.
 
     It takes, level by level, the outputs of both towers, one after the other
     along the channels. The rest (predictors, scales, assigner, losses,
     decoding) is the head's own.
 
+    Args:
+        model: A detector.
+        layers: How many layers of a tower are left out; None: all.
+
     Raises:
         ValueError: The head has no such towers.
     """
     halves: dict[str, nn.Module | None] = {}
+    if layers is not None:
+        for index, (name, tower) in enumerate(plain_towers(model).items()):
+            halves[name] = nn.ModuleList([_Half(index), *tower[layers:]])
+        return with_children(model.bbox_head, **halves)
     for index, (name, tower) in enumerate(_towers(model).items()):
         if name.startswith('multi_level'):
             own = [_Half(index) for _ in tower]

@@ -1,0 +1,56 @@
+"""What the teacher's head says: of features, and for the student's own head.
+
+In reading order: ``twi`` (which head of a model can be reused; ``twi_heads``
+how, ``twi_blend`` its outputs mixed with the student's), ``logit`` and
+``detector_terms`` (the student's own head beside the teacher's), ``choice``
+(which of these fits a pair).
+"""
+
+from .choice import kind_for, term_for
+from .detector_terms import (
+    DenseTerm,
+    DetectorTerm,
+    RoITerm,
+    Said,
+    why_no_sigmoid_scores,
+)
+from .logit import LogitTerm
+from .twi import (
+    find_head,
+    mismatch,
+    plain_towers,
+    predictors_of,
+    tower_sources,
+    why_not_reused,
+    with_loss_of,
+)
+from .twi_heads import (
+    DenseTWIHead,
+    PredictorTWIHead,
+    StudentProposals,
+    TWIHead,
+    TwoStageTWIHead,
+)
+
+__all__ = [
+    'DenseTWIHead',
+    'DenseTerm',
+    'DetectorTerm',
+    'LogitTerm',
+    'PredictorTWIHead',
+    'RoITerm',
+    'Said',
+    'StudentProposals',
+    'TWIHead',
+    'TwoStageTWIHead',
+    'find_head',
+    'kind_for',
+    'mismatch',
+    'plain_towers',
+    'predictors_of',
+    'term_for',
+    'tower_sources',
+    'why_no_sigmoid_scores',
+    'why_not_reused',
+    'with_loss_of',
+]

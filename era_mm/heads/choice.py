@@ -1,0 +1,46 @@
+"""The term that fits a teacher's head."""
+
+from typing import Any
+
+from .detector_terms import DenseTerm, DetectorTerm, RoITerm
+from .logit import LogitTerm
+from .twi_heads import DenseTWIHead, TWIHead, TwoStageTWIHead
+
+
+def kind_for(head: TWIHead) -> str:
+    """The kind of term that a head takes by default."""
+    if isinstance(head, DenseTWIHead):
+        return 'dense'
+    return 'roi' if isinstance(head, TwoStageTWIHead) else 'kl'
+
+
+def term_for(
+    head: TWIHead, kind: str | None = None, **settings: Any
+) -> LogitTerm | DetectorTerm:
+    """What compares the student's own head with the teacher's.
+
+    Args:
+        head: The teacher's.
+        kind: 'dense', 'roi', or one of ``LogitTerm.KINDS``. None: the one
+            for such a head.
+        settings: Arguments of the term.
+
+    Raises:
+        ValueError: A kind for other heads.
+    """
+    own = kind_for(head)
+    kind = own if kind is None else kind
+    term: LogitTerm | DetectorTerm
+    if kind == 'dense':
+        term = DenseTerm(**settings)
+    elif kind == 'roi':
+        term = RoITerm(**settings)
+    else:
+        term = LogitTerm(kind=kind, **settings)
+    if kind != own and not (own == 'kl' and kind in LogitTerm.KINDS):
+        raise ValueError(
+            f'`logit` of kind {kind!r} does not fit the teacher, whose '
+            f'head is a {type(head.head).__name__}. Remove `kind`, or set '
+            f'kind={own!r}.'
+        )
+    return term

@@ -1,0 +1,371 @@
+"""CrossKD: the student's head goes on in the teacher's.
+
+Legend: N batch, K classes, L levels, R places (or anchors) of a batch.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    kl_div,
+    log_softmax,
+)
+
+from ..core import BaseDistiller, Features, MeasuredPair, Plan
+from ..core.host_models import is_query_based
+from ..errors import UserError
+from ..heads import (
+    DenseTWIHead,
+    PredictorTWIHead,
+    find_head,
+    plain_towers,
+    predictors_of,
+    tower_sources,
+    why_no_sigmoid_scores,
+)
+from ..layers import crop_to_common, full_precision, rows_of_levels
+from ..registry import MODELS
+
+#: After how many layers of the student's towers the teacher's head goes on.
+LAYER = 3
+
+
+def quality_focal_loss(
+    *, student_logits: Tensor, teacher_scores: Tensor, beta: float = 1.0
+) -> Tensor:
+    """Cross-entropy to soft labels, weighted by how far the score is off.
+
+        sum_rk |sigmoid(z) - q|^beta * BCE(z, q)
+
+    Source: quality focal loss, Li et al., arXiv 2006.04388, eq. 3, without
+    its mean; beta 1 is CrossKD's released configs' (2 is GFL's).
+
+    Shape:
+        - student_logits, teacher_scores: ``(R, K)``
+        - out: scalar
+    """
+    gap = (student_logits.sigmoid() - teacher_scores).abs().pow(beta)
+    cross = binary_cross_entropy_with_logits(
+        student_logits, teacher_scores, reduction='none'
+    )
+    return (gap * cross).sum()
+
+
+def weighted_giou_loss(
+    *, student_boxes: Tensor, teacher_boxes: Tensor, weights: Tensor
+) -> Tensor:
+    """Mean of 1 - GIoU, weighted.
+
+        sum_r w_r (1 - GIoU(b_r, t_r)) / sum_r w_r
+
+    Source: GIoU is arXiv 1902.09630.
+
+    Shape:
+        - student_boxes, teacher_boxes: ``(R, 4)``, corners in pixels
+        - weights: ``(R,)``
+        - out: scalar
+    """
+    from mmdet.structures.bbox import bbox_overlaps
+
+    giou = bbox_overlaps(
+        student_boxes, teacher_boxes, mode='giou', is_aligned=True
+    )
+    return (weights * (1 - giou)).sum() / weights.sum().clamp(min=1e-6)
+
+
+@MODELS.register_module()
+class CrossKDDistiller(BaseDistiller):
+    """Cross-head distillation of dense detectors.
+
+    The outputs of the ``layer``-th layers of the student's two towers go
+    through the rest of the teacher's frozen head; what that says is pulled to
+    what the head says of the teacher's own features::
+
+        z = head_T^{> layer}(align(f_S)),   t = head_T(F_T)
+        loss_crosskd_score = score_weight * QFL(z_cls, sigmoid(t_cls)) / sum w
+        loss_crosskd_box   = box_weight * sum_r w_r D(z_r, t_r) / sum w
+
+    w_r is the teacher's highest score at a place; D is 1 - GIoU of decoded
+    boxes, or, of heads that predict distributions (GFL), the KL of each of
+    the four. So the student's own last layers learn from the labels alone.
+
+    Source: CrossKD, Wang et al., arXiv 2306.11369, section 3. ``layer`` 3 of
+    4, weights of 1 and QFL's beta of 1 are its released settings. The paper
+    leaves the normalisation open; dividing by sum w is [ours], as are the
+    1x1 convolutions (one per tower, for all levels) where the towers' widths
+    differ. Written from the paper.
+
+    Args:
+        layer: After how many layers of its towers the student's features
+            cross. None: 3, or all where there are fewer. Teachers of shorter
+            towers go on at their predictors.
+        score_weight: Of the scores.
+        box_weight: Of the boxes.
+        beta: Of the quality focal loss.
+        teacher: Name of the teacher.
+        schedules: Of ``loss_crosskd_score`` and ``loss_crosskd_box``; see
+            ``BaseDistiller``.
+        init_cfg: As in mmengine.
+
+    Raises:
+        ValueError: Heads without two towers that the levels share, no sigmoid
+            scores, other levels, a teacher that learns itself.
+    """
+
+    def __init__(
+        self,
+        layer: int | None = None,
+        score_weight: float = 1.0,
+        box_weight: float = 1.0,
+        beta: float = 1.0,
+        teacher: str = 'teacher',
+        schedules: dict[str, dict] | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__('neck', teacher, schedules, init_cfg)
+        self.layer = layer
+        self.score_weight, self.box_weight = score_weight, box_weight
+        self.beta = beta
+        self.head: DenseTWIHead
+        self.rest: PredictorTWIHead
+        self.aligns: nn.ModuleList
+
+    @classmethod
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
+        """For two dense detectors of the same levels.
+
+        Raises:
+            UserError: Another kind of pair.
+        """
+        match = pair.match()
+        reason = _why_not(pair.student.model, pair.teacher.model)
+        if reason is None and (match.connector or match.unused()):
+            reason = 'their levels have other strides'
+        if reason is not None:
+            raise UserError(
+                f'--method: CrossKD cannot pair these: {reason}. Take a '
+                'method on features.'
+            )
+        kind = type(pair.teacher.model.bbox_head).__name__
+        return Plan(
+            dict(type=f'era_mm.{cls.__name__}'),
+            match,
+            head=f"the student's towers go on in the teacher's {kind}",
+        )
+
+    def choose_sources(
+        self, *, student: nn.Module, teacher: nn.Module | None
+    ) -> None:
+        """Layers of the student's towers; what the teacher's head reads."""
+        assert teacher is not None
+        reason = _why_not(student, teacher)
+        if reason is not None:
+            raise ValueError(
+                f'CrossKD cannot pair these: {reason}. Take a method on '
+                'features.'
+            )
+        if any(p.requires_grad for p in teacher.bbox_head.parameters()):
+            raise ValueError(
+                "CrossKD's gradients pass through the teacher's head, so the "
+                'teacher must be frozen, but this one learns. '
+                'MutualDistillation needs a method on features or logits.'
+            )
+        towers = plain_towers(student).values()
+        layer = self.layer or min(LAYER, *map(len, towers))
+        self.student_sources = tower_sources(student, layer)
+        has_neck = getattr(teacher, 'neck', None) is not None
+        self.teacher_sources = ('neck' if has_neck else 'backbone',)
+        self.head = DenseTWIHead(teacher.bbox_head)
+        theirs = plain_towers(teacher)
+        left_out = min(layer, *map(len, theirs.values()))
+        self.rest = PredictorTWIHead(predictors_of(teacher, left_out))
+        self._widths = [
+            tower[left_out - 1].out_channels for tower in theirs.values()
+        ]
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> None:
+        """Build what aligns the towers; run the teacher's head once."""
+        own = [student_feats[source] for source in self.student_sources]
+        theirs = teacher_feats[self.teacher_sources[0]]
+        grids = [[tuple(f.shape[2:]) for f in one] for one in (*own, theirs)]
+        if not grids[0] == grids[1] == grids[2]:
+            raise ValueError(
+                f"CrossKD needs levels in pairs, but the student's towers "
+                f"have {grids[0]} and {grids[1]} and the teacher's head reads "
+                f'{grids[2]}. Give both necks the same levels.'
+            )
+        self.aligns = nn.ModuleList(
+            nn.Identity()
+            if maps[0].shape[1] == width
+            else nn.Conv2d(maps[0].shape[1], width, kernel_size=1)
+            for maps, width in zip(own, self._widths, strict=True)
+        )
+        outs = self.head.training_forward(theirs)
+        self._leave_boxes_if(self._box_problem(outs))
+        self._compare(self._cross(own), outs)
+
+    @property
+    def _bins(self) -> int:
+        """Numbers of a distribution; 1: a side of a box is one number."""
+        return getattr(self.head.head, 'reg_max', 0) + 1
+
+    def _box_problem(self, outs: Any) -> str | None:
+        head = self.head.head
+        anchors = outs[0][0].shape[1] // head.cls_out_channels
+        widths = {level.shape[1] for level in outs[1]}
+        name = type(head).__name__
+        if widths != {4 * self._bins * anchors}:
+            return f'{name} predicts no four sides of a box'
+        if self._bins == 1 and not (
+            hasattr(head, 'bbox_coder') and hasattr(head, 'prior_generator')
+        ):
+            return f'{name} has no priors and coder to decode boxes with'
+        return None
+
+    def _leave_boxes_if(self, reason: str | None) -> None:
+        if self.box_weight and reason is not None:
+            self.box_weight = 0.0
+            print_log(
+                f'CrossKD without boxes: {reason}.',
+                logger='current',
+                level=logging.WARNING,
+            )
+
+    # -- losses ------------------------------------------------------------
+
+    def _cross(self, towers: Sequence[Sequence[Tensor]]) -> Any:
+        """What the rest of the teacher's head says of the student's towers."""
+        feats = [
+            align(feat)
+            for align, tower in zip(self.aligns, towers, strict=True)
+            for feat in tower
+        ]
+        return self.rest.training_forward(feats)
+
+    def _compare(self, crossed: Any, said: Any) -> dict[str, Tensor]:
+        classes = self.head.head.cls_out_channels
+        logits, told = (
+            full_precision(rows_of_levels(outs[0], classes).flatten(0, 1))
+            for outs in (crossed, said)
+        )
+        scores = told.sigmoid()
+        weights = scores.amax(dim=1)
+        score = quality_focal_loss(
+            student_logits=logits, teacher_scores=scores, beta=self.beta
+        )
+        losses = {
+            'loss_crosskd_score': self.score_weight
+            * score
+            / weights.sum().clamp(min=1e-6)
+        }
+        if self.box_weight:
+            losses['loss_crosskd_box'] = self.box_weight * self._box_loss(
+                crossed[1], said[1], weights
+            )
+        return losses
+
+    def _box_loss(
+        self,
+        crossed: Sequence[Tensor],
+        said: Sequence[Tensor],
+        weights: Tensor,
+    ) -> Tensor:
+        if self._bins == 1:
+            student, teacher = (
+                self._decode(levels) for levels in (crossed, said)
+            )
+            return weighted_giou_loss(
+                student_boxes=student, teacher_boxes=teacher, weights=weights
+            )
+        student, teacher = (
+            log_softmax(
+                full_precision(
+                    rows_of_levels(levels, 4 * self._bins)
+                    .flatten(0, 1)
+                    .unflatten(1, (4, self._bins))
+                ),
+                dim=2,
+            )
+            for levels in (crossed, said)
+        )
+        gap = kl_div(student, teacher, reduction='none', log_target=True)
+        gap = gap.sum(dim=2).mean(dim=1)
+        return (weights * gap).sum() / weights.sum().clamp(min=1e-6)
+
+    def _decode(self, levels: Sequence[Tensor]) -> Tensor:
+        """Boxes in pixels, image by image, ``(R, 4)``."""
+        head = self.head.head
+        sizes = [level.shape[2:] for level in levels]
+        priors = head.prior_generator.grid_priors(
+            sizes, device=levels[0].device
+        )
+        if getattr(head, 'norm_on_bbox', False):
+            # FCOS: in training form the distances are in strides.
+            levels = [
+                level * stride
+                for level, stride in zip(levels, head.strides, strict=True)
+            ]
+        coded = full_precision(rows_of_levels(levels, 4))
+        places = torch.cat(priors).repeat(len(coded), 1)
+        return head.bbox_coder.decode(places, coded.flatten(0, 1))
+
+    def loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> dict[str, Tensor]:
+        """``loss_crosskd_score`` and ``loss_crosskd_box``."""
+        towers = []
+        feats: Sequence[Tensor] = teacher_feats[self.teacher_sources[0]]
+        for source in self.student_sources:
+            # Where padding differs, what both have.
+            maps, feats = crop_to_common(
+                student_feats=student_feats[source], teacher_feats=feats
+            )
+            towers.append(maps)
+        with torch.no_grad():
+            said = self.head.training_forward(feats)
+        return self._compare(self._cross(towers), said)
+
+    def loss_weights(self) -> dict[str, float]:
+        """Of scores and boxes."""
+        weights = {'loss_crosskd_score': self.score_weight}
+        if self.box_weight:
+            weights['loss_crosskd_box'] = self.box_weight
+        return weights
+
+
+def _why_not(student: nn.Module, teacher: nn.Module) -> str | None:
+    """Why two models cannot be crossed, if so."""
+    for owner, model in (('student', student), ('teacher', teacher)):
+        if is_query_based(model) or not isinstance(
+            find_head(model), DenseTWIHead
+        ):
+            return f'the {owner} ({type(model).__name__}) has no dense head'
+        try:
+            plain_towers(model)
+        except ValueError:
+            return (
+                f"the {owner}'s {type(model.bbox_head).__name__} has no two "
+                'towers that the levels share (cls_convs and reg_convs)'
+            )
+    problem = why_no_sigmoid_scores(teacher.bbox_head)
+    return (
+        problem
+        and f"the teacher's {type(teacher.bbox_head).__name__} {problem}"
+    )

@@ -1,0 +1,292 @@
+"""Logit distillation: what the student's own head says becomes the teacher's.
+
+Legend: N batch, K classes, L levels.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from mmengine.config import ConfigDict
+from torch import Tensor, nn
+
+from ..core import BaseDistiller, Features, MeasuredPair, Plan
+from ..core.host_models import is_query_based
+from ..core.utils import evaluating, preserve_rng
+from ..errors import UserError
+from ..heads import (
+    DenseTerm,
+    DetectorTerm,
+    LogitTerm,
+    RoITerm,
+    StudentProposals,
+    TWIHead,
+    find_head,
+    kind_for,
+    term_for,
+    why_not_reused,
+)
+from ..registry import MODELS
+
+#: What the terms are called.
+NAMES = {'logit': 'loss_logit_score', 'box': 'loss_logit_box'}
+
+
+def source_of_head(model: nn.Module) -> str:
+    """The module whose output a model's head reads."""
+    return 'backbone' if getattr(model, 'neck', None) is None else 'neck'
+
+
+@MODELS.register_module()
+class LogitDistiller(BaseDistiller):
+    """The outputs of the student's own head become the teacher's.
+
+    The kinds, by head:
+
+    - 'kl', 'dist', 'dkd' (classifiers): KL of the softmax (Hinton et al.),
+      DIST's correlations, DKD's decoupled KL; ``standardise=True`` is logit
+      standardisation before any of them.
+    - 'dense' (dense heads): sigmoid scores, KL by class, and boxes, at the
+      places where the teacher is surest.
+    - 'roi' (RoI heads): softmax scores and boxes at the student's proposals.
+
+    Nothing here is trained but the student.
+
+    Source: KL: arXiv 1503.02531; DIST: arXiv 2205.10536; DKD: arXiv
+    2203.08679; logit standardisation: arXiv 2403.01427. 'dense' and 'roi' are
+    [ours], the terms that ERA has beside its own; see
+    ``era_mm.heads.detector_terms``.
+
+    Args:
+        logit: Arguments of ``LogitTerm``, ``DenseTerm`` or ``RoITerm``, with
+            ``kind``; None: the kind of the head. Defaults of weight and
+            temperature are those of the released CIFAR-100 recipes:
+
+            - 'kl': 0.9 and 4 (beside 0.1 on the labels);
+            - 'kl' with ``standardise``: 9 and 2 (beside 0.1);
+            - 'dist': 2 and 4 (1 on ImageNet);
+            - 'dkd': 1 and 4, alpha 1, beta 8, which depends on the pair (0.5
+              and 1 on ImageNet). Its ramp over 20 epochs goes to
+              ``schedules``.
+
+            'dense' and 'roi': 1, for scores and for boxes [ours].
+        label_weight: What the labels' loss of a classifier's head is
+            multiplied by. 1: the student's own losses stay as they are.
+        teacher: Name of the teacher.
+        schedules: Of ``loss_logit_score`` and ``loss_logit_box``; see
+            ``BaseDistiller``.
+        init_cfg: As in mmengine.
+
+    Raises:
+        ValueError: A pair whose outputs cannot be compared (other classes,
+            other anchors, a RoI head without the student's proposals), a
+            ``label_weight`` for what is no classifier.
+    """
+
+    #: Of the released recipes, where they differ from the term's own.
+    PUBLISHED: ClassVar[dict[str, dict[str, float]]] = {
+        'kl': dict(weight=0.9, temperature=4.0),
+        'standardised': dict(weight=9.0, temperature=2.0),
+        'dist': dict(weight=2.0, temperature=4.0),
+        'dkd': dict(weight=1.0, temperature=4.0),
+    }
+
+    def __init__(
+        self,
+        logit: dict | None = None,
+        label_weight: float = 1.0,
+        teacher: str = 'teacher',
+        schedules: dict[str, dict] | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__('head', teacher, schedules, init_cfg)
+        if label_weight < 0:
+            raise ValueError(
+                f'`label_weight` must not be negative, but got {label_weight}.'
+            )
+        self.label_weight = label_weight
+        self._settings = dict(logit or {})
+        self.head: TWIHead
+        self.term: LogitTerm | DetectorTerm
+        self._proposals: StudentProposals | None = None
+
+    @classmethod
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
+        """The kind that the teacher's head takes, with its defaults.
+
+        Raises:
+            UserError: Outputs that cannot be compared.
+        """
+        student, teacher = pair.student, pair.teacher
+        reason = _why_not(student.model, teacher.model)
+        names = (student.classes, teacher.classes)
+        if reason is None and None not in names and names[0] != names[1]:
+            reason = (
+                'student and teacher have the same number of classes, but '
+                'other ones or another order'
+            )
+        if reason is not None:
+            raise UserError(
+                f'--method: logits cannot be distilled: {reason}. Take a '
+                'method on features.'
+            )
+        head = find_head(teacher.model)
+        assert head is not None
+        kind = type(head.head).__name__
+        return Plan(
+            dict(type=f'era_mm.{cls.__name__}'),
+            pair.match(),
+            head=f'its outputs are distilled ({kind}, {kind_for(head)!r})',
+        )
+
+    def student_config(self, config: ConfigDict) -> ConfigDict:
+        """The given student with the labels' loss weighted."""
+        if self.label_weight == 1:
+            return config
+        if 'head' not in config:
+            raise ValueError(
+                '`label_weight` is about the head of a classifier, but '
+                f'{config.get("type")} has none. Leave it out, and weigh the '
+                "losses in the student's own config."
+            )
+        config = copy.deepcopy(config)
+        # The default of mmpretrain's heads.
+        loss = config.head.setdefault('loss', dict(type='CrossEntropyLoss'))
+        loss['loss_weight'] = self.label_weight * loss.get('loss_weight', 1.0)
+        return config
+
+    # -- meeting the pair --------------------------------------------------
+
+    def choose_sources(
+        self, *, student: nn.Module, teacher: nn.Module | None
+    ) -> None:
+        """Find the teacher's head, and what its kind compares."""
+        assert teacher is not None
+        reason = _why_not(student, teacher)
+        head = find_head(teacher)
+        if reason is not None or head is None:
+            raise self._refusal(reason or 'the teacher has no head for that')
+        self.head = head
+        self.term = self._term(head)
+        self.teacher_sources = (source_of_head(teacher),)
+        if isinstance(self.term, RoITerm):
+            self._proposals = StudentProposals(student)
+            self.student_sources = (
+                source_of_head(student),
+                *self._proposals.SOURCES,
+            )
+        else:
+            self.student_sources = self.term.sources
+
+    def _term(self, head: TWIHead) -> LogitTerm | DetectorTerm:
+        settings = dict(self._settings)
+        kind = settings.pop('kind', None) or kind_for(head)
+        key = kind
+        if kind == 'kl' and settings.get('standardise'):
+            key = 'standardised'
+        return term_for(head, kind, **(self.PUBLISHED.get(key, {}) | settings))
+
+    @staticmethod
+    def _refusal(reason: str) -> ValueError:
+        return ValueError(
+            f'Logits cannot be distilled: {reason}. Take a method on '
+            'features, or heads with the same classes and anchors.'
+        )
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> None:
+        """Check that the outputs of the two heads can be compared."""
+        feats = self._read(student_feats, teacher_feats)
+        try:
+            with self._resting(), preserve_rng():
+                reason = self.term.prepare(
+                    head=self.head,
+                    student=student,
+                    student_feats=student_feats,
+                    teacher_feats=feats,
+                )
+                if reason is None:
+                    samples = [self.head.trial_sample(feats)]
+                    said: Any = self.term.target(self.head, feats, samples)
+                    self.term.of_student(student_feats, said)
+        # Heads of third parties nest their outputs as they like.
+        except Exception as error:
+            raise self._refusal(f'{type(error).__name__}: {error}') from error
+        if reason is not None:
+            raise self._refusal(reason)
+
+    def _read(
+        self, student_feats: Features, teacher_feats: Features
+    ) -> tuple[Tensor, ...]:
+        """What the teacher's head reads, as large as the student's maps."""
+        feats = teacher_feats[self.teacher_sources[0]]
+        if not isinstance(self.term, DenseTerm):
+            return feats
+        # Other padding, at the right and at the bottom.
+        scores = student_feats[self.student_sources[0]]
+        return tuple(
+            feat[..., : score.shape[2], : score.shape[3]]
+            for feat, score in zip(feats, scores, strict=False)
+        )
+
+    @contextlib.contextmanager
+    def _resting(self) -> Iterator[None]:
+        """The teacher's head in eval mode: a peer trains between its turns."""
+        with contextlib.ExitStack() as stack:
+            for head in self.head.heads:
+                stack.enter_context(evaluating(head))
+            yield
+
+    # -- losses ------------------------------------------------------------
+
+    def loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> dict[str, Tensor]:
+        """``loss_logit_score`` and, of detectors, ``loss_logit_box``."""
+        if self._proposals is not None:
+            data_samples = self._proposals.attach(student_feats, data_samples)
+        feats = self._read(student_feats, teacher_feats)
+        with torch.no_grad(), self._resting():
+            said: Any = self.term.target(self.head, feats, data_samples)
+            if self.training and isinstance(self.term, DetectorTerm):
+                self.term.measure(said)
+        terms = self.term.of_student(student_feats, said)
+        return {NAMES[key]: value for key, value in terms.items()}
+
+    def loss_weights(self) -> dict[str, float]:
+        """Of scores and, of detectors, boxes."""
+        weights = self.term.loss_weights()
+        return {NAMES[key]: value for key, value in weights.items()}
+
+    def extra_flops(
+        self,
+        count: Callable[[Callable[[], Any]], int],
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> float | None:
+        """Of the teacher's head; not known of a RoI head."""
+        if isinstance(self.term, RoITerm):
+            return None
+        feats: Sequence[Tensor] = self._read(student_feats, teacher_feats)
+        return count(lambda: self.head(feats))
+
+
+def _why_not(student: nn.Module, teacher: nn.Module) -> str | None:
+    """Why the outputs of a pair cannot be compared, if so."""
+    if is_query_based(student):
+        return f'{type(student).__name__} predicts from queries'
+    return why_not_reused(student, teacher)

@@ -1,0 +1,258 @@
+"""SimKD: the student's features through a projector and the teacher's head.
+
+Legend: N batch, C_s and C_t channels of student and teacher.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, mse_loss
+
+from ..core import BaseDistiller, Features, MeasuredPair, Plan, Unregistered
+from ..core.phase import Phase
+from ..errors import UserError
+from ..heads import why_not_reused
+from ..layers import full_precision
+from ..registry import MODELS
+
+#: Where the student's config has its projector.
+PROJECTOR = 'neck.0'
+
+
+@MODELS.register_module()
+class SimKDProjector(BaseModule):
+    """The student's last map in the teacher's channels; stays at inference.
+
+        1x1 to C_t / factor, BN, ReLU, 3x3, BN, ReLU, 1x1 to C_t, BN, ReLU
+
+    Source: SimKD, Chen et al., arXiv 2203.14001, and its [official code].
+
+    Args:
+        in_channels: C_s.
+        out_channels: C_t.
+        factor: By how much the middle is narrower.
+        init_cfg: As in mmengine.
+
+    Shape:
+        - feats: maps, the last of them ``(N, C_s, H, W)``
+        - out: one map ``(N, C_t, H, W)``
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        factor: int = 2,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        middle = max(out_channels // factor, 1)
+        layers: list[nn.Module] = []
+        for first, last, size in (
+            (in_channels, middle, 1),
+            (middle, middle, 3),
+            (middle, out_channels, 1),
+        ):
+            layers += [
+                nn.Conv2d(first, last, size, padding=size // 2, bias=False),
+                nn.BatchNorm2d(last),
+                nn.ReLU(inplace=True),
+            ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, feats: Sequence[Tensor] | Tensor) -> tuple[Tensor]:
+        """The last map, projected."""
+        feat = feats if isinstance(feats, Tensor) else feats[-1]
+        return (self.layers(feat),)
+
+
+def projection_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
+    """Mean squared error of two maps, the larger pooled to the smaller.
+
+    Source: SimKD, arXiv 2203.14001, eq. 4; the mean and the pooling are
+    [official code], which pools before the projector where the student's map
+    is the larger. Here it is pooled behind it [ours]: at inference there is
+    no teacher to tell its size.
+
+    Shape:
+        - student_feat, teacher_feat: ``(N, C_t, H, W)``
+        - out: scalar
+    """
+    maps = [full_precision(feat) for feat in (student_feat, teacher_feat)]
+    size = [min(one.shape[dim] for one in maps) for dim in (2, 3)]
+    student, teacher = (
+        one if list(one.shape[2:]) == size else adaptive_avg_pool2d(one, size)
+        for one in maps
+    )
+    return mse_loss(student, teacher)
+
+
+@MODELS.register_module()
+class SimKDDistiller(BaseDistiller):
+    """The reused teacher's classifier, for classifiers.
+
+        L = loss_weight * MSE(P(f_S), f_T)
+
+    alone: the labels teach nothing. What is trained, saved and used is the
+    given student with the projector P before its pooling and the teacher's
+    frozen classifier behind it, an ordinary model of the host. Its predictions
+    are the student's own; its file needs ``era_mm`` for P.
+
+    The classifier's weights come with ``inherit=['head']`` of
+    ``era_mm.Distillation``.
+
+    Source: SimKD, arXiv 2203.14001. Weight 1, factor 2 and features before
+    pooling are [official code].
+
+    Args:
+        channels: C_s and C_t, of the backbones' last maps.
+        factor: By how much the projector's middle is narrower than C_t.
+        loss_weight: Of the loss.
+        teacher: Name of the teacher.
+        schedules: Of ``loss_simkd``; see ``BaseDistiller``.
+        init_cfg: As in mmengine.
+
+    Raises:
+        ValueError: Models that are no classifiers with a pooling neck and
+            heads of one shape; other channels.
+        RuntimeError: The student's head has other weights than the teacher's
+            when training begins.
+    """
+
+    has_phases = True
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        factor: int = 2,
+        loss_weight: float = 1.0,
+        teacher: str = 'teacher',
+        schedules: dict[str, dict] | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        source = dict(student=PROJECTOR, teacher='backbone')
+        super().__init__(source, teacher, schedules, init_cfg)
+        self.channels = tuple(channels)
+        if len(self.channels) != 2:
+            raise ValueError(
+                "`channels` must be two numbers, of the student's and of the "
+                f"teacher's last map, but got {channels}."
+            )
+        self.factor, self.loss_weight = factor, loss_weight
+        self._heads: tuple[Unregistered, ...] = ()
+        self._is_checked = False
+
+    @classmethod
+    def plan_for(cls, pair: MeasuredPair) -> Plan:
+        """For two classifiers that pool the last map of a backbone.
+
+        Raises:
+            UserError: Another kind of pair.
+        """
+        student, teacher = pair.student, pair.teacher
+        reason = why_not_reused(student.model, teacher.model)
+        names = (student.classes, teacher.classes)
+        if pair.is_detector:
+            reason = 'it is for classifiers'
+        elif None not in names and names[0] != names[1]:
+            reason = 'the two have other classes, or another order of them'
+        else:
+            for member in (student, teacher):
+                dims = [
+                    [feat.dim() for feat in member.feats.get(name, ())]
+                    for name in ('backbone', 'neck')
+                ]
+                if dims[0][-1:] != [4] or dims[1][-1:] != [2]:
+                    reason = f'{member.name} does not pool maps in its neck'
+        if reason is not None:
+            raise UserError(
+                f'--method: SimKD cannot pair these: {reason}. Take another '
+                'method.'
+            )
+        match = pair.match(maps=True)
+        halves = [feats[-1].shape[1] for feats in match.feats()]
+        return Plan(
+            dict(type=f'era_mm.{cls.__name__}', channels=halves),
+            match,
+            head="the teacher's classifier takes the student's place, frozen",
+            inherit=('head',),
+        )
+
+    def student_config(self, config: ConfigDict) -> ConfigDict:
+        """The given student with a projector and the teacher's classifier."""
+        if not isinstance(config.get('neck'), dict) or 'head' not in config:
+            raise ValueError(
+                'SimKD needs a classifier with a pooling `neck` and a `head`, '
+                f'but {config.get("type")} has {sorted(config)}.'
+            )
+        config = copy.deepcopy(config)
+        projector = dict(
+            type='era_mm.SimKDProjector',
+            in_channels=self.channels[0],
+            out_channels=self.channels[1],
+            factor=self.factor,
+        )
+        config.neck = [projector, config.neck]
+        config.head.in_channels = self.channels[1]
+        return config
+
+    def prepare(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        student_feats: Features,
+        teacher_feats: Features,
+    ) -> None:
+        """Check that the classifier fits."""
+        assert teacher is not None
+        shapes = [
+            {key: tuple(value.shape) for key, value in m.state_dict().items()}
+            for m in (student.head, teacher.head)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "SimKD puts the teacher's classifier into the student, but "
+                f'it has {shapes[1]} and the student a place for '
+                f'{shapes[0]}. Correct `channels`, and give both the same '
+                'kind of head and the same classes.'
+            )
+        self._heads = (Unregistered(student.head), Unregistered(teacher.head))
+
+    def phase(self) -> Phase:
+        """The one of the whole run: no labels, a frozen classifier."""
+        return Phase('simkd', frozen=('head',), task=False)
+
+    def _check_head(self) -> None:
+        own, theirs = (head.module.state_dict() for head in self._heads)
+        if any(not torch.equal(own[key], theirs[key]) for key in theirs):
+            raise RuntimeError(
+                "The student's head has other weights than the teacher's, "
+                "which SimKD uses in its place. Set inherit=['head'] in the "
+                'model (era_mm.Distillation), and load no other head.'
+            )
+        self._is_checked = True
+
+    def loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> dict[str, Tensor]:
+        """``loss_simkd``."""
+        if not self._is_checked:
+            self._check_head()
+        loss = projection_loss(
+            student_feat=student_feats[PROJECTOR][-1],
+            teacher_feat=teacher_feats['backbone'][-1],
+        )
+        return {'loss_simkd': self.loss_weight * loss}
+
+    def loss_weights(self) -> dict[str, float]:
+        """Of the one term."""
+        return {'loss_simkd': self.loss_weight}
