@@ -14,7 +14,7 @@ from era_mm.datasets.digit_crops import CropParams, make_digit_crops
 from era_mm.testing import save_teacher
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-(ERA,) = CONFIGS.glob('era_*_digit_crops.py')
+(ERA,) = CONFIGS.rglob('era_*_digit_crops.py')
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_schedule__decays_over_the_whole_run(era):
 
 def test_student__is_stock_mmpretrain(era):
     """The demo loads it where era_mm is not imported."""
-    (plain,) = CONFIGS.glob('plain_resnet18w8_digit_crops.py')
+    (plain,) = CONFIGS.rglob('plain_resnet18w8_digit_crops.py')
     assert 'era_mm' not in Config.fromfile(plain).pretty_text
     assert Config.fromfile(plain).model == era.model.student
 
@@ -99,7 +99,9 @@ def test_era__trains_on_crops_into_a_plain_student(era, teacher, tmp_path):
 
 def test_t2b__trains_on_crops_into_a_plain_student(tmp_path):
     init_default_scope('mmpretrain')
-    cfg = Config.fromfile(CONFIGS / 't2b_resnet18w8_digit_crops.py')
+    cfg = Config.fromfile(
+        CONFIGS / 'trunk_to_branch/t2b_resnet18w8_digit_crops.py'
+    )
     scalars, state = run_on_crops(cfg, tmp_path)
     assert scalars['train/loss_t2b_peers'].current() > 0
     assert scalars['train/loss_t2b_decorrelation'].current() > 0

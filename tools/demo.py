@@ -22,9 +22,9 @@ class DetectionDemo(Demo):
     """The detection demo."""
 
     configs = {
-        'teacher': 'plain_retinanet_r18w32_digits',
-        'plain': 'plain_retinanet_r18w16_digits',
-        'era': 'era_retinanet_r18w32_r18w16_digits',
+        'teacher': 'plain/plain_retinanet_r18w32_digits',
+        'plain': 'plain/plain_retinanet_r18w16_digits',
+        'era': 'era/era_retinanet_r18w32_r18w16_digits',
     }
     expected = {
         'data': 19,

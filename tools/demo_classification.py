@@ -25,9 +25,9 @@ class ClassificationDemo(Demo):
     """The classification demo."""
 
     configs = {
-        'teacher': 'plain_resnet18w16_digit_crops',
-        'plain': 'plain_resnet18w8_digit_crops',
-        'era': 'era_resnet18w16_resnet18w8_digit_crops',
+        'teacher': 'plain/plain_resnet18w16_digit_crops',
+        'plain': 'plain/plain_resnet18w8_digit_crops',
+        'era': 'era/era_resnet18w16_resnet18w8_digit_crops',
     }
     expected = {
         'data': 15,
