@@ -20,10 +20,10 @@ export PYTHONNOUSERSITE = 1
 .PHONY: demo demo-classification test lint setup clean
 
 demo: setup
-	$(RUN) tools/demo.py
+	$(RUN) -m demo.detection
 
 demo-classification: setup
-	$(RUN) tools/demo_classification.py
+	$(RUN) -m demo.classification
 
 test: lint
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

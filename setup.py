@@ -108,7 +108,7 @@ setup(
             'mmdet>=3.3,<3.4',
             'mmpretrain>=1.2,<1.3',
         ],
-        # tools/demo.py and tools/make_digit_scenes.py
+        # `make demo` and tools/make_digit_scenes.py
         'demo': ['pillow', 'rich', 'scikit-learn', 'scipy', 'tqdm'],
     },
     classifiers=[

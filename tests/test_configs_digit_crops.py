@@ -9,6 +9,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
+from demo import models
 from era_mm.core import extras_of
 from era_mm.datasets.digit_crops import CropParams, make_digit_crops
 from era_mm.testing import save_teacher
@@ -112,17 +113,14 @@ def test_t2b__trains_on_crops_into_a_plain_student(tmp_path):
 def test_measure_variants__counts_what_each_mode_runs(
     era, teacher, monkeypatch
 ):
-    monkeypatch.syspath_prepend(CONFIGS.parent / 'tools')
-    import demo_models
-
-    monkeypatch.setattr(demo_models, 'WARM_UP', 0)
-    monkeypatch.setattr(demo_models, 'TIMED', 2)
+    monkeypatch.setattr(models, 'WARM_UP', 0)
+    monkeypatch.setattr(models, 'TIMED', 2)
     init_default_scope('mmpretrain')
     plain = MODELS.build(era.model.student).eval()
     large = MODELS.build(teacher.model).eval()
     era.model.teacher.checkpoint = 'random'
     threads = torch.get_num_threads()
-    found = demo_models.measure_variants(
+    found = models.measure_variants(
         teacher=large,
         plain=plain,
         era_student=plain,

@@ -1,6 +1,5 @@
 """The sweep over the hosts' zoos: what it tries and what it tells."""
 
-import importlib.util
 import json
 import os
 import time
@@ -12,14 +11,13 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location(
-    'sweep_zoo', ROOT / 'tools/sweep_zoo.py'
-)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+from dev.sweep_zoo import __main__ as command
+from dev.sweep_zoo import families, trial
+from dev.sweep_zoo.page import Results, host_versions, page, verdict
+from era_mm.errors import UserError
 
-FCOS = tool.Cell('mmdet::fcos', 'fcos/fcos_r50.py', 'self')
+ROOT = Path(__file__).resolve().parents[2]
+FCOS = trial.Cell('mmdet::fcos', 'fcos/fcos_r50.py', 'self')
 
 
 # -- which config ---------------------------------------------------------
@@ -42,26 +40,26 @@ FCOS = tool.Cell('mmdet::fcos', 'fcos/fcos_r50.py', 'self')
     ],
 )
 def test_choose__takes_the_smallest_by_name(stems, chosen):
-    assert tool.choose('mmdet::some', stems) == f'{chosen}.py'
+    assert families.choose('mmdet::some', stems) == f'{chosen}.py'
 
 
 def test_choose__the_explicit_choice_goes_before_the_rule():
-    (config, reason) = tool.CHOSEN['mmdet::guided_anchoring']
+    (config, reason) = families.CHOSEN['mmdet::guided_anchoring']
     assert reason
     stems = ['ga-rpn_r50_fpn_1x_coco', Path(config).stem]
-    assert tool.rank(stems[0]) < tool.rank(stems[1])
-    assert tool.choose('mmdet::guided_anchoring', stems) == config
+    assert families.rank(stems[0]) < families.rank(stems[1])
+    assert families.choose('mmdet::guided_anchoring', stems) == config
 
 
 def test_folders__each_is_in_the_table_or_left_out_with_a_reason():
-    results = tool.Results(ROOT / 'results/zoo.jsonl')
-    if results.hosts != tool.host_versions():
+    results = Results(ROOT / 'results/zoo.jsonl')
+    if results.hosts != host_versions():
         pytest.skip('the results are of other hosts')
-    folders = [f for host in tool.PARTNERS for f in tool.folders(host)]
-    assert sorted([*results.families, *tool.LEFT_OUT]) == sorted(folders)
-    assert all(tool.LEFT_OUT.values())
+    folders = [f for host in families.PARTNERS for f in families.folders(host)]
+    assert sorted([*results.families, *families.LEFT_OUT]) == sorted(folders)
+    assert all(families.LEFT_OUT.values())
     for record in results.cells.values():
-        assert record['config'] == tool.config_of(record['family'])
+        assert record['config'] == families.config_of(record['family'])
 
 
 # -- small versions -------------------------------------------------------
@@ -91,7 +89,7 @@ def test_shrink__leaves_out_what_would_be_fetched_and_keeps_the_rest():
         rpn=dict(num_proposals=100),
         rcnn=dict(max_per_img=100, num_points=9, nms_pre=1000),
     )
-    assert tool.shrink(config, (64, 96)) == dict(
+    assert trial.shrink(config, (64, 96)) == dict(
         type='Net',
         init_cfg=None,
         backbone=dict(
@@ -117,7 +115,7 @@ def test_source__makes_the_value_again():
     value = dict(
         a=[(1,), (), (2, 'x')], b={'c-d': float('inf')}, e=[-1.5, None, True]
     )
-    assert eval(tool.source_of(value)) == value
+    assert eval(trial.source_of(value)) == value
 
 
 @pytest.mark.parametrize(
@@ -132,7 +130,7 @@ def test_source__makes_the_value_again():
     ],
 )
 def test_clean__has_no_place_of_the_machine(message, shown):
-    assert tool.clean(message) == shown
+    assert trial.clean(message) == shown
 
 
 # -- processes ------------------------------------------------------------
@@ -174,7 +172,7 @@ def is_fine(cell):
 )
 def test_child__whatever_ends_it_is_told(work, expected, tmp_path, capfd):
     start = time.monotonic()
-    ((cell, found),) = tool.finish(
+    ((cell, found),) = trial.finish(
         [FCOS], 1, work=work, timeout=3, memory=2, logs=tmp_path
     )
     # The one that hangs would take a minute.
@@ -191,7 +189,7 @@ def test_child__whatever_ends_it_is_told(work, expected, tmp_path, capfd):
 
 
 def test_child__a_plain_model_that_dies_is_the_hosts_own_fault(tmp_path):
-    ((_, found),) = tool.finish(
+    ((_, found),) = trial.finish(
         [FCOS._replace(kind='plain')],
         1,
         **dict(work=dies, timeout=30, memory=2, logs=tmp_path),
@@ -200,10 +198,10 @@ def test_child__a_plain_model_that_dies_is_the_hosts_own_fault(tmp_path):
 
 
 def test_finish__runs_as_many_at_a_time_as_asked(tmp_path):
-    cells = [FCOS._replace(kind=kind) for kind in tool.CELLS]
+    cells = [FCOS._replace(kind=kind) for kind in trial.CELLS]
     start = time.monotonic()
     found = list(
-        tool.finish(
+        trial.finish(
             cells,
             4,
             work=lambda cell: time.sleep(1) or dict(result=cell.kind),
@@ -246,7 +244,7 @@ def records():
             *(
                 cell(family, kind, result, **kwargs)
                 for kind, (result, kwargs) in zip(
-                    tool.CELLS[1:], results, strict=True
+                    trial.CELLS[1:], results, strict=True
                 )
             ),
         ]
@@ -271,11 +269,11 @@ def results(tmp_path):
     lines = [HEAD, *records()]
     path = tmp_path / 'zoo.jsonl'
     path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    return tool.Results(path)
+    return Results(path)
 
 
 def test_page__counts_families_whose_own_model_runs(results):
-    text = tool.page(results)
+    text = page(results)
     # Of a, b, c and e two work wholly; c counts as a failure alone; d does
     # not run; of mmpretrain's b nothing but the plain model was tried.
     assert '| mmdet | 4 | 2 (50.0 %) | 1 | 1 | 1 | 1 |\n' in text
@@ -285,7 +283,7 @@ def test_page__counts_families_whose_own_model_runs(results):
 
 
 def test_page__has_a_row_per_family_and_all_reasons(results):
-    text = tool.page(results)
+    text = page(results)
     for row in (
         '| `a` | `c.py` | works | works, TWI | works, TWI | works |',
         '| `b` | `c.py` | works | works, TWI | refused | works, TWI |',
@@ -314,7 +312,9 @@ def test_page__has_a_row_per_family_and_all_reasons(results):
 
 
 def test_results__are_written_in_order_and_read_again(results):
-    results.add(tool.Cell('mmdet::d', 'd/c.py', 'plain'), dict(result='works'))
+    results.add(
+        trial.Cell('mmdet::d', 'd/c.py', 'plain'), dict(result='works')
+    )
     lines = [json.loads(line) for line in results.path.open()]
     expected = records()
     expected[12] = dict(
@@ -324,8 +324,8 @@ def test_results__are_written_in_order_and_read_again(results):
 
 
 def test_results__of_other_hosts_are_not_added_to(results):
-    with pytest.raises(tool.UserError, match=r'det 1\.0.*installed are det 3'):
-        tool.Results(results.path, 'det 3')
+    with pytest.raises(UserError, match=r'det 1\.0.*installed are det 3'):
+        Results(results.path, 'det 3')
 
 
 @pytest.mark.parametrize(
@@ -350,41 +350,39 @@ def test_sweep__goes_on_where_it_was_stopped(
                 assert cell.size == (128, 160)
             yield cell, dict(result='works', size=[128, 160], twi=True)
 
-    monkeypatch.setattr(tool, 'finish', finish)
-    monkeypatch.setattr(tool, 'host_versions', lambda: results.hosts)
+    monkeypatch.setattr(command, 'finish', finish)
+    monkeypatch.setattr(command, 'host_versions', lambda: results.hosts)
     monkeypatch.setattr(
-        tool, 'config_of', lambda f: f'{f.partition("::")[2]}/c.py'
+        command, 'config_of', lambda f: f'{f.partition("::")[2]}/c.py'
     )
-    families = [f for f in HEAD['families'] if f != 'mmdet::f']
+    known = [f for f in HEAD['families'] if f != 'mmdet::f']
     monkeypatch.setattr(
-        tool,
+        command,
         'folders',
-        lambda host: [f for f in families if f.startswith(f'{host}::')],
+        lambda host: [f for f in known if f.startswith(f'{host}::')],
     )
     paths = [
         *('--results', str(results.path), '--out', str(tmp_path / 'zoo.md')),
         *('--logs', str(tmp_path / 'logs'), '--timeout', '7'),
     ]
-    assert tool.main([*options, *paths]) == 0
+    assert command.main([*options, *paths]) == 0
     assert seen == tried
-    assert (tmp_path / 'zoo.md').read_text() == tool.page(
-        tool.Results(results.path)
-    )
+    assert (tmp_path / 'zoo.md').read_text() == page(Results(results.path))
 
 
 def test_docs__are_what_the_results_make(tmp_path):
     out = tmp_path / 'zoo.md'
-    assert tool.main(['--table-only', '--out', str(out)]) == 0
+    assert command.main(['--table-only', '--out', str(out)]) == 0
     assert out.read_text() == (ROOT / 'docs/zoo.md').read_text()
 
 
 def test_results__nothing_tried_fails_and_nine_of_ten_work():
     # Families that are not wholly tried say nothing of the nine.
-    families = tool.Results(ROOT / 'results/zoo.jsonl').by_family()
-    for host in tool.PARTNERS:
+    by_family = Results(ROOT / 'results/zoo.jsonl').by_family()
+    for host in families.PARTNERS:
         found = [
-            tool.verdict(cells)
-            for family, cells in families.items()
+            verdict(cells)
+            for family, cells in by_family.items()
             if family.startswith(f'{host}::')
         ]
         assert 'fails' not in found
@@ -440,7 +438,7 @@ def test_settle__takes_the_batchs_statistics_and_nothing_else(training):
     net = Net().train(training)
     # As frozen stages and teachers have it.
     net.first.eval()
-    tool.settle(net, batch_of_two())
+    trial.settle(net, batch_of_two())
     torch.testing.assert_close(net.first.running_mean, torch.tensor([1.0, 5]))
     # Of 8 values, unbiased; 0.04 is too small to divide by.
     torch.testing.assert_close(
@@ -480,7 +478,7 @@ def cell_of(batch_size=1, **changes):
 
 def test_steps__of_a_model_with_a_teacher_by_hand():
     net, cfg, batch = cell_of()
-    tool.train_and_predict(net, cfg, batch)
+    trial.train_and_predict(net, cfg, batch)
     assert net.told == [(0, 0), (1, 0)]
     # A gradient of norm 1 goes in equal parts to two values.
     torch.testing.assert_close(
@@ -501,7 +499,7 @@ def test_steps__of_a_model_with_a_teacher_by_hand():
 
 def test_steps__predict_as_many_as_the_test_loader_gives():
     net, cfg, batch = cell_of(batch_size=32, predictions=['a', 'b'])
-    tool.train_and_predict(net, cfg, batch)
+    trial.train_and_predict(net, cfg, batch)
     assert [len(seen) for seen in net.tested] == [4]
 
 
@@ -520,17 +518,17 @@ def test_steps__predict_as_many_as_the_test_loader_gives():
 )
 def test_steps__that_are_not_sound_are_an_error(changes, error, message):
     with pytest.raises(error, match=message):
-        tool.train_and_predict(*cell_of(**changes))
+        trial.train_and_predict(*cell_of(**changes))
 
 
 # -- a real cell ----------------------------------------------------------
 
 
 def test_cell__a_retinanet_is_tried_plain_and_with_itself():
-    cell = tool.Cell('mmdet::retinanet', tool.PARTNERS['mmdet'], 'plain')
-    found = tool.try_cell(cell)
+    cell = trial.Cell('mmdet::retinanet', families.PARTNERS['mmdet'], 'plain')
+    found = trial.try_cell(cell)
     assert found == dict(result='works', size=[64, 96])
-    found = tool.try_cell(cell._replace(kind='self', size=(64, 96)))
+    found = trial.try_cell(cell._replace(kind='self', size=(64, 96)))
     assert found == dict(
         result='works',
         twi=True,

@@ -1,6 +1,6 @@
 """Teach a small classifier with ERA, from nothing to a table.
 
-python tools/demo_classification.py
+python -m demo.classification
 
 Makes the digit crops, trains a teacher, a plain student and an ERA student
 (same schedule, same seed) and writes table.json and table.md into
@@ -14,10 +14,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from demo_base import Demo, main
-from demo_report import Table
-from demo_stages import Stage
-
+from demo.base import Demo, main
+from demo.report import Table
+from demo.stages import Stage
 from era_mm.datasets import digit_crops
 
 
@@ -53,7 +52,7 @@ class ClassificationDemo(Demo):
     params_type = digit_crops.CropParams
     make_data = staticmethod(digit_crops.make_digit_crops)
     manifest = digit_crops.MANIFEST
-    measure_script = 'tools/demo_classification_measure.py'
+    measure_module = 'demo.measure_classification'
     measure_title = 'time'
 
     def stages(self) -> list[Stage]:

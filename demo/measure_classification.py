@@ -1,6 +1,6 @@
 """Measure what the classification demo has trained.
 
-Called by tools/demo_classification.py. Times all classifiers image by image
+Run by `demo.classification`. Times all classifiers image by image
 and lists the keys that stock mmpretrain misses in the ERA student's checkpoint
 or does not know. Reads job.json in the folder it is given and writes
 result.json there.
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import mmcv
 import torch
-from demo_models import build_era, measure_variants, stock_keys, teller
 from mmpretrain.apis import get_model
 from mmpretrain.structures import DataSample
 from torch import nn
+
+from demo.models import build_era, measure_variants, stock_keys, teller
 
 
 def read(file: str) -> dict:

@@ -1,4 +1,4 @@
-"""Measure what the demo has trained; called by tools/demo.py.
+"""Measure what the demo has trained; run by `demo.detection`.
 
 Loads the ERA student's checkpoint with stock mmdet and the plain student's
 config, evaluates it, times all detectors image by image and draws detections
@@ -18,19 +18,19 @@ from pathlib import Path
 import mmcv
 import numpy as np
 import torch
-from demo_models import (
-    Tell,
-    build_era,
-    measure_variants,
-    stock_keys,
-    teller,
-)
 from mmdet.apis import inference_detector, init_detector
 from mmdet.structures import DetDataSample
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from demo.models import (
+    Tell,
+    build_era,
+    measure_variants,
+    stock_keys,
+    teller,
+)
 from era_mm.visualization.panels import Panel, save_grid
 
 SHOWN = 6

@@ -1,17 +1,10 @@
 """Logs of finished runs, read and averaged."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location(
-    'summarize_runs', ROOT / 'tools/summarize_runs.py'
-)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+from dev import summarize_runs as tool
 
 
 def write_run(folder, seed, first, last, ap):

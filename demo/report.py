@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from demo_stages import StageError, console, write_json
 from rich.table import Table as RichTable
+
+from demo.stages import StageError, console, write_json
 
 TITLES = {
     'teacher': 'teacher',

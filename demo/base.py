@@ -22,8 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from demo_report import TITLES, Table, report, versions
-from demo_stages import (
+from demo.report import TITLES, Table, report, versions
+from demo.stages import (
     Screen,
     Stage,
     StageError,
@@ -66,7 +66,7 @@ class Demo(ABC):
     #: File that says how the data set was made; its folder has that name.
     manifest: ClassVar[str]
     #: Writes result.json, and `pictures`, into the folder it is given.
-    measure_script: ClassVar[str]
+    measure_module: ClassVar[str]
     measure_title: ClassVar[str]
     pictures: ClassVar[tuple[str, ...]] = ()
 
@@ -297,8 +297,8 @@ class Demo(ABC):
                 'models': [self.inputs(name) for name in self.configs],
                 'sums': [self.result(name)['sha256'] for name in self.configs],
                 'scripts': [
-                    file_sum(self.measure_script),
-                    file_sum('tools/demo_models.py'),
+                    file_sum(f'{module.replace(".", "/")}.py')
+                    for module in (self.measure_module, 'demo.models')
                 ],
             }
 
@@ -311,7 +311,7 @@ class Demo(ABC):
                 screen.update(entry['share'], entry['text'])
 
             self.run_program(
-                [sys.executable, self.measure_script, str(folder)],
+                [sys.executable, '-m', self.measure_module, str(folder)],
                 'measure',
                 watch,
             )

@@ -1,6 +1,6 @@
 """Collect what finished runs logged, and average it over seeds.
 
-python tools/summarize_runs.py work_dirs/plain_s0 work_dirs/plain_s1 \
+python -m dev.summarize_runs work_dirs/plain_s0 work_dirs/plain_s1 \
     --keys 'residual_kd_*' --out results/runs.jsonl
 """
 

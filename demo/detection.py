@@ -1,6 +1,6 @@
 """Teach a small detector with ERA, from nothing to a table and a picture.
 
-python tools/demo.py
+python -m demo.detection
 
 Makes the digit scenes, trains a teacher, a plain student and an ERA student
 (same schedule, same seed) and writes table.json, table.md and detections.png
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import sys
 
-from demo_base import Demo, main
-from demo_report import Table
-
+from demo.base import Demo, main
+from demo.report import Table
 from era_mm.datasets import digit_scenes
 
 
@@ -51,7 +50,7 @@ class DetectionDemo(Demo):
     params_type = digit_scenes.SceneParams
     make_data = staticmethod(digit_scenes.make_digit_scenes)
     manifest = digit_scenes.MANIFEST
-    measure_script = 'tools/demo_measure.py'
+    measure_module = 'demo.measure_detection'
     measure_title = 'load with stock mmdet, time, draw'
     pictures = ('detections.png',)
 
