@@ -265,7 +265,7 @@ def test_mim__starts_two_cpu_ranks(environments, elsewhere) -> None:
 def test_module__trains_without_mim(environments, elsewhere) -> None:
     done = run(
         environments('wheel', 'openmim') / 'python',
-        *('-m', 'era_mm.train', 'packaging_toy'),
+        *('-m', 'era_mm', 'train', 'packaging_toy'),
         cwd=elsewhere,
     )
     assert 'Epoch(train)' in done.stdout
