@@ -222,8 +222,8 @@ def _make_config_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--method',
         default='era',
-        help='how to distil: era (default), feature_imitation, ie_kd, '
-        'residual_kd, sokd',
+        help='how to distil: a method with a teacher, by the name of its '
+        'module in era_mm/methods (default: era); a wrong name shows all',
     )
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='where to write, a .py'
