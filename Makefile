@@ -2,10 +2,13 @@
 #                            gained
 # make demo-classification   the same for a small classifier
 # make test                  lint, types, tests, packaging
+# make docs                  the docs site, into site/
 # Each sets up what it needs first. Other goals: setup lint clean.
 
 PYTHON ?= python3
 VENV := .venv
+# The docs site needs neither torch nor the hosts.
+DOCS_VENV := .venv-docs
 # Tests that run side by side; each takes up to 2 GB.
 JOBS ?= 2
 # The file hides the GPU where mmcv could not be built for it.
@@ -17,13 +20,13 @@ export MKL_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo demo-classification test lint setup clean
+.PHONY: demo demo-classification test lint docs setup clean
 
 demo: setup
-	$(RUN) tools/demo.py
+	$(RUN) -m demo.detection
 
 demo-classification: setup
-	$(RUN) tools/demo_classification.py
+	$(RUN) -m demo.classification
 
 test: lint
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -33,8 +36,16 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+docs: $(DOCS_VENV)/made
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+$(DOCS_VENV)/made: docs/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --requirement $<
+	touch $@
+
 setup:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) site .cache build dist *.egg-info

@@ -21,6 +21,8 @@ ENTRY_SCRIPTS = (
     'print_sources.py',
     'benchmark.py',
 )
+# Needs the checkout.
+NOT_IN_WHEEL = ('__pycache__', 'setup_env.py')
 REPOSITORY = 'https://github.com/era-mm/era_mm'
 
 
@@ -41,9 +43,10 @@ class BuildElsewhere(build):
 class BuildWithMim(build_py):
     """Adds to the package what `mim train era_mm ...` looks for.
 
-    In a wheel that is `.mim/{tools,configs,model-index.yml}`, twice:
+    In a wheel that is `.mim/{tools,configs,model-index.yml}`, twice, because
+    no place is read by both mims and a wheel holds no links:
 
-    - openmim reads `era_mm/.mim`.
+    - openmim reads `era_mm/.mim`, and so do our own commands.
     - onedl-mim (0.5.1) takes the folder in the first line of the installed
       RECORD for the package. pip sorts that file, and `era_mm-<version>
       .dist-info` sorts before `era_mm/`. The data-only folder `_era_mm_mim`
@@ -69,7 +72,7 @@ class BuildWithMim(build_py):
                 shutil.copytree(
                     HERE / folder,
                     mim / folder,
-                    ignore=shutil.ignore_patterns('__pycache__'),
+                    ignore=shutil.ignore_patterns(*NOT_IN_WHEEL),
                     dirs_exist_ok=True,
                 )
             shutil.copy(HERE / 'model-index.yml', mim)
@@ -87,6 +90,7 @@ setup(
     url=REPOSITORY,
     project_urls={'Repository': REPOSITORY},
     packages=find_packages(include=['era_mm', 'era_mm.*']),
+    package_data={'era_mm': ['py.typed']},
     # Makes an editable install a plain .pth line: with setuptools' import
     # finder, site-packages/era_mm/.mim would hide the checkout's package.
     package_dir={'': '.'},
@@ -108,7 +112,7 @@ setup(
             'mmdet>=3.3,<3.4',
             'mmpretrain>=1.2,<1.3',
         ],
-        # tools/demo.py and tools/make_digit_scenes.py
+        # `make demo` and tools/make_digit_scenes.py
         'demo': ['pillow', 'rich', 'scikit-learn', 'scipy', 'tqdm'],
     },
     classifiers=[

@@ -1,7 +1,7 @@
 # ERA, RetinaNet R101 (38.9 AP) to RetinaNet R50, COCO 2017, 2x.
 # Plain twin: plain_retinanet_r50.py. Teacher before student in the name.
 #   mim train era_mm configs/era_retinanet_r101_r50.py
-_base_ = ['plain_retinanet_r50.py', '_base_/era_runtime.py']
+_base_ = ['plain/plain_retinanet_r50.py', '_base_/era_runtime.py']
 
 model = dict(
     _delete_=True,

@@ -1,6 +1,8 @@
-"""``python -m era_mm`` prints the packages era_mm found."""
+"""``python -m era_mm train ...``, ``test`` and the other commands."""
 
-from era_mm.hosts import print_hosts
+import sys
+
+from era_mm.cli import main
 
 if __name__ == '__main__':
-    print_hosts()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from era_mm.errors import UserError
+from era_mm.hosts import print_hosts
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -62,6 +63,34 @@ def run_print_sources(argv: Sequence[str] | None = None) -> int:
 def run_benchmark(argv: Sequence[str] | None = None) -> int:
     """Measure what distillations cost; the exit status is returned."""
     return _run(_benchmark_parser().parse_args(argv), _benchmark)
+
+
+#: Of ``python -m era_mm``; mim starts the file of that name in tools/.
+COMMANDS = {
+    'train': run_train,
+    'test': run_test,
+    'export_student': run_export_student,
+    'make_config': run_make_config,
+    'print_sources': run_print_sources,
+    'benchmark': run_benchmark,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, or print the packages that era_mm found."""
+    parser = argparse.ArgumentParser(
+        prog='python -m era_mm',
+        description='Run a command. Without one: print the packages that '
+        'era_mm found.',
+        epilog='<command> -h tells the options of a command.',
+    )
+    parser.add_argument('command', nargs='?', choices=COMMANDS)
+    parser.add_argument('options', nargs=argparse.REMAINDER)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        print_hosts()
+        return 0
+    return COMMANDS[args.command](args.options)
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -194,9 +223,9 @@ def _make_config_parser() -> argparse.ArgumentParser:
         '--method',
         action='append',
         metavar='NAME',
-        help='how to distil, may be given several times: era (default), at, '
-        'crosskd, cwd, feature_imitation, ie_kd, logit, mgd, residual_kd, '
-        'reviewkd, simkd, sokd',
+        help='how to distil: a method with a teacher, by the name of its '
+        'module in era_mm/methods (default: era); may be given several '
+        'times; a wrong name shows all',
     )
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='where to write, a .py'

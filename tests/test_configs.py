@@ -13,6 +13,7 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from era_mm.core import extras_of
+from era_mm.engine.preflight import find_config
 from era_mm.testing import save_teacher, write_coco
 from era_mm.testing.toy import CLASSES
 
@@ -31,6 +32,19 @@ def test_names__are_unique_identifiers():
     stems = [file.stem for file in FILES]
     assert len(set(stems)) == len(stems)
     assert all(stem.isidentifier() for stem in stems)
+
+
+@pytest.mark.parametrize('file', CONFIGS, ids=by_name)
+def test_config__is_found_by_its_base_name(file):
+    assert find_config(file.stem) == find_config(file.name) == str(file)
+
+
+def test_flagship__stays_where_its_launch_command_says():
+    # All others lie in the folder of their method.
+    folder = ROOT / 'configs'
+    assert [file.name for file in folder.glob('*.py')] == [
+        'era_retinanet_r101_r50.py'
+    ]
 
 
 def unknown_keys(cfg, registry):
@@ -79,7 +93,7 @@ def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
     cfg = Config.fromfile(file)
     named = re.search(r'Plain twin: (\w+)\.py', file.read_text())
     assert named, 'the first comment must name the plain twin'
-    twin = Config.fromfile(file.with_name(f'{named[1]}.py'))
+    twin = Config.fromfile(ROOT / f'configs/plain/{named[1]}.py')
     if 'students' in cfg.model:
         # Two students, each with such an optimiser: the first's twin.
         assert twin.model == next(iter(cfg.model.students.values()))
@@ -167,7 +181,7 @@ def test_flagship__builds_steps_and_saves_on_tiny_images(tmp_path):
     """All of it but the data and the weights: R101 teaches R50."""
     cfg = Config.fromfile(ROOT / 'configs/era_retinanet_r101_r50.py')
     teacher = Config.fromfile(
-        ROOT.joinpath('configs/plain_retinanet_r50.py')
+        ROOT.joinpath('configs/plain/plain_retinanet_r50.py')
     ).model
     teacher.backbone.depth = 101
     teacher.backbone.init_cfg = None

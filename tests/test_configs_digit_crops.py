@@ -9,12 +9,13 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
+from demo import models
 from era_mm.core import extras_of
 from era_mm.datasets.digit_crops import CropParams, make_digit_crops
 from era_mm.testing import save_teacher
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-(ERA,) = CONFIGS.glob('era_*_digit_crops.py')
+(ERA,) = CONFIGS.rglob('era_*_digit_crops.py')
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_schedule__decays_over_the_whole_run(era):
 
 def test_student__is_stock_mmpretrain(era):
     """The demo loads it where era_mm is not imported."""
-    (plain,) = CONFIGS.glob('plain_resnet18w8_digit_crops.py')
+    (plain,) = CONFIGS.rglob('plain_resnet18w8_digit_crops.py')
     assert 'era_mm' not in Config.fromfile(plain).pretty_text
     assert Config.fromfile(plain).model == era.model.student
 
@@ -99,7 +100,9 @@ def test_era__trains_on_crops_into_a_plain_student(era, teacher, tmp_path):
 
 def test_t2b__trains_on_crops_into_a_plain_student(tmp_path):
     init_default_scope('mmpretrain')
-    cfg = Config.fromfile(CONFIGS / 't2b_resnet18w8_digit_crops.py')
+    cfg = Config.fromfile(
+        CONFIGS / 'trunk_to_branch/t2b_resnet18w8_digit_crops.py'
+    )
     scalars, state = run_on_crops(cfg, tmp_path)
     assert scalars['train/loss_t2b_peers'].current() > 0
     assert scalars['train/loss_t2b_decorrelation'].current() > 0
@@ -110,17 +113,14 @@ def test_t2b__trains_on_crops_into_a_plain_student(tmp_path):
 def test_measure_variants__counts_what_each_mode_runs(
     era, teacher, monkeypatch
 ):
-    monkeypatch.syspath_prepend(CONFIGS.parent / 'tools')
-    import demo_models
-
-    monkeypatch.setattr(demo_models, 'WARM_UP', 0)
-    monkeypatch.setattr(demo_models, 'TIMED', 2)
+    monkeypatch.setattr(models, 'WARM_UP', 0)
+    monkeypatch.setattr(models, 'TIMED', 2)
     init_default_scope('mmpretrain')
     plain = MODELS.build(era.model.student).eval()
     large = MODELS.build(teacher.model).eval()
     era.model.teacher.checkpoint = 'random'
     threads = torch.get_num_threads()
-    found = demo_models.measure_variants(
+    found = models.measure_variants(
         teacher=large,
         plain=plain,
         era_student=plain,

@@ -36,8 +36,8 @@ from era_mm.testing import detection_batch
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     file.stem: file
-    for file in sorted((ROOT / 'configs').glob('*.py'))
-    if 'digit' not in file.stem
+    for file in sorted((ROOT / 'configs').rglob('*.py'))
+    if '_base_' not in file.parts and 'digit' not in file.stem
 }
 ERA = [stem for stem in FILES if stem.startswith('era_')]
 PLAIN = [stem for stem in FILES if stem.startswith('plain_')]
@@ -263,13 +263,13 @@ def test_teacher__is_in_the_hosts_zoo_or_trained_by_a_config_here(stem):
     cfg = load(stem)
     teacher = cfg.model.teacher
     if '::' not in teacher.config:
-        trained = Path(teacher.config)
-        assert trained.parent == ROOT / 'configs'
+        trained = Path(teacher.config).resolve()
+        assert trained.parent == ROOT / 'configs/plain'
         plain = Config.fromfile(trained)
         assert teacher.checkpoint == (
             f'work_dirs/{trained.stem}/epoch_{plain.train_cfg.max_epochs}.pth'
         )
-        assert f'mim train era_mm configs/{trained.name}' in (
+        assert f'mim train era_mm configs/plain/{trained.name}' in (
             FILES[stem].read_text()
         )
         assert plain.train_dataloader == cfg.train_dataloader

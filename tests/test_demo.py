@@ -1,6 +1,5 @@
 """The demo's stages: what is repeated, and what an interruption leaves."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,26 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from demo import models, report, stages
+from demo.classification import ClassificationDemo
+from demo.detection import DetectionDemo
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / 'tools' / f'{name}.py'
-    )
-    module = importlib.util.module_from_spec(spec)
-    # Its siblings import it by this name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-stages = load_tool('demo_stages')
-report = load_tool('demo_report')
-models = load_tool('demo_models')
-load_tool('demo_base')
-demo = load_tool('demo')
-demo_classification = load_tool('demo_classification')
 
 
 class Work:
@@ -202,12 +186,12 @@ def test_screen__resumed_stage_is_timed_from_where_it_went_on(monkeypatch):
 
 @pytest.fixture
 def detection():
-    return demo.DetectionDemo.table
+    return DetectionDemo.table
 
 
 @pytest.fixture
 def classification():
-    return demo_classification.ClassificationDemo.table
+    return ClassificationDemo.table
 
 
 STOCK = {'missing': [], 'unexpected': [], 'AP': 0.312}
@@ -343,20 +327,22 @@ def test_time_all__median_of_turns_without_the_first(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    ('tool', 'num_stages', 'files'),
+    ('module', 'num_stages', 'files'),
     [
-        ('demo', 8, ('table.json', 'table.md', 'detections.png')),
-        ('demo_classification', 9, ('table.json', 'table.md')),
+        ('demo.detection', 8, ('table.json', 'table.md', 'detections.png')),
+        ('demo.classification', 9, ('table.json', 'table.md')),
     ],
 )
-def test_demo__quick_run_from_data_to_table(tmp_path, tool, num_stages, files):
-    command = [sys.executable, str(ROOT / 'tools' / f'{tool}.py'), '--quick']
+def test_demo__quick_run_from_data_to_table(
+    tmp_path, module, num_stages, files
+):
+    command = [sys.executable, '-m', module, '--quick']
     command += ['--threads', '1', '--work-dir', str(tmp_path / 'demo')]
-    first = subprocess.run(command, capture_output=True, text=True)
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     assert 'no missing keys, no unexpected keys' in first.stdout
     for name in files:
         assert (tmp_path / 'demo' / name).stat().st_size > 0
-    second = subprocess.run(command, capture_output=True, text=True)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count('unchanged') == num_stages

@@ -250,6 +250,18 @@ def test_mim_run__finds_the_export_in_every_cell(
     assert 'error: config: expected one whose model is era_mm' in done.stdout
 
 
+@pytest.mark.parametrize('mim', ['openmim', 'onedl-mim'])
+def test_mim_search__shows_the_configs_with_their_results(
+    mim: str, environments, elsewhere
+) -> None:
+    done = run(
+        environments('wheel', mim) / 'mim',
+        *('search', 'era_mm', '--config', 'era_retinanet_r101_r50'),
+        cwd=elsewhere,
+    )
+    assert 'Expandable Residual Approximation' in done.stdout
+
+
 def test_mim__starts_two_cpu_ranks(environments, elsewhere) -> None:
     done = run(
         environments('editable', 'onedl-mim') / 'mim',
@@ -265,7 +277,7 @@ def test_mim__starts_two_cpu_ranks(environments, elsewhere) -> None:
 def test_module__trains_without_mim(environments, elsewhere) -> None:
     done = run(
         environments('wheel', 'openmim') / 'python',
-        *('-m', 'era_mm.train', 'packaging_toy'),
+        *('-m', 'era_mm', 'train', 'packaging_toy'),
         cwd=elsewhere,
     )
     assert 'Epoch(train)' in done.stdout
@@ -298,6 +310,20 @@ def test_wheel__holds_one_package_and_what_mim_reads(wheel: Path) -> None:
             'configs/packaging_toy.py',
         ):
             assert f'{package}/.mim/{inside}' in names
+    # Of the checkout, its users' commands and configs alone.
+    assert 'era_mm/py.typed' in names
+    inside = [
+        {n.removeprefix(f'{p}/.mim/') for n in names if n.startswith(f'{p}/.')}
+        for p in ('era_mm', '_era_mm_mim')
+    ]
+    assert inside[0] == inside[1]
+    assert {n.split('/')[0] for n in inside[0]} == {
+        'tools',
+        'configs',
+        'model-index.yml',
+    }
+    assert 'tools/setup_env.py' not in inside[0]
+    assert not any('demo' in n or n.startswith('dev/') for n in inside[0])
     # A console script would be the first line of RECORD, where onedl-mim
     # looks for the package.
     assert f'{folder}/entry_points.txt' not in names

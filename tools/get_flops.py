@@ -1,7 +1,7 @@
 """Count the parameters and FLOPs of what configs train to be deployed.
 
-python tools/get_flops.py configs/plain_retinanet_r18w16_digits.py \
-    configs/residual_kd_retinanet_r18w32_r18w16_digits.py \
+python tools/get_flops.py configs/plain/plain_retinanet_r18w16_digits.py \
+    configs/residual_kd/residual_kd_retinanet_r18w32_r18w16_digits.py \
     --input-size 128 --out flops.jsonl
 
 Of a distillation that is the student, in Residual KD the pair: its additions

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from make_data import main
 from PIL import Image
 
+from era_mm.datasets.command import main
 from era_mm.datasets.digit_scenes import (
     CLASSES,
     SPLITS,

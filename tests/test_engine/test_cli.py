@@ -22,6 +22,35 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('LOCAL_RANK', '0')
 
 
+def test_main__hands_the_options_to_the_command(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setitem(cli.COMMANDS, 'train', lambda argv: seen.append(argv))
+    cli.main(['train', '-h', 'x.py', '--work-dir', 'y'])
+    assert seen == [['-h', 'x.py', '--work-dir', 'y']]
+
+
+def test_main__has_every_command_that_mim_has() -> None:
+    tools = Path(cli.__file__).parents[1] / 'tools'
+    assert set(cli.COMMANDS) == {
+        file.stem
+        for file in tools.glob('*.py')
+        if 'from era_mm.cli import run_' in file.read_text()
+    }
+
+
+def test_main__without_a_command_prints_the_hosts(capsys) -> None:
+    assert cli.main([]) == 0
+    assert 'mmdet' in capsys.readouterr().out
+
+
+def test_main__shows_the_commands(capsys) -> None:
+    for argv, status in ((['-h'], 0), (['tain'], 2)):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        assert stopped.value.code == status
+        assert 'make_config' in ''.join(capsys.readouterr())
+
+
 def test_train__says_a_user_error_in_one_message(capsys) -> None:
     assert cli.run_train(['no_such_config.py']) == 1
     printed = capsys.readouterr().err

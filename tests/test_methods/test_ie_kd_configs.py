@@ -17,6 +17,7 @@ from mmengine.registry import (
 from mmpretrain.structures import DataSample
 
 from era_mm.core.host_models import resolve_model_config
+from era_mm.engine.preflight import find_config
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,11 +36,11 @@ DATA = {
         8,
     ),
 }
-STEMS = sorted(file.stem for file in (ROOT / 'configs').glob('ie_*.py'))
+STEMS = sorted(file.stem for file in (ROOT / 'configs/ie_kd').glob('*.py'))
 
 
 def load(stem):
-    cfg = Config.fromfile(ROOT / f'configs/{stem}.py')
+    cfg = Config.fromfile(find_config(stem))
     init_default_scope(cfg.default_scope)
     return cfg
 

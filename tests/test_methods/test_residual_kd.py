@@ -21,6 +21,7 @@ from torch import nn
 
 from era_mm.core import BaseDistiller, extras_of, student_config_of
 from era_mm.engine.export import export_student
+from era_mm.engine.preflight import find_config
 from era_mm.methods.residual_kd import (
     FeatureAssistant,
     ResidualPair,
@@ -41,7 +42,6 @@ from era_mm.testing import (
     save_teacher,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 RKD = dict(type='era_mm.ResidualKDDistiller')
 FEATURE = dict(form='feature')
 IMAGE = dict(
@@ -865,7 +865,7 @@ def test_ddp__two_ranks_resumed_in_a_phase_end_as_the_whole_run(ranks, epoch):
     ],
 )
 def test_config__pair_costs_less_than_the_given_model(name):
-    cfg = Config.fromfile(ROOT / f'configs/{name}.py')
+    cfg = Config.fromfile(find_config(name))
     distiller = cfg.model.distiller
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         pair = pair_config(
@@ -883,7 +883,7 @@ def test_config__pair_costs_less_than_the_given_model(name):
 
 def test_progressive_config__gives_each_phase_its_own_cycle_of_rates():
     cfg = Config.fromfile(
-        ROOT / 'configs/residual_kd_progressive_resnet34_resnet18_imagenet.py'
+        find_config('residual_kd_progressive_resnet34_resnet18_imagenet')
     )
     init_default_scope(cfg.default_scope)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
@@ -905,7 +905,7 @@ def test_progressive_config__gives_each_phase_its_own_cycle_of_rates():
 
 def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant():
     cfg = Config.fromfile(
-        ROOT / 'configs/residual_kd_retinanet_r18w32_r18w16_digits.py'
+        find_config('residual_kd_retinanet_r18w32_r18w16_digits')
     )
     cfg.model.teacher.checkpoint = 'random'
     with DefaultScope.overwrite_default_scope(cfg.default_scope):

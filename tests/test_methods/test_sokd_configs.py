@@ -11,18 +11,19 @@ from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 
 from era_mm.core.host_models import resolve_model_config
+from era_mm.engine.preflight import find_config
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 STEMS = sorted(
     file.stem
     for start in ('sokd', 'fitnet')
-    for file in (ROOT / 'configs').glob(f'{start}_*.py')
+    for file in (ROOT / 'configs').rglob(f'{start}_*.py')
 )
 
 
 def load(stem):
-    cfg = Config.fromfile(ROOT / f'configs/{stem}.py')
+    cfg = Config.fromfile(find_config(stem))
     init_default_scope(cfg.default_scope)
     return cfg
 

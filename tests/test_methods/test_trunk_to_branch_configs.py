@@ -10,10 +10,13 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 
+from era_mm.engine.preflight import find_config
 from era_mm.testing import detection_batch
 
 ROOT = Path(__file__).resolve().parents[2]
-STEMS = sorted(file.stem for file in (ROOT / 'configs').glob('t2b_*.py'))
+STEMS = sorted(
+    file.stem for file in (ROOT / 'configs/trunk_to_branch').glob('*.py')
+)
 
 
 def narrow(student):
@@ -36,7 +39,7 @@ def narrow(student):
 
 @pytest.mark.parametrize('stem', STEMS)
 def test_config__trains_a_step(stem):
-    cfg = Config.fromfile(ROOT / f'configs/{stem}.py')
+    cfg = Config.fromfile(find_config(stem))
     init_default_scope(cfg.default_scope)
     config = copy.deepcopy(cfg.model)
     if 'data_preprocessor' in cfg:

@@ -9,6 +9,7 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.registry import MODELS
 
 from era_mm.core import student_config_of
+from era_mm.engine.preflight import find_config
 from era_mm.methods.residual_kd.split import measure
 from era_mm.testing import (
     classifier_config,
@@ -123,7 +124,7 @@ def test_recorded__costs_are_what_is_counted(file):
         for cost in map(json.loads, lines):
             # The larger images take half a minute.
             if cost['input_size'] <= 224:
-                config = str(ROOT / f'configs/{cost["config"]}.py')
+                config = find_config(cost['config'])
                 assert tool.cost_of(config, cost['input_size']) == cost
 
 

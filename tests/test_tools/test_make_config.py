@@ -784,7 +784,7 @@ def test_refused__a_distillation(refused):
     error = refused(teacher=str(CONFIGS / 'era_retinanet_r101_r50.py'))
     assert '--teacher' in error
     assert 'is a Distillation' in error
-    error = refused(student=str(CONFIGS / 'ie_dml_retinanet_r50_r50.py'))
+    error = refused(student=str(CONFIGS / 'ie_kd/ie_dml_retinanet_r50_r50.py'))
     assert 'is a MutualDistillation already' in error
 
 

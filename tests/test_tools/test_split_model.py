@@ -186,7 +186,9 @@ def test_widths__are_multiples_of_a_group_norms_groups():
 
 def test_split__of_the_digits_student():
     """Its neck has a group norm of 8 groups; channels are tried by 4."""
-    model = Config.fromfile(ROOT / 'configs/plain_retinanet_r18w16_digits.py')
+    model = Config.fromfile(
+        ROOT / 'configs/plain/plain_retinanet_r18w16_digits.py'
+    )
     with DefaultScope.overwrite_default_scope('mmdet'):
         split = split_by_flops(
             model.model, 0.2, divisor=4, input_size=(64, 64)

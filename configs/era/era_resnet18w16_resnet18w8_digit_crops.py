@@ -1,0 +1,23 @@
+# ERA, ResNet-18 of width 16 to width 8, digit crops, 40 epochs.
+# Plain twin: plain_resnet18w8_digit_crops.py; train the teacher first.
+#   python tools/train.py configs/plain/plain_resnet18w16_digit_crops.py
+#   python tools/train.py configs/era/era_resnet18w16_resnet18w8_digit_crops.py
+_base_ = [
+    '../plain/plain_resnet18w8_digit_crops.py',
+    '../_base_/era_runtime.py',
+]
+
+model = dict(
+    _delete_=True,
+    type='era_mm.Distillation',
+    student=_base_.model,
+    teacher=dict(
+        config='{{ fileDirname }}/../plain/plain_resnet18w16_digit_crops.py',
+        checkpoint='work_dirs/plain_resnet18w16_digit_crops/epoch_40.pth',
+    ),
+    distiller=dict(
+        type='era_mm.ERADistiller',
+        # The released CIFAR configs', whose 0.9 on the labels is 1 here.
+        logit=dict(weight=1.0, temperature=4.0),
+    ),
+)

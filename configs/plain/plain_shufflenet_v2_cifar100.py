@@ -1,0 +1,8 @@
+# ShuffleNetV2 alone, CIFAR-100, 240 epochs:
+#   mim train era_mm configs/plain/plain_shufflenet_v2_cifar100.py
+_base_ = '../_base_/cifar100.py'
+model = dict(
+    backbone=dict(type='era_mm.CIFARShuffleNetV2'),
+    head=dict(in_channels=1024),
+)
+optim_wrapper = dict(optimizer=dict(lr=0.01))

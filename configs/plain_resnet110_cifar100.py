@@ -1,7 +1,0 @@
-# ResNet-110 alone, CIFAR-100, 240 epochs:
-#   mim train era_mm configs/plain_resnet110_cifar100.py
-_base_ = '_base_/cifar100.py'
-model = dict(
-    backbone=dict(type='era_mm.CIFARResNet', depth=110),
-    head=dict(in_channels=64),
-)

@@ -1,7 +1,0 @@
-# ResNet-32 alone, CIFAR-100, 240 epochs:
-#   mim train era_mm configs/plain_resnet32_cifar100.py
-_base_ = '_base_/cifar100.py'
-model = dict(
-    backbone=dict(type='era_mm.CIFARResNet', depth=32),
-    head=dict(in_channels=64),
-)

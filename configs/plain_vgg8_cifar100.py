@@ -1,7 +1,0 @@
-# VGG8 alone, CIFAR-100, 240 epochs:
-#   mim train era_mm configs/plain_vgg8_cifar100.py
-_base_ = '_base_/cifar100.py'
-model = dict(
-    backbone=dict(type='era_mm.CIFARVGG', depth=8),
-    head=dict(in_channels=512),
-)

@@ -1,0 +1,1 @@
+"""Which models of the hosts' zoos can be distilled: ``docs/zoo.md``."""

@@ -1,8 +1,0 @@
-"""``python -m era_mm.export_student <config> <checkpoint> ...``."""
-
-import sys
-
-from era_mm.cli import run_export_student
-
-if __name__ == '__main__':
-    sys.exit(run_export_student())
