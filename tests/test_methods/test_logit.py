@@ -1,8 +1,5 @@
 """LogitDistiller: each kind by its formula, routing, what it refuses."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -15,6 +12,7 @@ from era_mm.testing import (
     detector_config,
     distillation_config,
     save_teacher,
+    two_stage_config,
 )
 
 
@@ -127,22 +125,13 @@ def both(folder, student, teacher, terms):
     return MODELS.build(config)
 
 
-def two_stage(*args):
-    spec = importlib.util.spec_from_file_location(
-        'era_space_tests', Path(__file__).with_name('test_era_space.py')
-    )
-    tests = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tests)
-    return tests.two_stage(*args)
-
-
 @pytest.mark.parametrize(
     'kind', ['RetinaHead', 'FCOSHead', 'GFLHead', 'two_stage']
 )
 def test_detectors__are_compared_as_beside_era(tmp_path, kind):
     """Whose terms have slow references of their own."""
     if kind == 'two_stage':
-        models = [two_stage(8, 16), two_stage(16, 24)]
+        models = [two_stage_config(8, 16), two_stage_config(16, 24)]
     else:
         models = [
             detector_config(head=kind),
