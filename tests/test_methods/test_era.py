@@ -313,7 +313,7 @@ def released(*args, **kwargs):
 def said(monkeypatch):
     """What the distiller and its terms say."""
     messages = []
-    for module in ('methods.era.distiller', 'heads.detector_terms'):
+    for module in ('methods.era.head_user', 'heads.detector_terms'):
         monkeypatch.setattr(
             f'era_mm.{module}.print_log',
             lambda message, **kwargs: messages.append(message),
@@ -513,14 +513,14 @@ def test_distiller__other_class_count_turns_twi_off_with_a_message(said):
 def test_distiller__levels_must_agree():
     teacher = detector_config(width=16, channels=24)
     teacher['neck'] |= dict(num_outs=3)
-    with pytest.raises(ValueError, match='same number of levels'):
+    with pytest.raises(ValueError, match='all but the channels must agree'):
         build(teacher=teacher)
 
 
 def test_distiller__strides_must_agree():
     teacher = detector_config(width=16, channels=24)
     teacher['backbone'] |= dict(strides=(1, 1, 2))
-    with pytest.raises(ValueError, match='same stride'):
+    with pytest.raises(ValueError, match='of the same levels and strides'):
         build(teacher=teacher)
 
 

@@ -747,7 +747,7 @@ def test_inference__of_t_alone_runs_no_roi_head_of_the_student(tmp_path):
 def said(monkeypatch):
     messages = []
     monkeypatch.setattr(
-        'era_mm.methods.era.distiller.print_log',
+        'era_mm.methods.era.head_user.print_log',
         lambda message, **kwargs: messages.append(message),
     )
     return messages

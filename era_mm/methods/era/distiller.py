@@ -1,8 +1,7 @@
 """ERADistiller: the residual approximation and TWI, put together."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce
@@ -10,32 +9,31 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import (
-    BaseDistiller,
     Features,
     HostModel,
     MeasuredPair,
     Plan,
 )
 from ...core.host_models import is_query_based
-from ...core.utils import evaluating, preserve_rng
+from ...core.utils import evaluating
 from ...heads import (
-    DetectorTerm,
-    LogitTerm,
     RoITerm,
-    StudentProposals,
-    TWIHead,
-    TwoStageTWIHead,
     find_head,
-    mismatch,
-    term_for,
     tower_sources,
-    why_not_reused,
-    with_loss_of,
 )
-from ...layers import full_precision
+from ...layers import check_alike, full_precision
 from ...registry import MODELS
+from .approximation import (
+    Parts,
+    approximate,
+    estimate_from,
+    shares_in,
+    unexplained_shares,
+)
 from .export import export_estimate
-from .losses import ERALoss, estimates_of, residual_targets
+from .forms import FORMS, Settings, settings_of
+from .head_user import HeadUser
+from .losses import ERALoss
 from .mbrnet import MBRNet
 
 #: Iterations between two looks at the running shares, for which the ranks wait
@@ -44,20 +42,8 @@ EXPLAINED_EVERY = 10
 EXPLAINED_RATE = 0.5
 
 
-class Parts(NamedTuple):
-    """What estimates are made of, in the space of the branches.
-
-    Args:
-        aligned: u by level.
-        residuals: d by level and branch.
-    """
-
-    aligned: list[Tensor]
-    residuals: list[Sequence[Tensor]]
-
-
 @MODELS.register_module()
-class ERADistiller(BaseDistiller):
+class ERADistiller(HeadUser):
     """Expandable Residual Approximation.
 
         u_l  = align_l(P_l)          d_il = branch_i(P_l)
@@ -145,32 +131,6 @@ class ERADistiller(BaseDistiller):
             be compared.
     """
 
-    FORMS = ('auto', 'released', 'normalised')
-    TWI_STEPS = ('auto', 'all', 'last', 'sampled', 'none')
-    TWI_PLACES = ('head', 'predictors')
-    TWI_TARGETS = ('auto', 'labels', 'teacher', 'both')
-
-    #: What a form sets where the config does not.
-    DEFAULTS: ClassVar[dict[str, dict[str, Any]]] = {
-        'released': dict(
-            mbrnet=dict(),
-            loss=dict(),
-            twi_steps='all',
-            twi_targets='labels',
-        ),
-        'normalised': dict(
-            mbrnet=dict(branch='bottleneck', normalize=True),
-            loss=dict(
-                align_weight=1.0,
-                residual_weight=4.0,
-                scales=1.0,
-                twi_scales=(1.0, 1.0),
-            ),
-            twi_steps='sampled',
-            twi_targets='teacher',
-        ),
-    }
-
     def __init__(
         self,
         source: str | list | dict = 'neck',
@@ -189,37 +149,25 @@ class ERADistiller(BaseDistiller):
         schedules: dict[str, dict] | None = None,
         init_cfg: dict | None = None,
     ) -> None:
-        super().__init__(source, teacher, schedules, init_cfg)
+        super().__init__(
+            source,
+            teacher,
+            schedules,
+            init_cfg,
+            form=form,
+            twi_steps=twi_steps,
+            twi_targets=twi_targets,
+            twi_place=twi_place,
+            logit=logit,
+        )
         if len(self.student_sources) != 1 or len(self.teacher_sources) != 1:
             raise ValueError(
                 'ERADistiller approximates one source, but got '
                 f'{self.student_sources} and {self.teacher_sources}.'
             )
-        for name, choice, choices in (
-            ('form', form, self.FORMS),
-            ('twi_steps', twi_steps, self.TWI_STEPS),
-            ('twi_place', twi_place, self.TWI_PLACES),
-            ('twi_targets', twi_targets, self.TWI_TARGETS),
-        ):
-            if choice not in choices:
-                raise ValueError(
-                    f'`{name}` must be one of {choices}, but got {choice!r}.'
-                )
-        if twi_place == 'predictors' and source != 'neck':
+        if form not in ('auto', *FORMS):
             raise ValueError(
-                "`twi_place='predictors'` infers its sources, but got "
-                f'source={source!r}. Remove `source`.'
-            )
-        if not (logit in ('auto', None) or isinstance(logit, Mapping)):
-            raise ValueError(
-                "`logit` must be 'auto', None (no such term) or a dict of "
-                f'arguments, but got {logit!r}.'
-            )
-        if twi_targets in ('teacher', 'both') and logit is None:
-            raise ValueError(
-                f'`twi_targets={twi_targets!r}` compares with the '
-                "teacher's outputs by the `logit` term, which is None. Set "
-                'logit=dict().'
+                f'`form` must be one of {("auto", *FORMS)}, but got {form!r}.'
             )
         if twi_interval < 1:
             raise ValueError(
@@ -241,23 +189,11 @@ class ERADistiller(BaseDistiller):
         self._loss_cfg = dict(loss or {})
         # Refuses unknown keys now; the form sets the rest.
         self.loss_terms = ERALoss(**self._loss_cfg)
-        self._logit_cfg = logit
-        self.logit: LogitTerm | DetectorTerm | None = None
-        self.twi_steps = twi_steps
-        self.twi_targets = twi_targets
         self.twi_interval = twi_interval
-        self.twi_place = twi_place
         self.detach = detach
         self.alpha = alpha
-        self.feature_sources: tuple[str, ...] = self.student_sources
         self.mbrnet: MBRNet
-        self.twi_head: TWIHead | None = None
-        self._proposals: StudentProposals | None = None
-        self._blends = self._lacks_masks = self._tokens = False
-        # What must be there, or else the pair is refused.
-        self._asks_for_twi = twi_steps not in ('auto', 'none')
-        self._asks_for_logit = isinstance(logit, Mapping)
-        self._asks_for_targets = twi_targets in ('teacher', 'both')
+        self._tokens = False
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
@@ -267,7 +203,7 @@ class ERADistiller(BaseDistiller):
         layer norms where the teacher's backbone has them, as the [official
         code] for Swin. All else are the defaults for the pair.
         """
-        reason = cls._why_no_twi(pair)
+        reason = cls.why_no_twi(pair)
         # Its levels are the teacher's own where the head can be reused.
         match = pair.match(encoder=True, cover=reason is None)
         student_feats, _ = match.feats()
@@ -290,25 +226,6 @@ class ERADistiller(BaseDistiller):
             modes=('E0', 'T', 'ST'),
         )
 
-    @staticmethod
-    def _why_no_twi(pair: MeasuredPair) -> str | None:
-        student, teacher = pair.student, pair.teacher
-        reason = why_not_reused(student.model, teacher.model)
-        if reason is not None:
-            return reason
-        names = (student.classes, teacher.classes)
-        if None not in names and names[0] != names[1]:
-            return (
-                'student and teacher have the same number of classes, but '
-                'other ones or another order'
-            )
-        head = find_head(teacher.model)
-        assert head is not None
-        _, teacher_feats = pair.match(cover=True).feats()
-        with torch.no_grad(), preserve_rng():
-            problem = head.problem(teacher_feats, training=True)
-        return problem and f'{type(head.head).__name__}: {problem}'
-
     # -- meeting the pair --------------------------------------------------
 
     def choose_sources(
@@ -330,164 +247,6 @@ class ERADistiller(BaseDistiller):
             )
         if self._proposals is not None:
             self.student_sources += self._proposals.SOURCES
-
-    def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Find the teacher's head, and how the student's goes with it."""
-        head = find_head(teacher, self.twi_place)
-        reason = mismatch(student, teacher)
-        if reason is None and head is None:
-            reason = (
-                f'TWI cannot use the head of {type(teacher).__name__}: it '
-                'needs `bbox_head` (dense), `rpn_head` and `roi_head` '
-                '(two-stage) or `head` (classifier) with `loss` and `predict`'
-            )
-            if self._asks_for_twi:
-                raise ValueError(
-                    f"{reason}. Set twi_steps='none' for ERA without TWI."
-                )
-        if reason is None and isinstance(head, TwoStageTWIHead):
-            head = self._two_stage(head, student)
-        if reason is None and type(head) is TWIHead:
-            head = self._with_students_loss(head, student)
-        if head is None or reason is not None:
-            if reason is not None:
-                self._leave_head(reason)
-            return
-        # The blend needs the student's features as its own head gets them.
-        student_head = find_head(student, self.twi_place)
-        self._blends = (
-            student_head is not None and not self.connections.connectors
-        )
-        self._lacks_masks = getattr(student, 'with_mask', False) and not (
-            isinstance(head, TwoStageTWIHead) and head.has_masks
-        )
-        if self._lacks_masks:
-            print_log(
-                'ERA without the modes T, ST and E0 ...: the student predicts '
-                f'masks, but {type(head.head).__name__}, which is reused of '
-                'the teacher, does not.',
-                logger='current',
-                level=logging.WARNING,
-            )
-        self.twi_head = head
-
-    @staticmethod
-    def _with_students_loss(head: TWIHead, student: nn.Module) -> TWIHead:
-        found = with_loss_of(student, head)
-        if found is None:
-            print_log(
-                "TWI by the labels takes the loss of the teacher's "
-                f"{type(head.head).__name__}, not the student's: they are not "
-                'heads of one kind.',
-                logger='current',
-            )
-        return found or head
-
-    def _two_stage(
-        self, head: TwoStageTWIHead, student: nn.Module
-    ) -> TwoStageTWIHead | None:
-        wants_logit = self._asks_for_logit or (
-            self._logit_cfg is not None and self.form != 'released'
-        )
-        if self.twi_steps != 'none' or wants_logit:
-            try:
-                self._proposals = StudentProposals(student)
-            except ValueError as error:
-                if self._asks_for_twi or self._asks_for_logit:
-                    raise
-                reason = str(error).partition('. ')[0]
-                self._leave_head(f'{reason[0].lower()}{reason[1:]}')
-                return None
-        if head.has_masks and not getattr(student, 'with_mask', False):
-            print_log(
-                "TWI without the teacher's mask branch: the student predicts "
-                'no masks, so the data need not have any.',
-                logger='current',
-            )
-            head = head.without_masks()
-        return head
-
-    def _leave_head(self, reason: str) -> None:
-        """Go on without the teacher's head, where that was not asked for."""
-        if self._asks_for_logit:
-            raise ValueError(
-                f'`logit` cannot be distilled: {reason}. Remove `logit`.'
-            )
-        parts = ['TWI'] if self.twi_steps != 'none' else []
-        if self._logit_cfg is not None and self.form != 'released':
-            parts.append("terms on the student's own logits")
-        if parts:
-            print_log(
-                f'ERA without {" and ".join(parts)}: {reason}.',
-                logger='current',
-                level=logging.WARNING,
-            )
-        self.twi_steps = 'none'
-        self.twi_head = self._proposals = None
-        self._leave_logit()
-
-    def _choose_logit(self, student: nn.Module) -> None:
-        """The term on the student's own head that its kind needs."""
-        if self._logit_cfg is None or self.twi_head is None:
-            return
-        if (
-            self.form == 'released'
-            and not self._asks_for_logit
-            and type(self.twi_head) is not TWIHead
-        ):
-            # The released code has a term for the logits of classifiers.
-            return
-        cfg: dict[str, Any] = {}
-        if isinstance(self._logit_cfg, Mapping):
-            cfg |= self._logit_cfg
-        kind = cfg.pop('kind', None)
-        if kind == 'binary':
-            kind = 'dense'
-            for key in ('temperature', 'source'):
-                cfg.pop(key, None)
-            print_log(
-                "logit=dict(kind='binary') of ERADistiller is now kind="
-                "'dense': `weight` (default 1) is in units of the teacher's "
-                'own scores, boxes are distilled beside them (`box_weight`), '
-                'and `temperature` and `source` have no effect. '
-                "'binary' goes with the next version.",
-                logger='current',
-                level=logging.WARNING,
-            )
-        # Now: a student without the term's source would be told of that.
-        self.logit = term_for(self.twi_head, kind, **cfg)
-        modules = dict(student.named_modules())
-        lacking = [s for s in self.logit.sources if s not in modules]
-        if is_query_based(student):
-            self._drop_logit(
-                f'{type(student).__name__} predicts from queries, not from '
-                'features'
-            )
-        elif lacking and not self._asks_for_logit:
-            self._drop_logit(f'{type(student).__name__} has no {lacking[0]!r}')
-
-    def _drop_logit(self, reason: str) -> None:
-        """Go on without the term, where that was not asked for."""
-        if self._asks_for_logit:
-            raise ValueError(
-                f'`logit` cannot be distilled: {reason}. Remove `logit`, or '
-                'give both heads the same anchors and classes.'
-            )
-        print_log(
-            f"ERA without a term on the student's own logits: {reason}.",
-            logger='current',
-            level=logging.WARNING,
-        )
-        self._leave_logit()
-
-    def _leave_logit(self) -> None:
-        self.logit = None
-        if self._asks_for_targets and self.twi_steps != 'none':
-            raise ValueError(
-                f'`twi_targets={self.twi_targets!r}` needs the `logit` term, '
-                "which this pair cannot have. Set twi_targets='labels'."
-            )
-        self.twi_targets = 'labels'
 
     def _maps(
         self, feats: Features, sources: tuple[str, ...]
@@ -514,14 +273,28 @@ class ERADistiller(BaseDistiller):
         )
         student_maps = self._maps(student_feats, self.feature_sources)
         teacher_maps = self._maps(teacher_feats, self.teacher_sources)
-        self._check_levels(student_maps, teacher_maps)
+        check_alike(
+            [m.shape for m in student_maps],
+            [m.shape for m in teacher_maps],
+            names=('The student', 'the teacher'),
+            at=(self.feature_sources, self.teacher_sources),
+            advice='Choose sources of the same levels and strides, or let '
+            'make_config write a `source.connector`.',
+        )
         found = dict(
             in_channels=[m.shape[1] for m in student_maps],
             out_channels=[m.shape[1] for m in teacher_maps],
             num_levels=len(student_maps),
             spatial_dims=student_maps[0].dim() - 2,
         )
-        self._take_form(is_map=bool(found['spatial_dims']))
+        self._take_form(
+            settings_of(
+                self.form,
+                is_map=bool(found['spatial_dims']),
+                mbrnet=self._mbrnet_cfg,
+                loss=self._loss_cfg,
+            )
+        )
         for key, value in found.items():
             given = self._mbrnet_cfg.pop(key, value)
             if isinstance(given, int) and isinstance(value, list):
@@ -536,7 +309,9 @@ class ERADistiller(BaseDistiller):
         # Refuses what does not fit now, not in the first step.
         self.loss_terms.branch_weights(self.mbrnet.num_branches)
         self.loss_terms.step_weights(self.mbrnet.num_branches)
-        self._try_out(student_maps, teacher_maps)
+        self._try_branches(student_maps)
+        if self.twi_head is not None:
+            self._try_head(teacher_maps)
         if self.logit is not None:
             self._meet_logit(student, student_feats, teacher_maps)
         if self.twi_steps != 'none' and self.mbrnet.space is not None:
@@ -546,74 +321,9 @@ class ERADistiller(BaseDistiller):
                 'explained', torch.zeros(self.mbrnet.num_branches + 1)
             )
 
-    def _take_form(self, *, is_map: bool) -> None:
-        """Fill in what the config leaves to the form."""
-        if self.form == 'auto':
-            self.form = 'normalised' if is_map else 'released'
-        defaults = self.DEFAULTS[self.form]
-        mbrnet = dict(defaults['mbrnet'])
-        if 'branch' not in self._mbrnet_cfg and (
-            not is_map or MBRNet.RELEASED_ONLY & set(self._mbrnet_cfg)
-        ):
-            # Its options are of the released branches.
-            mbrnet |= dict(branch='released')
-        self._mbrnet_cfg = mbrnet | self._mbrnet_cfg
-        if (
-            self.form == 'normalised'
-            and self._mbrnet_cfg['branch'] == 'released'
-        ):
-            self._mbrnet_cfg.setdefault('zero_init', True)
-        loss = dict(defaults['loss'])
-        if 'twi_on_aligned' in self._loss_cfg:
-            # It says the same in the released way.
-            loss.pop('twi_scales', None)
-        self.loss_terms = ERALoss(**(loss | self._loss_cfg))
-        if self.twi_steps == 'auto':
-            self.twi_steps = defaults['twi_steps']
-        if self.twi_targets == 'auto':
-            self.twi_targets = defaults['twi_targets']
-            if self.logit is None:
-                self.twi_targets = 'labels'
-            elif self.twi_targets == 'teacher' and isinstance(
-                self.logit, RoITerm
-            ):
-                # Which compares no outputs of the RPN.
-                self.twi_targets = 'both'
-
-    def _check_levels(
-        self,
-        student_maps: tuple[Tensor, ...],
-        teacher_maps: tuple[Tensor, ...],
-    ) -> None:
-        where = ', '.join(self.feature_sources)
-        if len(student_maps) != len(teacher_maps):
-            raise ValueError(
-                'Student and teacher must have the same number of levels at '
-                f'{where!r}, but the student has '
-                f'{len(student_maps)} {[tuple(m.shape) for m in student_maps]}'
-                f' and the teacher {len(teacher_maps)} '
-                f'{[tuple(m.shape) for m in teacher_maps]}. Give both necks '
-                'the same `num_outs`, or let tools/make_config.py write a '
-                '`source.connector`.'
-            )
-        for level, (s, t) in enumerate(
-            zip(student_maps, teacher_maps, strict=True)
-        ):
-            if s.shape[2:] != t.shape[2:] or s.dim() != t.dim():
-                raise ValueError(
-                    f'Level {level} has size {tuple(s.shape)} in the student '
-                    f'and {tuple(t.shape)} in the teacher: all but the '
-                    'channels must agree. Choose sources of the same stride, '
-                    'or let tools/make_config.py write a `source.connector`.'
-                )
-
     @torch.no_grad()
-    def _try_out(
-        self,
-        student_maps: tuple[Tensor, ...],
-        teacher_maps: tuple[Tensor, ...],
-    ) -> None:
-        """Run branches and head once on the dry run's features."""
+    def _try_branches(self, student_maps: tuple[Tensor, ...]) -> None:
+        """Run them once on the dry run's features."""
         with evaluating(self.mbrnet):
             try:
                 self.mbrnet(student_maps)
@@ -624,81 +334,23 @@ class ERADistiller(BaseDistiller):
                     f'{[tuple(m.shape) for m in student_maps]}: {error}. '
                     'Choose a norm_cfg for such features.'
                 ) from error
-        if self.twi_head is None:
-            return
-        problem = self.twi_head.problem(
-            teacher_maps, training=self.twi_steps != 'none'
-        )
-        if problem is None:
-            return
-        problem = (
-            f"the teacher's head ({type(self.twi_head.head).__name__}) "
-            f'cannot judge the source {", ".join(self.teacher_sources)!r}: '
-            f'{problem}'
-        )
-        if self._asks_for_twi or self._asks_for_logit:
-            raise ValueError(
-                f'{problem[0].upper()}{problem[1:]}. TWI needs the source '
-                "that feeds the head, usually 'neck', and the config the "
-                "teacher was trained with; else set twi_steps='none'."
-            )
-        self._leave_head(problem)
 
-    @torch.no_grad()
-    def _meet_logit(
-        self,
-        student: nn.Module,
-        student_feats: Features,
-        teacher_maps: tuple[Tensor, ...],
-    ) -> None:
-        assert self.logit is not None
-        if self.connections.connectors and isinstance(self.logit, RoITerm):
-            # Its RoI head reads what its neck gives.
-            reason: str | None = 'a connector follows its neck'
-        else:
-            reason = self._try_logit(student, student_feats, teacher_maps)
-        if reason is None:
-            return
-        self.student_sources = tuple(
-            source
-            for source in self.student_sources
-            if source in self.feature_sources
-            or source not in self.logit.sources
-        )
-        self._drop_logit(reason)
-
-    def _try_logit(
-        self,
-        student: nn.Module,
-        student_feats: Features,
-        teacher_maps: tuple[Tensor, ...],
-    ) -> str | None:
-        """Why the term cannot compare this pair, if so."""
-        assert self.logit is not None
-        try:
-            reason = self.logit.prepare(
-                head=self._head,
-                student=student,
-                student_feats=student_feats,
-                teacher_feats=teacher_maps,
-            )
-            if reason is None:
-                said: Any = self.logit.target(
-                    self._head,
-                    teacher_maps,
-                    [self._head.trial_sample(teacher_maps)],
-                )
-                self.logit.of_student(student_feats, said)
-                self.logit.of_estimate(self._head, teacher_maps, said)
-        except Exception as error:
-            # Heads of third parties nest their outputs as they like.
-            return f'{type(error).__name__}: {error}'
-        return reason
-
-    @property
-    def _head(self) -> TWIHead:
-        assert self.twi_head is not None
-        return self.twi_head
+    def _take_form(self, settings: Settings) -> None:
+        """Fill in what the config leaves to the form."""
+        self.form = settings.form
+        self._mbrnet_cfg = settings.mbrnet
+        self.loss_terms = ERALoss(**settings.loss)
+        if self.twi_steps == 'auto':
+            self.twi_steps = settings.twi_steps
+        if self.twi_targets == 'auto':
+            self.twi_targets = settings.twi_targets
+            if self.logit is None:
+                self.twi_targets = 'labels'
+            elif self.twi_targets == 'teacher' and isinstance(
+                self.logit, RoITerm
+            ):
+                # Which compares no outputs of the RPN.
+                self.twi_targets = 'both'
 
     # -- losses ------------------------------------------------------------
 
@@ -723,18 +375,32 @@ class ERADistiller(BaseDistiller):
         """
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
-        for level, (s, t) in enumerate(zip(maps, targets, strict=True)):
-            if s.shape[2:] != t.shape[2:]:
-                raise ValueError(
-                    f'Level {level}: student {tuple(s.shape)}, teacher '
-                    f'{tuple(t.shape)}. Choose sources of one stride, and '
-                    'compare pad_size_divisor of both data_preprocessors.'
-                )
+        check_alike(
+            [m.shape for m in maps],
+            [m.shape for m in targets],
+            names=('The student', 'the teacher'),
+            advice='Choose sources of one stride, and compare '
+            'pad_size_divisor of both data_preprocessors.',
+        )
         # Sums and differences of estimates in full precision: the last
         # residuals are small.
         targets = tuple(full_precision(t) for t in targets)
         learns = self.training and torch.is_grad_enabled()
-        losses, parts = self._approximate(maps, targets, learns=learns)
+        losses, parts = approximate(
+            self.mbrnet,
+            self.loss_terms,
+            maps=maps,
+            targets=targets,
+            detach=self.detach,
+            learns=learns,
+        )
+        if (
+            learns
+            and self.mbrnet.space is not None
+            and self.twi_steps != 'none'
+            and self.step % EXPLAINED_EVERY == 0
+        ):
+            self._explain(losses)
         if self._proposals is not None:
             data_samples = self._proposals.attach(student_feats, data_samples)
         said: Any = None
@@ -752,121 +418,36 @@ class ERADistiller(BaseDistiller):
             losses |= self._twi_losses(parts, data_samples, said)
         return losses
 
-    def _approximate(
-        self,
-        maps: tuple[Tensor, ...],
-        targets: tuple[Tensor, ...],
-        *,
-        learns: bool,
-    ) -> tuple[dict[str, Tensor], Parts]:
-        """The feature terms, and what estimates are made of."""
-        space = self.mbrnet.space
-        seen = [m.detach() for m in maps] if self.detach else maps
-        aligned = [full_precision(u) for u in self.mbrnet.align(maps)]
-        if space is not None:
-            if learns:
-                space.update(targets)
-            stacked = self.mbrnet.stacked_residuals(seen)
-            losses = self.loss_terms.of_shares(
-                aligned=aligned,
-                residuals=stacked,
-                targets=space.normalize(targets),
-                share_weights=space.share_weights,
-            )
-            parts = Parts(aligned, [d.unbind(dim=1) for d in stacked])
-        else:
-            parts = Parts(
-                aligned,
-                [
-                    [full_precision(d) for d in level]
-                    for level in zip(*self.mbrnet.residuals(seen), strict=True)
-                ],
-            )
-            # Of estimates only the values count here.
-            with torch.no_grad():
-                missing = [
-                    residual_targets(
-                        estimates=estimates_of(aligned=u, residuals=d),
-                        teacher_feat=target,
-                    )
-                    for u, d, target in zip(*parts, targets, strict=True)
-                ]
-            losses = self.loss_terms(
-                aligned=aligned,
-                residuals=list(zip(*parts.residuals, strict=True)),
-                targets=list(zip(*missing, strict=True)),
-                teacher_feats=targets,
-            )
-        if (
-            learns
-            and space is not None
-            and self.twi_steps != 'none'
-            and self.step % EXPLAINED_EVERY == 0
-        ):
-            self._explain(losses)
-        return losses, parts
-
-    def _shares(self, losses: dict[str, Tensor]) -> Tensor:
-        return torch.stack(
-            [
-                losses[f'era_unexplained_e{step}']
-                for step in range(self.mbrnet.num_branches + 1)
-            ]
-        )
-
     def _explain(self, losses: dict[str, Tensor]) -> None:
         """Take a batch into the running shares that weigh TWI."""
-        shares = self._shares(losses)
+        shares = shares_in(losses)
         all_reduce(shares, 'mean')
         self.explained.lerp_((1 - shares).clamp(0, 1), EXPLAINED_RATE)
-
-    def _estimate(self, parts: Parts, step: int) -> list[Tensor]:
-        """An estimate with its graph, on the teacher's scale."""
-        start = parts.aligned
-        # e_0 trains the student whether or not the branches do.
-        if self.detach and step:
-            start = [u.detach() for u in start]
-        estimate = [
-            estimates_of(
-                aligned=u, residuals=[full_precision(x) for x in d[:step]]
-            )[-1]
-            for u, d in zip(start, parts.residuals, strict=True)
-        ]
-        space = self.mbrnet.space
-        return estimate if space is None else space.restore(estimate)
 
     def _twi_losses(
         self, parts: Parts, data_samples: list, said: Any
     ) -> dict[str, Tensor]:
-        last = self.mbrnet.num_branches
-        weights = self.loss_terms.step_weights(last)
-        chosen = [k for k, weight in enumerate(weights) if weight]
-        if self.twi_steps != 'all':
-            index = last
-            if self.twi_steps == 'sampled':
-                # Its own generator, so that the draw does not shift the
-                # data's random state; by step, so that a resumed run and
-                # all ranks draw alike.
-                generator = torch.Generator().manual_seed(self.step)
-                index = int(
-                    torch.multinomial(
-                        torch.tensor(weights), 1, generator=generator
-                    )
-                )
-            chosen = [index]
-            weights[index] = sum(weights)
+        weights = self.loss_terms.judged(
+            self.mbrnet.num_branches, self.twi_steps, self.step
+        )
         term = self.logit
         judged = self._head.judge(
-            [self._estimate(parts, k) for k in chosen],
+            [
+                estimate_from(
+                    parts, k, space=self.mbrnet.space, detach=self.detach
+                )
+                for k in weights
+            ],
             data_samples,
             by_labels=self.twi_targets != 'teacher',
             term=None if self.twi_targets == 'labels' else term,
             said=said,
         )
         losses: dict[str, Tensor] = {}
-        for k, terms in zip(chosen, judged, strict=True):
-            weight: float | Tensor = weights[k] * self.twi_interval
-            weight = self.loss_terms.twi_weight * weight
+        for (k, given), terms in zip(weights.items(), judged, strict=True):
+            weight: float | Tensor = (
+                self.loss_terms.twi_weight * self.twi_interval * given
+            )
             if self.twi_targets == 'both':
                 weight = weight / 2
             if self.mbrnet.space is not None:
@@ -889,13 +470,9 @@ class ERADistiller(BaseDistiller):
             return None
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
-        found = self.loss_terms.of_shares(
-            aligned=[full_precision(u) for u in self.mbrnet.align(maps)],
-            residuals=self.mbrnet.stacked_residuals(maps),
-            targets=space.normalize([full_precision(t) for t in targets]),
-            share_weights=space.share_weights,
+        return unexplained_shares(
+            self.mbrnet, self.loss_terms, space, maps=maps, targets=targets
         )
-        return self._shares(found)
 
     def extra_flops(
         self,
@@ -964,7 +541,14 @@ class ERADistiller(BaseDistiller):
 
     def export(self, mode: str, **pair: Any) -> HostModel:
         """Mode 'E0' or 'T' as a host model; see ``export_estimate``."""
-        return export_estimate(self, mode, **pair)
+        return export_estimate(
+            self.mbrnet,
+            mode,
+            mbrnet_cfg=self._mbrnet_cfg,
+            source=self.student_sources[0],
+            connections=self.connections,
+            **pair,
+        )
 
     def predict(
         self,

@@ -9,7 +9,7 @@ Legend: C_s and C_t channels of student and teacher, L levels.
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...core import HostModel, load_strictly
+from ...core.connections import Connections
 from ...errors import UserError
 from ...layers import Connector
 from .mbrnet import MBRNet
-
-if TYPE_CHECKING:
-    from .distiller import ERADistiller
 
 #: Parts of a model config that come from the student; the rest (type, heads,
 #: their assigners and test settings) is the teacher's.
@@ -37,9 +35,12 @@ STUDENT_PARTS = (
 
 
 def export_estimate(
-    distiller: 'ERADistiller',
+    mbrnet: MBRNet,
     mode: str,
     *,
+    mbrnet_cfg: Mapping[str, Any],
+    source: str,
+    connections: Connections,
     student: HostModel,
     teacher: HostModel,
     inputs: Tensor,
@@ -57,8 +58,11 @@ def export_estimate(
     Source: ours.
 
     Args:
-        distiller: The trained distiller.
+        mbrnet: The trained aligns and branches.
         mode: 'E0' or 'T'.
+        mbrnet_cfg: The arguments of ``mbrnet`` that its features do not tell.
+        source: What of the student is approximated.
+        connections: What stands between it and ``mbrnet``.
         student: The student, in eval mode.
         teacher: The teacher with its weights.
         inputs: Images on which the result is compared with what it has to
@@ -71,8 +75,8 @@ def export_estimate(
         UserError: The align layer cannot be folded, the source is not what
             feeds the head, or the result is not the same.
     """
-    stages = _neck_stages(distiller, student)
-    connector = distiller.connections.connectors.get('student')
+    stages = _neck_stages(source, student)
+    connector = connections.connectors.get('student')
     if connector is not None:
         if mode != 'T' and not keep_align:
             raise _cannot_fold(
@@ -80,12 +84,14 @@ def export_estimate(
                 'a connector that resizes or chooses its levels follows it',
             )
         stages.append((_connector_config(connector), {}))
-    mbrnet = distiller.mbrnet.folded()
-    aligns = mbrnet.aligns
+    folded = mbrnet.folded()
+    aligns = folded.aligns
     config, state = _teacher_around(student, teacher)
     folds_into_head = False
     if mode == 'T':
-        stages.append((_mbrnet_config(distiller), mbrnet.state_dict()))
+        stages.append(
+            (_mbrnet_config(mbrnet, mbrnet_cfg), folded.state_dict())
+        )
     elif keep_align:
         stages.append(_align_stage(aligns))
     elif mbrnet.spatial_dims == 0:
@@ -110,8 +116,9 @@ def export_estimate(
     exported = HostModel(config, module)
     _compare(
         exported,
-        distiller,
+        mbrnet,
         mode,
+        connections=connections,
         student=student,
         head=teacher.module.head if folds_into_head else None,
         inputs=inputs,
@@ -151,12 +158,11 @@ def _teacher_around(
 
 
 def _neck_stages(
-    distiller: 'ERADistiller', student: HostModel
+    source: str, student: HostModel
 ) -> list[tuple[dict, dict[str, Tensor]]]:
     """Config and weights of each part of the student's neck."""
     neck = student.config.get('neck')
     feeds_head = 'backbone' if neck is None else 'neck'
-    source = distiller.student_sources[0]
     if source != feeds_head:
         raise UserError(
             'An exported head reads the output of '
@@ -174,11 +180,10 @@ def _neck_stages(
     ]
 
 
-def _mbrnet_config(distiller: 'ERADistiller') -> dict:
-    mbrnet: MBRNet = distiller.mbrnet
+def _mbrnet_config(mbrnet: MBRNet, given: Mapping[str, Any]) -> dict:
     settings = {
         key: value
-        for key, value in distiller._mbrnet_cfg.items()
+        for key, value in given.items()
         if key not in MBRNet.SPACE_OPTIONS
     }
     if mbrnet.space is not None:
@@ -393,9 +398,10 @@ def _cannot_fold(place: str, reason: str) -> UserError:
 @torch.no_grad()
 def _compare(
     exported: HostModel,
-    distiller: 'ERADistiller',
+    mbrnet: MBRNet,
     mode: str,
     *,
+    connections: Connections,
     student: HostModel,
     head: nn.Module | None,
     inputs: Tensor,
@@ -410,11 +416,9 @@ def _compare(
     def double(part: nn.Module) -> nn.Module:
         return copy.deepcopy(part).double().eval()
 
-    mbrnet = double(distiller.mbrnet)
+    mbrnet = double(mbrnet)
     plain, module = double(student.module), double(exported.module)
-    feats = distiller.connections.connected(
-        plain.extract_feat(inputs.double())
-    )
+    feats = connections.connected(plain.extract_feat(inputs.double()))
     wanted = mbrnet(feats) if mode == 'T' else mbrnet.estimates(feats, 0)[0]
     found = module.extract_feat(inputs.double())
     if head is not None:

@@ -228,6 +228,29 @@ class ERALoss(nn.Module):
         first = 1.0 if self.twi_on_aligned else 0.0
         return [first, *self.branch_weights(num_branches)]
 
+    def judged(
+        self, num_branches: int, steps: str, iteration: int
+    ) -> dict[int, float]:
+        """The estimates that the head judges in an iteration; their weights.
+
+        Args:
+            num_branches: n.
+            steps: 'all', 'last' or 'sampled': see ``ERADistiller``.
+            iteration: The run's; all ranks and a resumed run draw alike.
+        """
+        weights = self.step_weights(num_branches)
+        if steps == 'all':
+            return {k: weight for k, weight in enumerate(weights) if weight}
+        index = num_branches
+        if steps == 'sampled':
+            # Its own generator: the run's own draws must not shift.
+            generator = torch.Generator().manual_seed(iteration)
+            drawn = torch.multinomial(
+                torch.tensor(weights), 1, generator=generator
+            )
+            index = int(drawn)
+        return {index: sum(weights)}
+
     def forward(
         self,
         *,

@@ -1,0 +1,155 @@
+"""The approximation of a batch: feature terms, and what estimates are made of.
+
+Legend: N batch, C_t channels of the teacher, L levels, B branches, * any
+spatial dimensions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...layers import full_precision
+from .losses import ERALoss, estimates_of, residual_targets
+from .mbrnet import MBRNet
+from .space import FeatureSpace
+
+
+class Parts(NamedTuple):
+    """What estimates are made of, in the space of the branches.
+
+    Args:
+        aligned: u by level.
+        residuals: d by level and branch.
+    """
+
+    aligned: list[Tensor]
+    residuals: list[Sequence[Tensor]]
+
+
+def approximate(
+    mbrnet: MBRNet,
+    terms: ERALoss,
+    *,
+    maps: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    detach: bool = False,
+    learns: bool = True,
+) -> tuple[dict[str, Tensor], Parts]:
+    """The feature terms of a batch, and what estimates are made of.
+
+    Args:
+        mbrnet: Aligns and branches.
+        terms: Weighs the errors.
+        maps: The student's features, L of ``(N, C_s, *)``.
+        targets: The teacher's, L of ``(N, C_t, *)``, in float32 at least.
+        detach: The branches see the student's features detached.
+        learns: A training step: the statistics of the space take it in.
+    """
+    seen = [m.detach() for m in maps] if detach else maps
+    aligned = [full_precision(u) for u in mbrnet.align(maps)]
+    space = mbrnet.space
+    if space is not None:
+        if learns:
+            space.update(targets)
+        stacked = mbrnet.stacked_residuals(seen)
+        losses = terms.of_shares(
+            aligned=aligned,
+            residuals=stacked,
+            targets=space.normalize(targets),
+            share_weights=space.share_weights,
+        )
+        return losses, Parts(aligned, [d.unbind(dim=1) for d in stacked])
+    parts = Parts(
+        aligned,
+        [
+            [full_precision(d) for d in level]
+            for level in zip(*mbrnet.residuals(seen), strict=True)
+        ],
+    )
+    # Of estimates only the values count here.
+    with torch.no_grad():
+        missing = [
+            residual_targets(
+                estimates=estimates_of(aligned=u, residuals=d),
+                teacher_feat=target,
+            )
+            for u, d, target in zip(*parts, targets, strict=True)
+        ]
+    losses = terms(
+        aligned=aligned,
+        residuals=list(zip(*parts.residuals, strict=True)),
+        targets=list(zip(*missing, strict=True)),
+        teacher_feats=targets,
+    )
+    return losses, parts
+
+
+def unexplained_shares(
+    mbrnet: MBRNet,
+    terms: ERALoss,
+    space: FeatureSpace,
+    *,
+    maps: Sequence[Tensor],
+    targets: Sequence[Tensor],
+) -> Tensor:
+    """Share of the teacher's variance that each estimate leaves, ``(B + 1,)``.
+
+    Args:
+        mbrnet: Aligns and branches.
+        terms: Averages over levels.
+        space: The net's.
+        maps: The student's features.
+        targets: The teacher's.
+    """
+    return shares_in(
+        terms.of_shares(
+            aligned=[full_precision(u) for u in mbrnet.align(maps)],
+            residuals=mbrnet.stacked_residuals(maps),
+            targets=space.normalize([full_precision(t) for t in targets]),
+            share_weights=space.share_weights,
+        )
+    )
+
+
+def shares_in(losses: Mapping[str, Tensor]) -> Tensor:
+    """The shares among the terms of a step, ``(B + 1,)``."""
+    return torch.stack(
+        [
+            value
+            for name, value in losses.items()
+            if name.startswith('era_unexplained_e')
+        ]
+    )
+
+
+def estimate_from(
+    parts: Parts,
+    step: int,
+    *,
+    space: FeatureSpace | None,
+    detach: bool = False,
+) -> list[Tensor]:
+    """An estimate with its graph, on the teacher's scale.
+
+    Args:
+        parts: What it is made of.
+        step: Which, 0 to B.
+        space: That of the branches; None: the teacher's own scale.
+        detach: Estimates of the branches do not reach the student.
+
+    Returns:
+        L of ``(N, C_t, *)``.
+    """
+    start = parts.aligned
+    # e_0 trains the student whether or not the branches do.
+    if detach and step:
+        start = [u.detach() for u in start]
+    estimate = [
+        estimates_of(
+            aligned=u, residuals=[full_precision(x) for x in d[:step]]
+        )[-1]
+        for u, d in zip(start, parts.residuals, strict=True)
+    ]
+    return estimate if space is None else space.restore(estimate)

@@ -1,0 +1,349 @@
+"""What a distiller uses of the teacher's head, and when it goes without."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ...core import BaseDistiller, Features, MeasuredPair
+from ...core.host_models import is_query_based
+from ...core.utils import preserve_rng
+from ...heads import (
+    DetectorTerm,
+    LogitTerm,
+    RoITerm,
+    StudentProposals,
+    TWIHead,
+    TwoStageTWIHead,
+    find_head,
+    mismatch,
+    term_for,
+    why_not_reused,
+    with_loss_of,
+)
+
+
+class HeadUser(BaseDistiller):
+    """Finds the teacher's head and tries it out before the first step.
+
+    What cannot be is left out with a message, or refused where the config
+    asks for it by name. ``ERADistiller`` says what the arguments mean.
+
+    Source: ours.
+    """
+
+    TWI_STEPS = ('auto', 'all', 'last', 'sampled', 'none')
+    TWI_PLACES = ('head', 'predictors')
+    TWI_TARGETS = ('auto', 'labels', 'teacher', 'both')
+
+    def __init__(
+        self,
+        source: str | list | dict,
+        teacher: str,
+        schedules: dict[str, dict] | None,
+        init_cfg: dict | None,
+        *,
+        form: str,
+        twi_steps: str,
+        twi_targets: str,
+        twi_place: str,
+        logit: Mapping | str | None,
+    ) -> None:
+        super().__init__(source, teacher, schedules, init_cfg)
+        for name, choice, choices in (
+            ('twi_steps', twi_steps, self.TWI_STEPS),
+            ('twi_place', twi_place, self.TWI_PLACES),
+            ('twi_targets', twi_targets, self.TWI_TARGETS),
+        ):
+            if choice not in choices:
+                raise ValueError(
+                    f'`{name}` must be one of {choices}, but got {choice!r}.'
+                )
+        if twi_place == 'predictors' and source != 'neck':
+            raise ValueError(
+                "`twi_place='predictors'` infers its sources, but got "
+                f'source={source!r}. Remove `source`.'
+            )
+        if not (logit in ('auto', None) or isinstance(logit, Mapping)):
+            raise ValueError(
+                "`logit` must be 'auto', None (no such term) or a dict of "
+                f'arguments, but got {logit!r}.'
+            )
+        if twi_targets in ('teacher', 'both') and logit is None:
+            raise ValueError(
+                f'`twi_targets={twi_targets!r}` compares with the '
+                "teacher's outputs by the `logit` term, which is None. Set "
+                'logit=dict().'
+            )
+        self.form = form
+        self.twi_steps = twi_steps
+        self.twi_targets = twi_targets
+        self.twi_place = twi_place
+        self._logit_cfg = logit
+        self.logit: LogitTerm | DetectorTerm | None = None
+        self.feature_sources: tuple[str, ...] = self.student_sources
+        self.twi_head: TWIHead | None = None
+        self._proposals: StudentProposals | None = None
+        self._blends = self._lacks_masks = False
+        # What must be there, or else the pair is refused.
+        self._asks_for_twi = twi_steps not in ('auto', 'none')
+        self._asks_for_logit = isinstance(logit, Mapping)
+        self._asks_for_targets = twi_targets in ('teacher', 'both')
+
+    @staticmethod
+    def why_no_twi(pair: MeasuredPair) -> str | None:
+        """Why the teacher's head cannot judge estimates of a pair, if so."""
+        student, teacher = pair.student, pair.teacher
+        reason = why_not_reused(student.model, teacher.model)
+        if reason is not None:
+            return reason
+        names = (student.classes, teacher.classes)
+        if None not in names and names[0] != names[1]:
+            return (
+                'student and teacher have the same number of classes, but '
+                'other ones or another order'
+            )
+        head = find_head(teacher.model)
+        assert head is not None
+        _, teacher_feats = pair.match(cover=True).feats()
+        with torch.no_grad(), preserve_rng():
+            problem = head.problem(teacher_feats, training=True)
+        return problem and f'{type(head.head).__name__}: {problem}'
+
+    def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Find the teacher's head, and how the student's goes with it."""
+        head = find_head(teacher, self.twi_place)
+        reason = mismatch(student, teacher)
+        if reason is None and head is None:
+            reason = (
+                f'TWI cannot use the head of {type(teacher).__name__}: it '
+                'needs `bbox_head` (dense), `rpn_head` and `roi_head` '
+                '(two-stage) or `head` (classifier) with `loss` and `predict`'
+            )
+            if self._asks_for_twi:
+                raise ValueError(
+                    f"{reason}. Set twi_steps='none' for ERA without TWI."
+                )
+        if reason is None and isinstance(head, TwoStageTWIHead):
+            head = self._two_stage(head, student)
+        if reason is None and type(head) is TWIHead:
+            head = self._with_students_loss(head, student)
+        if head is None or reason is not None:
+            if reason is not None:
+                self._leave_head(reason)
+            return
+        # The blend needs the student's features as its own head gets them.
+        student_head = find_head(student, self.twi_place)
+        self._blends = (
+            student_head is not None and not self.connections.connectors
+        )
+        self._lacks_masks = getattr(student, 'with_mask', False) and not (
+            isinstance(head, TwoStageTWIHead) and head.has_masks
+        )
+        if self._lacks_masks:
+            print_log(
+                'ERA without the modes T, ST and E0 ...: the student predicts '
+                f'masks, but {type(head.head).__name__}, which is reused of '
+                'the teacher, does not.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        self.twi_head = head
+
+    @staticmethod
+    def _with_students_loss(head: TWIHead, student: nn.Module) -> TWIHead:
+        found = with_loss_of(student, head)
+        if found is None:
+            print_log(
+                "TWI by the labels takes the loss of the teacher's "
+                f"{type(head.head).__name__}, not the student's: they are not "
+                'heads of one kind.',
+                logger='current',
+            )
+        return found or head
+
+    def _two_stage(
+        self, head: TwoStageTWIHead, student: nn.Module
+    ) -> TwoStageTWIHead | None:
+        wants_logit = self._asks_for_logit or (
+            self._logit_cfg is not None and self.form != 'released'
+        )
+        if self.twi_steps != 'none' or wants_logit:
+            try:
+                self._proposals = StudentProposals(student)
+            except ValueError as error:
+                if self._asks_for_twi or self._asks_for_logit:
+                    raise
+                reason = str(error).partition('. ')[0]
+                self._leave_head(f'{reason[0].lower()}{reason[1:]}')
+                return None
+        if head.has_masks and not getattr(student, 'with_mask', False):
+            print_log(
+                "TWI without the teacher's mask branch: the student predicts "
+                'no masks, so the data need not have any.',
+                logger='current',
+            )
+            head = head.without_masks()
+        return head
+
+    def _leave_head(self, reason: str) -> None:
+        """Go on without the teacher's head, where that was not asked for."""
+        if self._asks_for_logit:
+            raise ValueError(
+                f'`logit` cannot be distilled: {reason}. Remove `logit`.'
+            )
+        parts = ['TWI'] if self.twi_steps != 'none' else []
+        if self._logit_cfg is not None and self.form != 'released':
+            parts.append("terms on the student's own logits")
+        if parts:
+            print_log(
+                f'ERA without {" and ".join(parts)}: {reason}.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        self.twi_steps = 'none'
+        self.twi_head = self._proposals = None
+        self._leave_logit()
+
+    def _choose_logit(self, student: nn.Module) -> None:
+        """The term on the student's own head that its kind needs."""
+        if self._logit_cfg is None or self.twi_head is None:
+            return
+        if (
+            self.form == 'released'
+            and not self._asks_for_logit
+            and type(self.twi_head) is not TWIHead
+        ):
+            # The released code has a term for the logits of classifiers.
+            return
+        cfg: dict[str, Any] = {}
+        if isinstance(self._logit_cfg, Mapping):
+            cfg |= self._logit_cfg
+        kind = cfg.pop('kind', None)
+        if kind == 'binary':
+            kind = 'dense'
+            for key in ('temperature', 'source'):
+                cfg.pop(key, None)
+            print_log(
+                "logit=dict(kind='binary') of ERADistiller is now kind="
+                "'dense': `weight` (default 1) is in units of the teacher's "
+                'own scores, boxes are distilled beside them (`box_weight`), '
+                'and `temperature` and `source` have no effect. '
+                "'binary' goes with the next version.",
+                logger='current',
+                level=logging.WARNING,
+            )
+        # Now: a student without the term's source would be told of that.
+        self.logit = term_for(self.twi_head, kind, **cfg)
+        modules = dict(student.named_modules())
+        lacking = [s for s in self.logit.sources if s not in modules]
+        if is_query_based(student):
+            self._drop_logit(
+                f'{type(student).__name__} predicts from queries, not from '
+                'features'
+            )
+        elif lacking and not self._asks_for_logit:
+            self._drop_logit(f'{type(student).__name__} has no {lacking[0]!r}')
+
+    def _drop_logit(self, reason: str) -> None:
+        """Go on without the term, where that was not asked for."""
+        if self._asks_for_logit:
+            raise ValueError(
+                f'`logit` cannot be distilled: {reason}. Remove `logit`, or '
+                'give both heads the same anchors and classes.'
+            )
+        print_log(
+            f"ERA without a term on the student's own logits: {reason}.",
+            logger='current',
+            level=logging.WARNING,
+        )
+        self._leave_logit()
+
+    def _leave_logit(self) -> None:
+        self.logit = None
+        if self._asks_for_targets and self.twi_steps != 'none':
+            raise ValueError(
+                f'`twi_targets={self.twi_targets!r}` needs the `logit` term, '
+                "which this pair cannot have. Set twi_targets='labels'."
+            )
+        self.twi_targets = 'labels'
+
+    @torch.no_grad()
+    def _try_head(self, teacher_maps: tuple[Tensor, ...]) -> None:
+        """Let the head judge the teacher's features of the dry run."""
+        problem = self._head.problem(
+            teacher_maps, training=self.twi_steps != 'none'
+        )
+        if problem is None:
+            return
+        problem = (
+            f"the teacher's head ({type(self._head.head).__name__}) "
+            f'cannot judge the source {", ".join(self.teacher_sources)!r}: '
+            f'{problem}'
+        )
+        if self._asks_for_twi or self._asks_for_logit:
+            raise ValueError(
+                f'{problem[0].upper()}{problem[1:]}. TWI needs the source '
+                "that feeds the head, usually 'neck', and the config the "
+                "teacher was trained with; else set twi_steps='none'."
+            )
+        self._leave_head(problem)
+
+    @torch.no_grad()
+    def _meet_logit(
+        self,
+        student: nn.Module,
+        student_feats: Features,
+        teacher_maps: tuple[Tensor, ...],
+    ) -> None:
+        assert self.logit is not None
+        if self.connections.connectors and isinstance(self.logit, RoITerm):
+            # Its RoI head reads what its neck gives.
+            reason: str | None = 'a connector follows its neck'
+        else:
+            reason = self._try_logit(student, student_feats, teacher_maps)
+        if reason is None:
+            return
+        self.student_sources = tuple(
+            source
+            for source in self.student_sources
+            if source in self.feature_sources
+            or source not in self.logit.sources
+        )
+        self._drop_logit(reason)
+
+    def _try_logit(
+        self,
+        student: nn.Module,
+        student_feats: Features,
+        teacher_maps: tuple[Tensor, ...],
+    ) -> str | None:
+        """Why the term cannot compare this pair, if so."""
+        assert self.logit is not None
+        try:
+            reason = self.logit.prepare(
+                head=self._head,
+                student=student,
+                student_feats=student_feats,
+                teacher_feats=teacher_maps,
+            )
+            if reason is None:
+                said: Any = self.logit.target(
+                    self._head,
+                    teacher_maps,
+                    [self._head.trial_sample(teacher_maps)],
+                )
+                self.logit.of_student(student_feats, said)
+                self.logit.of_estimate(self._head, teacher_maps, said)
+        except Exception as error:
+            # Heads of third parties nest their outputs as they like.
+            return f'{type(error).__name__}: {error}'
+        return reason
+
+    @property
+    def _head(self) -> TWIHead:
+        assert self.twi_head is not None
+        return self.twi_head
