@@ -19,7 +19,8 @@ from torch import nn
 
 import era_mm.methods
 from era_mm.core import BaseDistiller, extras_of
-from era_mm.engine.pairing import Member, Pair
+from era_mm.engine.measure import Member
+from era_mm.engine.pairing import Pair
 from era_mm.testing import (
     classifier_config,
     detection_batch,
