@@ -24,7 +24,8 @@ from era_mm.engine.host_configs import (
     published_checkpoint,
     read_host_config,
 )
-from era_mm.engine.pairing import Half, Match, Member, Pair
+from era_mm.engine.measure import Member
+from era_mm.engine.pairing import Half, Match, Pair
 from era_mm.engine.preflight import check_checkpoints, find_fault_among
 from era_mm.errors import UserError
 from era_mm.layers import Connector

@@ -7,7 +7,7 @@ from torch import Tensor
 from era_mm.core import distillation_kind
 from era_mm.core.host_models import resolve_model_config
 from era_mm.engine.host_configs import HostConfig, crop_size
-from era_mm.engine.pairing import (
+from era_mm.engine.measure import (
     CLASSIFIER_SIZES,
     DETECTOR_SIZES,
     Member,

@@ -18,7 +18,6 @@ from torch.nn.functional import (
 
 from ..core import BaseDistiller, Features, MeasuredPair, Plan
 from ..core.host_models import is_query_based
-from ..errors import UserError
 from ..heads import (
     DenseTWIHead,
     PredictorTWIHead,
@@ -140,15 +139,15 @@ class CrossKDDistiller(BaseDistiller):
         """For two dense detectors of the same levels.
 
         Raises:
-            UserError: Another kind of pair.
+            ValueError: Another kind of pair.
         """
         match = pair.match()
         reason = _why_not(pair.student.model, pair.teacher.model)
         if reason is None and (match.connector or match.unused()):
             reason = 'their levels have other strides'
         if reason is not None:
-            raise UserError(
-                f'--method: CrossKD cannot pair these: {reason}. Take a '
+            raise ValueError(
+                f'CrossKD cannot pair these: {reason}. Take a '
                 'method on features.'
             )
         kind = type(pair.teacher.model.bbox_head).__name__

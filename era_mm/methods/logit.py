@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..core import BaseDistiller, Features, MeasuredPair, Plan
 from ..core.host_models import is_query_based
 from ..core.utils import evaluating, preserve_rng
-from ..errors import UserError
 from ..heads import (
     DenseTerm,
     DetectorTerm,
@@ -117,7 +116,7 @@ class LogitDistiller(BaseDistiller):
         """The kind that the teacher's head takes, with its defaults.
 
         Raises:
-            UserError: Outputs that cannot be compared.
+            ValueError: Outputs that cannot be compared.
         """
         student, teacher = pair.student, pair.teacher
         reason = _why_not(student.model, teacher.model)
@@ -128,8 +127,8 @@ class LogitDistiller(BaseDistiller):
                 'other ones or another order'
             )
         if reason is not None:
-            raise UserError(
-                f'--method: logits cannot be distilled: {reason}. Take a '
+            raise ValueError(
+                f'Logits cannot be distilled: {reason}. Take a '
                 'method on features.'
             )
         head = find_head(teacher.model)

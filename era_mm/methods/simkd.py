@@ -14,7 +14,6 @@ from torch.nn.functional import adaptive_avg_pool2d, mse_loss
 
 from ..core import BaseDistiller, Features, MeasuredPair, Plan, Unregistered
 from ..core.phase import Phase
-from ..errors import UserError
 from ..heads import why_not_reused
 from ..layers import full_precision
 from ..registry import MODELS
@@ -151,7 +150,7 @@ class SimKDDistiller(BaseDistiller):
         """For two classifiers that pool the last map of a backbone.
 
         Raises:
-            UserError: Another kind of pair.
+            ValueError: Another kind of pair.
         """
         student, teacher = pair.student, pair.teacher
         reason = why_not_reused(student.model, teacher.model)
@@ -169,9 +168,8 @@ class SimKDDistiller(BaseDistiller):
                 if dims[0][-1:] != [4] or dims[1][-1:] != [2]:
                     reason = f'{member.name} does not pool maps in its neck'
         if reason is not None:
-            raise UserError(
-                f'--method: SimKD cannot pair these: {reason}. Take another '
-                'method.'
+            raise ValueError(
+                f'SimKD cannot pair these: {reason}. Take another method.'
             )
         match = pair.match(maps=True)
         halves = [feats[-1].shape[1] for feats in match.feats()]

@@ -3,7 +3,8 @@
 import pytest
 from mmengine.config import ConfigDict
 
-from era_mm.engine.pairing import Member, Pair
+from era_mm.engine.measure import Member
+from era_mm.engine.pairing import Pair
 from era_mm.testing import detector_config
 
 

@@ -9,7 +9,8 @@ from mmpretrain.structures import DataSample
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from era_mm.engine.pairing import Member, Pair
+from era_mm.engine.measure import Member
+from era_mm.engine.pairing import Pair
 from era_mm.methods.era import ERADistiller, ERALoss, MBRNet, mbrnet
 from era_mm.methods.era.building import ChannelLayerNorm
 from era_mm.testing import (

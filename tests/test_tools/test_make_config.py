@@ -26,7 +26,7 @@ from era_mm.engine.host_configs import (
     read_host_config,
 )
 from era_mm.engine.make_config import LINE_LENGTH
-from era_mm.engine.pairing import Member
+from era_mm.engine.measure import Member
 from era_mm.testing import (
     detection_batch,
     detector_config,
