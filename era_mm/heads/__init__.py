@@ -1,9 +1,9 @@
 """What the teacher's head says: of features, and for the student's own head.
 
 In reading order: ``twi`` (which head of a model can be reused; ``twi_heads``
-how, ``twi_blend`` its outputs mixed with the student's), ``logit`` and
-``detector_terms`` (the student's own head beside the teacher's), ``choice``
-(which of these fits a pair).
+and ``two_stage`` how, ``twi_blend`` its outputs mixed with the student's),
+``logit`` and ``detector_terms`` (the student's own head beside the
+teacher's), ``choice`` (which of these fits a pair).
 """
 
 from .choice import kind_for, term_for
@@ -24,13 +24,8 @@ from .twi import (
     why_not_reused,
     with_loss_of,
 )
-from .twi_heads import (
-    DenseTWIHead,
-    PredictorTWIHead,
-    StudentProposals,
-    TWIHead,
-    TwoStageTWIHead,
-)
+from .twi_heads import DenseTWIHead, PredictorTWIHead, TWIHead
+from .two_stage import StudentProposals, TwoStageTWIHead
 
 __all__ = [
     'DenseTWIHead',

@@ -4,7 +4,8 @@ from typing import Any
 
 from .detector_terms import DenseTerm, DetectorTerm, RoITerm
 from .logit import LogitTerm
-from .twi_heads import DenseTWIHead, TWIHead, TwoStageTWIHead
+from .twi_heads import DenseTWIHead, TWIHead
+from .two_stage import TwoStageTWIHead
 
 
 def kind_for(head: TWIHead) -> str:

@@ -30,7 +30,8 @@ from ..layers import (
 )
 from ..registry import explain_unknown_keys
 from .twi_blend import coder_of, same_priors
-from .twi_heads import DenseTWIHead, TWIHead, TwoStageTWIHead
+from .twi_heads import DenseTWIHead, TWIHead
+from .two_stage import TwoStageTWIHead
 
 Outputs = Any
 

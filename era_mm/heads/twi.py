@@ -11,11 +11,10 @@ from .twi_heads import (
     DenseTWIHead,
     PredictorTWIHead,
     ProposalTWIHead,
-    StudentProposals,
     TWIHead,
-    TwoStageTWIHead,
     with_children,
 )
+from .two_stage import StudentProposals, TwoStageTWIHead
 
 #: mmpretrain's heads with a `loss_module`: of one label, of several.
 CLS_HEADS = {'ClsHead', 'MultiLabelClsHead'}

@@ -14,7 +14,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModule
@@ -245,7 +244,7 @@ class TWIHead(BaseModule):
         return samples
 
 
-class _DetectorTWIHead(TWIHead):
+class DetectorTWIHead(TWIHead):
     """What heads of detectors share."""
 
     @property
@@ -317,7 +316,7 @@ class _DetectorTWIHead(TWIHead):
         alpha: float,
     ) -> list:
         """As in the base class."""
-        assert isinstance(student_head, _DetectorTWIHead)
+        assert isinstance(student_head, DetectorTWIHead)
         pairs = zip(
             student_head._instances(tuple(student_feats), data_samples),
             self._instances(tuple(feats), data_samples),
@@ -394,7 +393,7 @@ def _assigning_once(
     return view, begin
 
 
-class DenseTWIHead(_DetectorTWIHead):
+class DenseTWIHead(DetectorTWIHead):
     """A dense head, anchor-based or anchor-free, with all of its layers."""
 
     def _levels(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -525,7 +524,7 @@ class ProposalTWIHead(DenseTWIHead):
     """
 
     def _truth(self, data_samples: list) -> list:
-        return [_one_class(sample) for sample in data_samples]
+        return [one_class(sample) for sample in data_samples]
 
     def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
         return super()._losses(feats, self._truth(data_samples))
@@ -555,141 +554,9 @@ class PredictorTWIHead(DenseTWIHead):
         )
 
 
-class TwoStageTWIHead(_DetectorTWIHead):
-    """A region proposal network and a RoI head.
-
-    Losses: the RPN's on the estimate, and the RoI head's on the estimate with
-    the proposals in ``data_sample.proposals`` (mmdet's own place for given
-    proposals; the student's, from ``StudentProposals``). The teacher's
-    assigners and samplers choose among them. Predictions: the teacher's RPN
-    proposes.
-
-    Source: ours.
-
-    Args:
-        rpn_head: The RPN's head.
-        roi_head: The RoI head; Cascade's too.
-    """
-
-    def __init__(self, rpn_head: nn.Module, roi_head: nn.Module) -> None:
-        super().__init__(rpn_head, roi_head)
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether the RoI head predicts masks."""
-        return self.head.with_mask
-
-    def without_masks(self) -> 'TwoStageTWIHead':
-        """The same less the mask branch."""
-        return type(self)(
-            self._first, with_children(self.head, mask_head=None)
-        )
-
-    def forward(self, feats: Sequence[Tensor]) -> Any:
-        """Raw outputs of the RPN on an estimate."""
-        return self._first(tuple(feats))
-
-    def problem(
-        self, feats: Sequence[Tensor], *, training: bool
-    ) -> str | None:
-        """As in the base class."""
-        # Learnt proposals and cascades of RPNs have none.
-        priors = getattr(self._first, 'prior_generator', None)
-        if priors is not None and priors.num_levels != len(feats):
-            return (
-                f'its RPN has priors for {priors.num_levels} levels, but got '
-                f'{len(feats)}'
-            )
-        found = super().problem(feats, training=training)
-        if found:
-            return found
-        sample = self.trial_sample(feats)
-        try:
-            self.head(tuple(feats), [sample.proposals], [sample])
-        except Exception as error:
-            return f'its RoI head raises {type(error).__name__}: {error}'
-        return None
-
-    def trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
-        sample = super().trial_sample(feats)
-        if self.has_masks:
-            from mmdet.structures.mask import BitmapMasks
-
-            height, width = sample.img_shape
-            sample.gt_instances.masks = BitmapMasks(
-                np.ones((1, height, width), np.uint8), height, width
-            )
-        return sample
-
-    def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
-        rpn_head, roi_head = self.heads
-        losses = {}
-        for key, value in rpn_head.loss(
-            feats, [_one_class(sample) for sample in data_samples]
-        ).items():
-            losses[key if 'rpn' in key else f'rpn_{key}'] = value
-        # RoI heads rename the boxes of the proposals that they are given.
-        proposals = [sample.proposals.new() for sample in data_samples]
-        return losses | roi_head.loss(feats, proposals, data_samples)
-
-    def _instances(
-        self, feats: tuple[Tensor, ...], data_samples: list
-    ) -> list[InstanceData]:
-        rpn_head, roi_head = self.heads
-        proposals = rpn_head.predict(feats, data_samples, rescale=False)
-        return roi_head.predict(feats, proposals, data_samples, rescale=True)
-
-
-def _one_class(sample: BaseDataElement) -> BaseDataElement:
+def one_class(sample: BaseDataElement) -> BaseDataElement:
     """The ground truth as an RPN sees it, as mmdet's detectors make it."""
     copied = sample.new()
     copied.gt_instances = sample.gt_instances.new()
     copied.gt_instances.labels = torch.zeros_like(sample.gt_instances.labels)
     return copied
-
-
-class StudentProposals:
-    """The proposals of the student's RPN in its own training pass.
-
-    Its raw outputs are recorded, nothing runs twice; they are decoded as the
-    student's detector does in training. Given to the teacher's RoI head, they
-    make both judge the same regions. No gradient goes through them.
-
-    Source: ours; DIST likewise gives the teacher's RoI head the student's
-    RoIs.
-
-    Args:
-        student: A two-stage detector.
-
-    Raises:
-        ValueError: It has no RPN with plain convolutions at the end.
-    """
-
-    SOURCES = ('rpn_head.rpn_cls', 'rpn_head.rpn_reg')
-
-    def __init__(self, student: nn.Module) -> None:
-        rpn_head = getattr(student, 'rpn_head', None)
-        if not all(hasattr(rpn_head, name) for name in ('rpn_cls', 'rpn_reg')):
-            raise ValueError(
-                "The teacher's RoI head needs the student's proposals, but "
-                f'{type(student).__name__} has no RPN with `rpn_cls` and '
-                '`rpn_reg`. Take a two-stage student, or a teacher with a '
-                "dense head, or set twi_steps='none' for ERA without TWI."
-            )
-        self._student = Unregistered(student)
-
-    @torch.no_grad()
-    def attach(
-        self, student_feats: Mapping[str, Sequence[Tensor]], data_samples: list
-    ) -> list:
-        """Copies of the data samples, with ``proposals``."""
-        student = self._student.module
-        found = student.rpn_head.predict_by_feat(
-            *(list(student_feats[source]) for source in self.SOURCES),
-            batch_img_metas=[sample.metainfo for sample in data_samples],
-            cfg=student.train_cfg.get('rpn_proposal', student.test_cfg.rpn),
-        )
-        samples = [sample.new() for sample in data_samples]
-        for sample, proposals in zip(samples, found, strict=True):
-            sample.proposals = proposals
-        return samples

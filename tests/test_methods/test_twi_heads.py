@@ -16,7 +16,7 @@ from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from era_mm.heads.twi import find_head
-from era_mm.heads.twi_heads import StudentProposals, TwoStageTWIHead
+from era_mm.heads.two_stage import StudentProposals, TwoStageTWIHead
 from era_mm.testing import (
     classifier_config,
     detection_batch,
