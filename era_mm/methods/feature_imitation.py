@@ -180,13 +180,12 @@ class FeatureImitationDistiller(BaseDistiller):
                 connector(feat)
                 for connector, feat in zip(self.connectors, maps, strict=True)
             ]
+        masks: Sequence[Tensor | None] = area_masks or [None] * len(maps)
         terms = [
             imitation_loss(
                 student_feat=s, teacher_feat=t, measure=self.measure, masks=m
             )
-            for s, t, m in zip(
-                maps, targets, area_masks or [None] * len(maps), strict=True
-            )
+            for s, t, m in zip(maps, targets, masks, strict=True)
         ]
         loss = self.loss_weight * torch.stack(terms).mean()
         return {'loss_imitation': loss}

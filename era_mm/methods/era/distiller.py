@@ -501,7 +501,7 @@ class ERADistiller(BaseDistiller):
         student_maps = self._maps(student_feats, self.feature_sources)
         teacher_maps = self._maps(teacher_feats, self.teacher_sources)
         self._check_levels(student_maps, teacher_maps)
-        found = dict(
+        found: dict[str, Any] = dict(
             in_channels=[m.shape[1] for m in student_maps],
             out_channels=[m.shape[1] for m in teacher_maps],
             num_levels=len(student_maps),
@@ -669,7 +669,7 @@ class ERADistiller(BaseDistiller):
                 teacher_feats=teacher_maps,
             )
             if reason is None:
-                said = self.logit.target(
+                said: Any = self.logit.target(
                     self._head,
                     teacher_maps,
                     [self._head.trial_sample(teacher_maps)],
@@ -715,7 +715,7 @@ class ERADistiller(BaseDistiller):
         losses, parts = self._approximate(maps, targets, learns=learns)
         if self._proposals is not None:
             data_samples = self._proposals.attach(student_feats, data_samples)
-        said = None
+        said: Any = None
         if self.logit is not None:
             with torch.no_grad():
                 said = self.logit.target(self._head, targets, data_samples)

@@ -9,7 +9,7 @@ Legend: C_s and C_t channels of student and teacher, L levels.
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.config import ConfigDict
@@ -81,7 +81,7 @@ def export_estimate(
             )
         stages.append((_connector_config(connector), {}))
     mbrnet = distiller.mbrnet.folded()
-    aligns = mbrnet.aligns
+    aligns: Any = mbrnet.aligns
     config, state = _teacher_around(student, teacher)
     folds_into_head = False
     if mode == 'T':
