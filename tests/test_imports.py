@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Circles that are not mended yet.
-KNOWN = [{'era_mm.methods.era.distiller', 'era_mm.methods.era.export'}]
 #: What rooms of the core may import of the package; of the core without its
 #: name.
 ROOMS = {
@@ -88,7 +86,7 @@ def test_imports__have_no_circle():
     files = modules()
     graph = {name: set(imports_of(name, files)) for name in files}
     assert 'era_mm.core.step' in graph['era_mm.core.distillation']
-    assert [c for c in circles_of(graph) if c not in KNOWN] == []
+    assert circles_of(graph) == []
 
 
 @pytest.mark.parametrize('room', ROOMS)

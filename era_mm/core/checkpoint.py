@@ -292,5 +292,5 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         digest.update(key.encode())
         value = tensors[key].detach().cpu().contiguous()
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

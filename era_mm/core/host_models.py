@@ -124,6 +124,7 @@ def forget_files(model: nn.Module) -> None:
     Args:
         model: A model of a host, built and not yet initialised.
     """
+    module: Any
     for module in model.modules():
         inits = getattr(module, 'init_cfg', None)
         if isinstance(inits, Mapping):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.dist import broadcast
@@ -73,7 +73,10 @@ class DistilledStudent(StudentModel):
             self.wiring = Wiring(
                 student=self.student,
                 teachers=self.teachers,
-                distillers=self.distillers,
+                # torch's type of it forgets what the modules are.
+                distillers=cast(
+                    'Mapping[str, BaseDistiller]', self.distillers
+                ),
                 input_size=input_size,
             )
         self._inheritance = inheritance

@@ -71,12 +71,10 @@ class Wiring:
         self.teacher_shapes: dict[str, Shapes] = {}
         feats = self._dry_run()
         for distiller in distillers.values():
-            distiller.prepare(
-                **self._pair_of(distiller),
-                **distiller.connections.meet(
-                    **self.feats_of(distiller, feats)
-                ),
+            met: dict[str, Any] = distiller.connections.meet(
+                **self.feats_of(distiller, feats)
             )
+            distiller.prepare(**self._pair_of(distiller), **met)
             distiller.set_up_inner()
         #: Listens to the student's sources.
         # Anew: some are found to be of no use only when the pair is met.

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from era_mm.core import Distillation
@@ -68,7 +67,7 @@ def step_cost(model: Distillation) -> float | None:
     return (plain + teachers + extra) / plain if plain else None
 
 
-def cost_line(model: nn.Module) -> str | None:
+def cost_line(model: Distillation) -> str | None:
     """The ratio in words; None where it is not known."""
     try:
         ratio = step_cost(model)

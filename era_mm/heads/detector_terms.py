@@ -65,6 +65,9 @@ class Unit(nn.Module):
         shape: Of the unit.
     """
 
+    sums: Tensor
+    value: Tensor
+
     def __init__(self, size: int, shape: tuple[int, ...]) -> None:
         super().__init__()
         # In double precision: sums of many values.

@@ -4,6 +4,8 @@
 ``predictors_of`` takes a dense head's towers off.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..core.host_models import is_query_based, num_classes_of
@@ -35,18 +37,18 @@ def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
         return PredictorTWIHead(predictors_of(model))
     if is_query_based(model):
         return None
-    bbox_head = getattr(model, 'bbox_head', None)
+    bbox_head: Any = getattr(model, 'bbox_head', None)
     if _can(bbox_head, 'loss', 'predict', 'predict_by_feat'):
         if any(cls.__name__ == 'RPN' for cls in type(model).__mro__):
             return ProposalTWIHead(bbox_head)
         return DenseTWIHead(bbox_head)
-    rpn_head = getattr(model, 'rpn_head', None)
-    roi_head = getattr(model, 'roi_head', None)
+    rpn_head: Any = getattr(model, 'rpn_head', None)
+    roi_head: Any = getattr(model, 'roi_head', None)
     if _can(rpn_head, 'loss', 'predict', 'predict_by_feat') and _can(
         roi_head, 'loss', 'predict'
     ):
         return TwoStageTWIHead(rpn_head, roi_head)
-    head = getattr(model, 'head', None)
+    head: Any = getattr(model, 'head', None)
     return TWIHead(head) if _can(head, 'loss', 'predict') else None
 
 
@@ -143,7 +145,9 @@ def _towers(model: nn.Module) -> dict[str, nn.ModuleList]:
         ('cls_convs', 'reg_convs'),
         ('multi_level_cls_convs', 'multi_level_reg_convs'),
     ):
-        towers = {name: getattr(head, name, None) for name in names}
+        towers: dict[str, Any] = {
+            name: getattr(head, name, None) for name in names
+        }
         if all(isinstance(t, nn.ModuleList) and t for t in towers.values()):
             return towers
     raise ValueError(
@@ -248,6 +252,7 @@ def predictors_of(model: nn.Module, layers: int | None = None) -> nn.Module:
         for index, (name, tower) in enumerate(plain_towers(model).items()):
             halves[name] = nn.ModuleList([_Half(index), *tower[layers:]])
         return with_children(model.bbox_head, **halves)
+    own: list[nn.Module]
     for index, (name, tower) in enumerate(_towers(model).items()):
         if name.startswith('multi_level'):
             own = [_Half(index) for _ in tower]

@@ -376,7 +376,7 @@ def _assigning_once(
         inspect.signature(assign).parameters
     ):
         return head, lambda: None
-    view = with_children(head)
+    view: Any = with_children(head)
     kept: list[Any] = []
     calls = [0]
 
@@ -440,7 +440,8 @@ class DenseTWIHead(DetectorTWIHead):
         from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
         from mmdet.models.utils import unpack_gt_instances
 
-        if type(self.head).loss is not BaseDenseHead.loss:
+        own: Any = type(self.head)
+        if own.loss is not BaseDenseHead.loss:
             return super().judge(
                 steps,
                 data_samples,

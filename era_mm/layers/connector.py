@@ -51,10 +51,12 @@ def resize(feat: Tensor, scale: float) -> Tensor:
         - out: ``(N, C, ceil(H * scale), ceil(W * scale))``
     """
     # Configs hold rounded scales: 7 * 1.1429 is to be 8.
-    size = [math.ceil(side * scale - 0.01) for side in feat.shape[2:]]
+    height, width = (math.ceil(side * scale - 0.01) for side in feat.shape[2:])
     if scale < 1:
-        return adaptive_avg_pool2d(feat, size)
-    return interpolate(feat, size, mode='bilinear', align_corners=False)
+        return adaptive_avg_pool2d(feat, (height, width))
+    return interpolate(
+        feat, (height, width), mode='bilinear', align_corners=False
+    )
 
 
 def crop_to_common(

@@ -209,7 +209,7 @@ class FeatureImitationDistiller(BaseDistiller):
             connector(feat)
             for connector, feat in zip(self.connectors, maps, strict=True)
         ]
-        masks = area_masks or [None] * len(maps)
+        masks: Sequence[Tensor | None] = area_masks or [None] * len(maps)
         terms = torch.stack(
             [
                 imitation_loss(

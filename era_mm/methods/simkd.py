@@ -82,9 +82,10 @@ def projection_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
         - out: scalar
     """
     maps = [full_precision(feat) for feat in (student_feat, teacher_feat)]
-    size = [min(one.shape[dim] for one in maps) for dim in (2, 3)]
+    height, width = (min(m.shape[dim] for m in maps) for dim in (2, 3))
+    size = (height, width)
     student, teacher = (
-        one if list(one.shape[2:]) == size else adaptive_avg_pool2d(one, size)
+        one if tuple(one.shape[2:]) == size else adaptive_avg_pool2d(one, size)
         for one in maps
     )
     return mse_loss(student, teacher)

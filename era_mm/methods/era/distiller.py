@@ -281,7 +281,7 @@ class ERADistiller(HeadUser):
             advice='Choose sources of the same levels and strides, or let '
             'make_config write a `source.connector`.',
         )
-        found = dict(
+        found: dict[str, Any] = dict(
             in_channels=[m.shape[1] for m in student_maps],
             out_channels=[m.shape[1] for m in teacher_maps],
             num_levels=len(student_maps),

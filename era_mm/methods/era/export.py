@@ -85,7 +85,7 @@ def export_estimate(
             )
         stages.append((_connector_config(connector), {}))
     folded = mbrnet.folded()
-    aligns = folded.aligns
+    aligns: Any = folded.aligns
     config, state = _teacher_around(student, teacher)
     folds_into_head = False
     if mode == 'T':
@@ -413,7 +413,7 @@ def _compare(
     double precision, so that only the rounding of folded weights is left.
     """
 
-    def double(part: nn.Module) -> nn.Module:
+    def double(part: Any) -> Any:
         return copy.deepcopy(part).double().eval()
 
     mbrnet = double(mbrnet)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
@@ -209,7 +210,7 @@ class ResidualKDDistiller(BaseDistiller):
                     f'{channels}. Give it a weight, or a teacher with the '
                     'same channels at the source.'
                 )
-            layer = nn.Linear if maps[0].dim() == 2 else nn.Conv2d
+            layer: Any = nn.Linear if maps[0].dim() == 2 else nn.Conv2d
             size = () if maps[0].dim() == 2 else (1,)
             self.connectors = nn.ModuleList(
                 layer(own, theirs, *size, bias=False)

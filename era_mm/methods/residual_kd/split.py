@@ -265,7 +265,7 @@ def measure(module: nn.Module, size: tuple[int, int]) -> dict[str, Cost]:
 
 def _additions(module: nn.Module, image: Tensor) -> dict[str, int]:
     """How many numbers each pair in a module adds, by the pair's name."""
-    names = {
+    names: dict[nn.Module, str] = {
         part: name
         for name, part in module.named_modules()
         if isinstance(part, ResidualPair)

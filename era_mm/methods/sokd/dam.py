@@ -245,7 +245,7 @@ class DAM(nn.Module):
         return box_targets(
             [get_box_tensor(s.gt_instances.bboxes) for s in data_samples],
             tuple(data_samples[0].batch_input_shape),
-            [tuple(feat.shape[2:]) for feat in teacher_feats],
+            [(feat.shape[2], feat.shape[3]) for feat in teacher_feats],
             teacher_feats[0].device,
         )
 

@@ -244,7 +244,9 @@ class SearchingDistiller(WrappingDistiller):
             )
         if not modules:
             return None
-        return nn.ModuleDict(modules), Optimizers(optimizers)
+        # An optimiser as far as the core uses one.
+        both: Any = Optimizers(optimizers)
+        return nn.ModuleDict(modules), both
 
     @property
     def is_searching(self) -> bool:

@@ -271,8 +271,9 @@ class TrunkToBranchDistiller(BaseDistiller):
         if self.peers is None:
             return {}
         peers = self.peers
-        embeddings = peers.embed(student_feats)
-        logits = peers.classify(embeddings)
+        # Per peer; a detector's per level too.
+        embeddings: Any = peers.embed(student_feats)
+        logits: Any = peers.classify(embeddings)
         losses = {
             'loss_t2b_peers': self.peer_weight
             * peers.supervise(logits, student_feats, data_samples)

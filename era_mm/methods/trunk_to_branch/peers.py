@@ -55,7 +55,7 @@ class SemanticPermeation(nn.Module):
         for tap, norm in zip(taps, self.norms, strict=True):
             tap = tap.detach() if self.detach else tap
             if grid is not None and tap.shape[2:] != grid:
-                tap = adaptive_avg_pool2d(tap, grid)
+                tap = adaptive_avg_pool2d(tap, (grid[0], grid[1]))
             found.append(norm(tap))
         return found
 
@@ -96,6 +96,8 @@ class PeerBranch(nn.Module):
         kind: str = 'conv1x1',
     ) -> None:
         super().__init__()
+        self.layer: nn.Module
+        self.norm: nn.Module
         if kind == 'linear':
             self.layer = nn.Linear(in_channels, embed_channels, bias=False)
             self.norm = nn.BatchNorm1d(embed_channels)
@@ -150,6 +152,7 @@ class DensePeerBranch(nn.Module):
         self.classifier = nn.Conv2d(embed_channels, num_outputs, 1)
         _draw(self.layer)
         nn.init.normal_(self.classifier.weight, std=0.01)
+        assert self.classifier.bias is not None
         nn.init.constant_(self.classifier.bias, PRIOR_BIAS)
 
     def embed(
@@ -163,9 +166,10 @@ class DensePeerBranch(nn.Module):
         ]
         found = []
         for level in levels:
+            height, width = level.shape[2:]
             feat = conv2d(level, own)
             for part in parts:
-                feat = feat + adaptive_avg_pool2d(part, level.shape[2:])
+                feat = feat + adaptive_avg_pool2d(part, (height, width))
             found.append(self.act(self.norm(feat)))
         return found
 
