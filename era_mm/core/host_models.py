@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
