@@ -35,9 +35,7 @@ def find_config(name: str | Path, role: str = 'config') -> str:
     """
     if os.path.isfile(name):
         return str(name)
-    folders = list(
-        dict.fromkeys([Path('configs').resolve(), *_own_config_folders()])
-    )
+    folders = config_folders()
     known: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.rglob('*.py')):
@@ -76,11 +74,21 @@ def _nearest(name: Path, known: Mapping[str, Path]) -> str:
     return '\n'.join(['Nearest names:', *(f'  {path}' for path in near[:4])])
 
 
-def _own_config_folders() -> list[Path]:
-    """The configs of an installed wheel, or those of a checkout."""
+def config_folders() -> list[Path]:
+    """Where configs are looked up by name, the user's own first.
+
+    Then those of an installed wheel, or of a checkout.
+    """
     package = Path(__file__).resolve().parents[1]
     candidates = [package / '.mim' / 'configs', package.parent / 'configs']
-    return [folder for folder in candidates if folder.is_dir()]
+    return list(
+        dict.fromkeys(
+            [
+                Path('configs').resolve(),
+                *(folder for folder in candidates if folder.is_dir()),
+            ]
+        )
+    )
 
 
 def check_checkpoints(cfg: Config, training: bool = True) -> None:
