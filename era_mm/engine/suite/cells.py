@@ -103,8 +103,12 @@ class Cell:
             stretch(cfg, self.suite.schedule * self.method.schedule)
             options |= self.method.options
             options['randomness.seed'] = self.seed
-        options['default_hooks.checkpoint.max_keep_ckpts'] = KEPT_CHECKPOINTS
         cfg.merge_from_dict(options)
+        # mmengine's default, where the config has none.
+        hook = dict(type='CheckpointHook', interval=1)
+        hook |= cfg.get('default_hooks', {}).get('checkpoint', {})
+        hook['max_keep_ckpts'] = KEPT_CHECKPOINTS
+        cfg.merge_from_dict({'default_hooks.checkpoint': hook})
         return cfg
 
     @property

@@ -18,7 +18,7 @@ from era_mm.errors import UserError
 
 from .cells import ROOT, Cell, all_cells
 from .page import write_page
-from .rows import header_of, key_of, read_rows, write_rows
+from .rows import Row, header_of, key_of, read_rows, write_rows
 from .running import Command, Matrix, worker_command
 from .screen import open_screen
 from .spec import read_suite
@@ -76,35 +76,39 @@ def run_suite(
                 'written. Run it in a checkout, or give another place.'
             )
     console = console or Console()
-    work_dir = work_dir or Path('work_dirs/suites', suite.name)
     rows_file = results / f'{suite.name}.jsonl'
-    cells = _chosen(all_cells(suite, work_dir), only)
-    repeated = _matching(cells, again)
-    _, rows = read_rows(rows_file)
-    keys = {cell.key for cell in repeated}
-    rows = [row for row in rows if key_of(row) not in keys]
     header = header_of(suite)
-    with open_screen(jobs, console) as screen:
-        matrix = Matrix(
-            cells,
-            rows,
-            jobs=jobs,
-            watcher=screen,
-            save=lambda found: write_rows(rows_file, header, found),
-            commit=lambda: commit or commit_of_code(),
-            command=command,
-            gpus=_gpus(),
-        )
-        if dry_run:
-            console.print(_listing(matrix))
-            return True
-        done = True
-        if jobs:
+    _, rows = read_rows(rows_file)
+
+    def save(found: Sequence[Row]) -> None:
+        write_rows(rows_file, header, found)
+
+    done = True
+    if jobs or dry_run:
+        work_dir = work_dir or Path('work_dirs/suites', suite.name)
+        cells = all_cells(suite, work_dir)
+        repeated = _matching(cells, again)
+        keys = {cell.key for cell in repeated}
+        with open_screen(jobs, console) as screen:
+            matrix = Matrix(
+                _chosen(cells, only),
+                [row for row in rows if key_of(row) not in keys],
+                jobs=jobs,
+                watcher=screen,
+                save=save,
+                commit=lambda: commit or commit_of_code(),
+                command=command,
+                gpus=_gpus(),
+            )
+            if dry_run:
+                console.print(_listing(matrix))
+                return True
             with alone(work_dir), _stopped_as_by_keyboard():
                 for cell in repeated:
                     shutil.rmtree(cell.folder, ignore_errors=True)
                 done = matrix.run()
-        write_rows(rows_file, header, list(matrix.rows.values()))
+        rows = list(matrix.rows.values())
+    save(rows)
     write_page(page, results, config_folders())
     console.print(f'{rows_file}\n{page}', highlight=False, soft_wrap=True)
     return done
