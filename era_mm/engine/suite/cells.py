@@ -1,6 +1,7 @@
 """A cell of the matrix: one run, its config, its folder and what is left."""
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -36,6 +37,8 @@ class Cell:
         seed: None: as the config has it (the teacher).
         folder: Where its files are.
         teacher: The cell that trains its teacher, if there is one.
+        sources: Configs as they are, by the names that are asked for; shared
+            by the cells of a matrix, which reads each once.
     """
 
     suite: Suite = field(repr=False)
@@ -44,6 +47,9 @@ class Cell:
     seed: int | None
     folder: Path
     teacher: 'Cell | None' = field(default=None, repr=False)
+    sources: dict[str, Config] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def name(self) -> str:
@@ -58,12 +64,17 @@ class Cell:
         name = TEACHER if self.method is None else self.method.name
         return self.pair.name, name, self.seed
 
-    @cached_property
+    @property
     def config_name(self) -> str:
         """Base name of the config that it runs."""
+        return Path(self._source).stem
+
+    @cached_property
+    def _source(self) -> str:
+        """Path or base name of that config."""
         if self.method is None:
             assert self.pair.teacher is not None
-            return Path(self.pair.teacher).stem
+            return self.pair.teacher
         words = {
             **self.pair.words,
             'pair': self.pair.name,
@@ -92,12 +103,13 @@ class Cell:
     @cached_property
     def config(self) -> Config:
         """The config as it is run, but for the teacher's weights."""
-        source = self.pair.teacher if self.method is None else self.config_name
-        assert source is not None
-        # It says which file it has found; here it would say so for each cell.
-        with contextlib.redirect_stdout(io.StringIO()):
-            file = find_config(source, f'{self.suite.name}: {self.name}')
-        cfg = Config.fromfile(file)
+        source = self._source
+        if source not in self.sources:
+            # It says which file it has found: no news here.
+            with contextlib.redirect_stdout(io.StringIO()):
+                file = find_config(source, f'{self.suite.name}: {self.name}')
+            self.sources[source] = Config.fromfile(file)
+        cfg = copy.deepcopy(self.sources[source])
         options = dict(self.suite.options)
         if self.method is not None:
             stretch(cfg, self.suite.schedule * self.method.schedule)
@@ -193,17 +205,19 @@ def all_cells(suite: Suite, work_dir: Path) -> list[Cell]:
 
 
 def _cells(suite: Suite, work_dir: Path) -> Iterator[Cell]:
+    sources: dict[str, Config] = {}
     for pair in suite.pairs.values():
         teacher = None
         if pair.teacher is not None:
-            teacher = Cell(
-                suite, pair, None, None, work_dir / pair.name / TEACHER
-            )
+            folder = work_dir / pair.name / TEACHER
+            teacher = Cell(suite, pair, None, None, folder, None, sources)
             yield teacher
         for seed in suite.seeds:
             for method in suite.methods_of(pair):
                 folder = work_dir / pair.name / method.name / f'seed{seed}'
-                cell = Cell(suite, pair, method, seed, folder, teacher)
+                cell = Cell(
+                    suite, pair, method, seed, folder, teacher, sources
+                )
                 if cell.has_teacher and teacher is None:
                     raise UserError(
                         f'{suite.name}: {cell.config_name} learns from a '

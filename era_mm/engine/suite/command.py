@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from era_mm.engine.preflight import config_folders
 from era_mm.errors import UserError
@@ -101,7 +100,8 @@ def run_suite(
                 gpus=_gpus(),
             )
             if dry_run:
-                console.print(_listing(matrix))
+                for line in _listing(matrix):
+                    console.print(line, highlight=False, soft_wrap=True)
                 return True
             with alone(work_dir), _stopped_as_by_keyboard():
                 for cell in repeated:
@@ -136,17 +136,18 @@ def _matching(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     ]
 
 
-def _listing(matrix: Matrix) -> Table:
-    """All cells, and what would become of them."""
-    table = Table('cell', 'config', 'length', 'state')
+def _listing(matrix: Matrix) -> Iterator[str]:
+    """A line of each cell, and what would become of it."""
     to_run = matrix.to_run()
     for cell in matrix.cells:
         state = 'finished'
         if cell in to_run:
-            state = 'failed before' if cell.key in matrix.rows else 'to run'
+            row = matrix.rows.get(cell.key)
+            state = 'to run'
+            if row is not None:
+                state = 'failed before' if 'error' in row else 'changed since'
         unit, length = cell.length
-        table.add_row(cell.name, cell.config_name, f'{length} {unit}', state)
-    return table
+        yield f'{cell.name}: {cell.config_name}, {length} {unit}: {state}'
 
 
 def commit_of_code() -> str:

@@ -269,14 +269,8 @@ def test_run__dry_run_tells_and_does_nothing():
     calls()
     _, printed = run(dry_run=True)
     assert calls() == []
-    lines = {
-        line.split('│')[1].strip(): line
-        for line in printed.split('\n')
-        if 'big_small/' in line
-    }
-    assert 'finished' in lines['big_small/plain/s0']
-    assert 'to run' in lines['big_small/plain/s1']
-    assert '4 epochs' in lines['big_small/plain_x2/s1']
+    assert 'big_small/plain/s0: small, 2 epochs: finished\n' in printed
+    assert 'big_small/plain_x2/s1: small, 4 epochs: to run\n' in printed
     assert Path('results/toys.jsonl').read_text() == before
 
 

@@ -36,6 +36,8 @@ def save_config(name, model, coco, **kwargs):
     Config(cfg | kwargs).dump(f'configs/{name}.py')
 
 
+# Eight programs, each of which imports the hosts.
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_suite__trains_and_tests_real_models(coco, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
