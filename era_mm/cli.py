@@ -65,6 +65,11 @@ def run_benchmark(argv: Sequence[str] | None = None) -> int:
     return _run(_benchmark_parser().parse_args(argv), _benchmark)
 
 
+def run_suite(argv: Sequence[str] | None = None) -> int:
+    """Run a matrix of methods and seeds; the exit status is returned."""
+    return _run(_suite_parser().parse_args(argv), _suite)
+
+
 #: Of ``python -m era_mm``; mim starts the file of that name in tools/.
 COMMANDS = {
     'train': run_train,
@@ -73,6 +78,7 @@ COMMANDS = {
     'make_config': run_make_config,
     'print_sources': run_print_sources,
     'benchmark': run_benchmark,
+    'suite': run_suite,
 }
 
 
@@ -340,6 +346,69 @@ def _benchmark_parser() -> argparse.ArgumentParser:
         '--out', metavar='FILE', help='write everything measured to this JSON'
     )
     _add_config_options(parser)
+    parser.set_defaults(local_rank=0)
+    return parser
+
+
+def _suite_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='suite',
+        description='Run a matrix of methods, pairs and seeds, and write its '
+        'rows and the page of all results. What is finished is not run '
+        'again; what was interrupted goes on.',
+    )
+    parser.add_argument('file', help='the suite file, see docs/suite.md')
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        metavar='N',
+        help='runs at a time, one thread each; a GPU is shared (default: as '
+        'many as there are cores). 0: run nothing, write the page',
+    )
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        default=[],
+        metavar='PATTERN',
+        help="run these cells only, e.g. 'w32_w16/era*/s0'",
+    )
+    parser.add_argument(
+        '--again',
+        nargs='+',
+        default=[],
+        metavar='PATTERN',
+        help='run these cells once more, from the beginning',
+    )
+    parser.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='list the cells and what would be run',
+    )
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        metavar='DIR',
+        help='where the runs write (default: work_dirs/suites/<name>)',
+    )
+    parser.add_argument(
+        '--results',
+        type=Path,
+        default=Path('results'),
+        metavar='DIR',
+        help='folder of the rows (default: results)',
+    )
+    parser.add_argument(
+        '--page',
+        type=Path,
+        default=Path('docs/results.md'),
+        metavar='FILE',
+        help='the page that is made of them (default: docs/results.md)',
+    )
+    parser.add_argument(
+        '--commit',
+        help='what the rows call the code (default: what git says)',
+    )
+    _add_traceback(parser)
     parser.set_defaults(local_rank=0)
     return parser
 
@@ -617,3 +686,27 @@ def _benchmark(args: argparse.Namespace) -> None:
     show(record)
     if out:
         write(record, out)
+
+
+def _suite(args: argparse.Namespace) -> None:
+    from era_mm.engine.suite.command import run_suite
+
+    try:
+        done = run_suite(
+            args.file,
+            jobs=args.jobs,
+            work_dir=args.work_dir,
+            results=args.results,
+            page=args.page,
+            only=args.only,
+            again=args.again,
+            dry_run=args.dry_run,
+            commit=args.commit,
+        )
+    except KeyboardInterrupt:
+        raise UserError('stopped. Run it again to go on from here.') from None
+    if not done:
+        raise UserError(
+            'some runs failed, see above. Mend what their logs name and run '
+            'it again: finished runs are not repeated.'
+        )

@@ -36,8 +36,7 @@ def find_config(name: str | Path, role: str = 'config') -> str:
     """
     if os.path.isfile(name):
         return str(name)
-    own = shipped('era_mm', 'configs')
-    folders = list(dict.fromkeys([Path('configs').resolve(), *own]))
+    folders = config_folders()
     known: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.rglob('*.py')):
@@ -74,6 +73,15 @@ def _nearest(name: Path, known: Mapping[str, Path]) -> str:
         )
     ] or [*beside.values(), *known.values()][:3]
     return '\n'.join(['Nearest names:', *(f'  {path}' for path in near[:4])])
+
+
+def config_folders() -> list[Path]:
+    """Where configs are looked up by name, the user's own first.
+
+    Then those of an installed wheel, or of a checkout.
+    """
+    own = shipped('era_mm', 'configs')
+    return list(dict.fromkeys([Path('configs').resolve(), *own]))
 
 
 def check_checkpoints(cfg: Config, training: bool = True) -> None:

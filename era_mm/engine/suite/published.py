@@ -1,0 +1,97 @@
+"""What others have published of the pairs that we have configs for."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from terminaltables import GithubFlavoredMarkdownTable
+
+from .rows import Row
+from .spec import Metric
+from .statistics import estimate
+
+FILE = 'published.json'
+
+_INTRO = """\
+## Published numbers
+
+What papers and repositories report on the pairs that we have configs for,
+none of it measured by us. The config is ours of the same method on the same
+pair and schedule, '-' where there is none. `dev/reproduce.sh CONFIG` trains
+and tests one, given the data.
+"""
+
+
+def published_section(
+    results: Path,
+    suites: Iterable[tuple[Row, Sequence[Row]]],
+    find: Sequence[Path],
+) -> str:
+    """The section of the page; empty without a file of them.
+
+    Args:
+        results: Folder with published.json.
+        suites: Headers and rows: what was run here after all.
+        find: Folders of our configs.
+    """
+    file = results / FILE
+    if not file.exists():
+        return ''
+    ours = {path.stem for folder in find for path in folder.rglob('*.py')}
+    measured = _measured(suites)
+    lines = [_INTRO]
+    for table in json.loads(file.read_text())['tables']:
+        lines += [f'### {table["title"]}', '', table['note'], '']
+        rows = [
+            ['pair', 'method', 'published', 'source', 'config', 'here'],
+            *(
+                _row(pair['pair'], entry, ours, measured)
+                for pair in table['pairs']
+                for entry in pair['numbers']
+            ),
+        ]
+        shown = GithubFlavoredMarkdownTable(rows)
+        shown.justify_columns = {2: 'right', 5: 'right'}
+        lines += [shown.table, '']
+    return '\n'.join(lines)
+
+
+def _row(
+    pair: str,
+    entry: dict[str, Any],
+    ours: set[str],
+    measured: dict[str, str],
+) -> list[str]:
+    config = entry.get('config')
+    if config not in ours:
+        config = None
+    return [
+        pair,
+        entry['method'],
+        str(entry['value']),
+        entry['source'],
+        f'`{config}`' if config else '-',
+        measured.get(config, 'not run here') if config else '',
+    ]
+
+
+def _measured(
+    suites: Iterable[tuple[Row, Sequence[Row]]],
+) -> dict[str, str]:
+    """Our means by config, of runs of the config as it is."""
+    values: dict[str, list[float]] = {}
+    shown = {}
+    for header, rows in suites:
+        metric = Metric(**header['metric'])
+        for row in rows:
+            method = header['methods'].get(row['method'])
+            factor = header['schedule'] * method['schedule'] if method else 1
+            if 'error' in row or row['options'] or factor != 1:
+                continue
+            found = values.setdefault(row['config'], [])
+            found.append(row['metrics'][metric.key] * metric.scale)
+            mean = estimate(found)
+            half = '' if mean.half is None else f' +- {mean.half:.1f}'
+            shown[row['config']] = f'{mean.mean:.1f}{half}'
+    return shown

@@ -1,0 +1,188 @@
+"""What the rows of a suite say, before it is written down.
+
+Every number here is computed from rows of finished runs. What has none is
+None.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .rows import Row, read_rows
+from .spec import TEACHER, Metric
+from .statistics import Estimate, estimate, mean_ratio, paired
+
+#: A plain run counts as long as a method if it lasts this share of its time:
+#: times of one run vary by a few percent.
+AS_LONG = 0.95
+
+#: Values by seed.
+BySeed = dict[int, float]
+
+
+class PairResults:
+    """The rows of one pair.
+
+    Args:
+        header: Of the suite.
+        pair: Name of the pair.
+        rows: Of the suite.
+    """
+
+    def __init__(self, header: Row, pair: str, rows: Sequence[Row]) -> None:
+        self.header = header
+        self.metric = Metric(**header['metric'])
+        self.seeds: list[int] = header['seeds']
+        self.about: dict[str, Any] = header['pairs'][pair]
+        self.title: str = self.about['title']
+        mine = [row for row in rows if row['pair'] == pair]
+        self.failed = [row for row in mine if 'error' in row]
+        self.rows = [row for row in mine if 'error' not in row]
+
+    # -- values ------------------------------------------------------------
+
+    def methods(self, *roles: str) -> list[str]:
+        """The methods of some roles, in the suite's order."""
+        return [
+            name
+            for name in self.about['methods']
+            if self.header['methods'][name]['role'] in roles
+        ]
+
+    def title_of(self, method: str) -> str:
+        """What the page calls a method."""
+        return self.header['methods'][method]['title']
+
+    def _of(self, method: str) -> Iterator[Row]:
+        for row in self.rows:
+            if row['method'] == method and row['seed'] in self.seeds:
+                yield row
+
+    def values(self, method: str, mode: str = '') -> BySeed:
+        """The metric by seed, in the units of the tables.
+
+        Args:
+            method: Name of the method.
+            mode: Of the inference modes beside the student's own ('').
+        """
+        key = f'{mode}/{self.metric.key}' if mode else self.metric.key
+        return {
+            row['seed']: row['metrics'][key] * self.metric.scale
+            for row in self._of(method)
+            if key in row['metrics']
+        }
+
+    def modes(self, method: str) -> list[str]:
+        """The further inference modes that a method was tested in."""
+        end = f'/{self.metric.key}'
+        return list(
+            dict.fromkeys(
+                key.removesuffix(end)
+                for row in self._of(method)
+                for key in row['metrics']
+                if key.endswith(end)
+            )
+        )
+
+    def teacher_value(self) -> float | None:
+        """The metric of the teacher."""
+        for row in self.rows:
+            if row['method'] == TEACHER:
+                return row['metrics'][self.metric.key] * self.metric.scale
+        return None
+
+    def mean(self, method: str, mode: str = '') -> Estimate | None:
+        """Mean over the seeds; None without runs."""
+        values = list(self.values(method, mode).values())
+        return estimate(values) if values else None
+
+    def more_than(
+        self, other: str | None, method: str, mode: str = ''
+    ) -> Estimate | None:
+        """By how much a method is better than another, by seeds."""
+        if other is None:
+            return None
+        return paired(self.values(method, mode), self.values(other))
+
+    # -- what a method is compared with ------------------------------------
+
+    @cached_property
+    def plain(self) -> str:
+        """The plain student at the methods' schedule."""
+        return min(
+            self.methods('plain'),
+            key=lambda name: abs(self.header['methods'][name]['schedule'] - 1),
+        )
+
+    @cached_property
+    def best_baseline(self) -> str | None:
+        """The baseline of the highest mean, among those of most runs."""
+        counts = {
+            name: len(self.values(name)) for name in self.methods('baseline')
+        }
+        most = max(counts.values(), default=0)
+        if not most:
+            return None
+        return max(
+            (name for name, count in counts.items() if count == most),
+            key=lambda name: estimate(list(self.values(name).values())).mean,
+        )
+
+    def cost(self, method: str) -> float | None:
+        """Training time relative to the plain student's.
+
+        By seeds, among runs on one kind of machine with as many beside them.
+        """
+        ratios = [
+            mean_ratio(times, self._times(self.plain).get(where, {}))
+            for where, times in self._times(method).items()
+        ]
+        known = [ratio for ratio in ratios if ratio is not None]
+        return sum(known) / len(known) if known else None
+
+    def _times(self, method: str) -> Mapping[str, BySeed]:
+        """Seconds by seed, by machine."""
+        found: dict[str, BySeed] = {}
+        for row in self._of(method):
+            if row['seconds']['train']:
+                where = f'{sorted(row["machine"].items())} x {row["jobs"]}'
+                found.setdefault(where, {})[row['seed']] = row['seconds'][
+                    'train'
+                ]
+        return found
+
+    def plain_as_long(self, method: str) -> str | None:
+        """The shortest plain training that took a method's time or more.
+
+        None if there is none, or times are not known.
+        """
+        wanted = self.cost(method)
+        if wanted is None:
+            return None
+        costs = {name: self.cost(name) for name in self.methods('plain')}
+        enough = {
+            name: cost
+            for name, cost in costs.items()
+            if cost is not None and cost >= AS_LONG * wanted
+        }
+        return min(enough, key=lambda name: enough[name], default=None)
+
+    def peak_mib(self, method: str) -> float | None:
+        """Largest peak memory of a training: of the GPU, if it had one."""
+        found = [
+            row['memory'].get('gpu_mib', row['memory']['process_mib'])
+            for row in self._of(method)
+            if row['memory']
+        ]
+        return max(found, default=None)
+
+
+def read_results(folder: Path) -> list[tuple[Row, list[Row]]]:
+    """Header and rows of all suites of a folder, by the files' names."""
+    found = []
+    for file in sorted(folder.glob('*.jsonl')):
+        header, rows = read_rows(file)
+        if header is not None:
+            found.append((header, rows))
+    return found

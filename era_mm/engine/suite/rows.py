@@ -1,0 +1,183 @@
+"""The file of a suite's results: a header, and a row for each finished run.
+
+``results/<suite>.jsonl``: the first line says what the suite compares, each
+further one is a run. The page is made of nothing else.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from era_mm.errors import UserError
+
+from . import logs
+from .cells import Cell, read_json
+from .spec import TEACHER, Suite
+
+Row = dict[str, Any]
+#: By pair, method and seed.
+Key = tuple[str, str, int | None]
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """What tells a row from others of its suite."""
+    return row['pair'], row['method'], row['seed']
+
+
+def header_of(suite: Suite) -> Row:
+    """What the page has to know of a suite."""
+    return dict(
+        suite=suite.name,
+        title=suite.title,
+        metric=asdict(suite.metric),
+        seeds=list(suite.seeds),
+        schedule=suite.schedule,
+        pairs={
+            pair.name: dict(
+                title=pair.title or pair.name,
+                methods=[m.name for m in suite.methods_of(pair)],
+                has_teacher=pair.teacher is not None,
+            )
+            for pair in suite.pairs.values()
+        },
+        methods={
+            method.name: dict(
+                title=method.title or method.name,
+                role=method.role,
+                part_of=method.part_of,
+                schedule=method.schedule,
+            )
+            for method in suite.methods.values()
+        },
+    )
+
+
+def read_rows(file: Path) -> tuple[Row | None, list[Row]]:
+    """The header and the rows of a file.
+
+    Returns:
+        None and no rows where there is no file, or one of another tool.
+    """
+    if not file.exists():
+        return None, []
+    lines = file.read_text().splitlines()
+    try:
+        found = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(
+            f'{file}: expected one JSON object per line, but {error}.'
+        ) from None
+    if not found or not {'suite', 'metric', 'methods'} <= set(found[0]):
+        return None, []
+    return found[0], found[1:]
+
+
+def write_rows(file: Path, header: Row, rows: Iterable[Row]) -> None:
+    """Write a file whole or not at all, rows in the order of the suite."""
+    pairs, methods = list(header['pairs']), [TEACHER, *header['methods']]
+
+    def place(row: Row) -> tuple[int, ...]:
+        # What the suite does not ask for any more was measured all the same.
+        return tuple(
+            names.index(name) if name in names else len(names)
+            for names, name in (
+                (pairs, row['pair']),
+                (methods, row['method']),
+            )
+        ) + (-1 if row['seed'] is None else row['seed'],)
+
+    text = ''.join(
+        json.dumps(line) + '\n' for line in [header, *sorted(rows, key=place)]
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f'{file.name}.part')
+    part.write_text(text)
+    part.replace(file)
+
+
+def row_of(
+    cell: Cell, *, teacher: str | None, commits: Sequence[str], jobs: int
+) -> Row:
+    """The row of a cell whose phases are done.
+
+    Args:
+        cell: The cell.
+        teacher: Checksum of its teacher's weights.
+        commits: Of the code in each attempt.
+        jobs: Runs that shared the machine.
+
+    Raises:
+        UserError: The test gave no metric of the suite's.
+    """
+    records = logs.scalars(cell.folder / 'train')
+    trained = read_json(cell.folder / 'train.json')
+    tested = read_json(cell.folder / 'test.json') or {}
+    metrics = logs.tested(cell.folder / 'test')
+    if cell.suite.metric.key not in metrics:
+        raise UserError(
+            f'{cell.name}: the suite compares {cell.suite.metric.key!r}, but '
+            f'the test gave {", ".join(metrics)}. Correct `metric.key`.'
+        )
+    seconds = logs.train_seconds(records)
+    unit, number = cell.length
+    process = trained or tested
+    return dict(
+        _about(cell, teacher, commits),
+        schedule={unit: number},
+        versions=process['versions'],
+        machine=process['machine'],
+        jobs=jobs,
+        metrics=metrics,
+        val=logs.metrics_of(records),
+        values=logs.ends_of(records, cell.suite.keep),
+        seconds=dict(
+            train=None if seconds is None else round(seconds, 1),
+            test=tested['seconds'],
+        ),
+        memory=trained and trained['memory'],
+    )
+
+
+def failed_row(
+    cell: Cell, *, teacher: str | None, commits: Sequence[str], error: str
+) -> Row:
+    """The row of a cell that stopped with an error."""
+    return dict(_about(cell, teacher, commits), error=error)
+
+
+def _about(cell: Cell, teacher: str | None, commits: Sequence[str]) -> Row:
+    pair, method, seed = cell.key
+    return dict(
+        pair=pair,
+        method=method,
+        seed=seed,
+        config=cell.config_name,
+        options=dict(cell.method.options) if cell.method else {},
+        fingerprint=cell.fingerprint,
+        teacher=teacher,
+        # Several where an interrupted run went on with other code.
+        commit=' '.join(dict.fromkeys(commits)),
+        attempts=len(commits),
+        finished=datetime.now(UTC).isoformat(timespec='seconds'),
+    )
+
+
+def is_current(
+    row: Mapping[str, Any] | None, cell: Cell, teacher: str | None
+) -> bool:
+    """Whether a row is what a cell would give.
+
+    Args:
+        row: Of an earlier call, if there is one.
+        cell: The cell.
+        teacher: Checksum of its teacher's weights; None: not known.
+    """
+    return (
+        row is not None
+        and 'error' not in row
+        and row['fingerprint'] == cell.fingerprint
+        and (teacher is None or row['teacher'] == teacher)
+    )

@@ -1,0 +1,298 @@
+"""What a suite file says: pairs, methods, seeds, and what they are judged by.
+
+A suite file is a config in Python, YAML or JSON::
+
+    title = 'Detection: digit scenes'
+    metric = dict(key='coco/bbox_mAP', name='AP', scale=100)
+    seeds = [0, 1, 2]
+    pairs = dict(
+        w32_w16=dict(teacher='plain_w32', student='plain_w16'),
+    )
+    methods = dict(
+        plain=dict(config='{student}', role='plain'),
+        plain_x2=dict(config='{student}', role='plain', schedule=2),
+        fitnet=dict(config='fitnet_{pair}', role='baseline'),
+        era=dict(config='era_{pair}'),
+        era_no_twi=dict(
+            part_of='era',
+            options={'model.distiller.twi_steps': 'none'},
+        ),
+    )
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from era_mm.errors import UserError
+
+#: What a method is in the tables. 'part' is set by ``part_of``.
+ROLES = ('plain', 'baseline', 'method', 'part')
+#: The cell that trains a pair's teacher.
+TEACHER = 'teacher'
+_NAME = re.compile(r'\w[\w.+-]*')
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the tables compare; more is better.
+
+    Args:
+        key: As the test loop names it: 'coco/bbox_mAP', 'accuracy/top1'.
+        name: What the tables call it.
+        scale: Factor to what the tables show, 100 for shares.
+        digits: After the point.
+    """
+
+    key: str
+    name: str
+    scale: float = 1.0
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student.
+
+    Args:
+        name: In folders and rows; ``{pair}`` in a method's ``config``.
+        student: Base name or path of the plain student's config;
+            ``{student}`` there.
+        teacher: Likewise of the teacher; None: no method needs one.
+        checkpoint: Path or URL of the teacher's weights. None: the suite
+            trains the teacher, as its config says, before its students.
+        title: What the page calls it.
+        words: For further ``{...}`` of a ``config``.
+    """
+
+    name: str
+    student: str
+    teacher: str | None = None
+    checkpoint: str | None = None
+    title: str = ''
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables: a config, and what is changed in it.
+
+    Args:
+        name: In folders, rows and tables.
+        config: Base name or path of a config, with ``{pair}``,
+            ``{student}``, ``{teacher}`` and the pair's ``words``.
+        role: 'plain' (the student alone, at any schedule), 'baseline',
+            'method', or 'part' (a method less or more something).
+        options: Changes of the config, as ``--cfg-options`` has them.
+        schedule: Factor of the suite's schedule.
+        part_of: The method of which this is a part. Its config and options
+            are taken over.
+        pairs: Only these; None: all.
+        title: What the page calls it.
+    """
+
+    name: str
+    config: str
+    role: str = 'method'
+    options: Mapping[str, Any] = field(default_factory=dict)
+    schedule: float = 1.0
+    part_of: str | None = None
+    pairs: Sequence[str] | None = None
+    title: str = ''
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A whole suite file.
+
+    Args:
+        name: The file's, without its ending; names the results.
+        title: Heading of the suite on the page.
+        metric: What is compared.
+        pairs: By name.
+        methods: By name, in the order of the tables.
+        seeds: One run each; the same for all methods.
+        schedule: Factor of every student's schedule.
+        options: Changes of every config, the teacher's included.
+        keep: Patterns of logged values to keep in the rows, such as
+            'era_unexplained_*': the first and the last of each.
+    """
+
+    name: str
+    title: str
+    metric: Metric
+    pairs: Mapping[str, Pair]
+    methods: Mapping[str, Method]
+    seeds: Sequence[int]
+    schedule: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keep: Sequence[str] = ()
+
+    def methods_of(self, pair: Pair) -> Iterator[Method]:
+        """The methods that a pair is tried with."""
+        for method in self.methods.values():
+            if method.pairs is None or pair.name in method.pairs:
+                yield method
+
+
+def read_suite(file: str | Path) -> Suite:
+    """Read a suite file.
+
+    Raises:
+        UserError: There is no such file, or it says something that is not
+            known, lacks something or contradicts itself.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(
+            f'suite: expected a file that lists methods, pairs and seeds, '
+            f'but there is no {file.resolve()}. See docs/suite.md.'
+        )
+    try:
+        found = Config.fromfile(file).to_dict()
+    except OSError as error:
+        # What mmengine makes of an ending that it does not know.
+        raise UserError(
+            f'suite: {error}; expected .py, .yaml or .json.'
+        ) from error
+    where = str(file)
+    _check(
+        found,
+        where,
+        needs=('title', 'metric', 'seeds', 'pairs', 'methods'),
+        may=('schedule', 'options', 'keep'),
+    )
+    pairs = {
+        name: _pair(name, entry, where)
+        for name, entry in found['pairs'].items()
+    }
+    methods: dict[str, Method] = {}
+    for name, entry in found['methods'].items():
+        methods[name] = _method(name, entry, methods, pairs, where)
+    seeds = found['seeds']
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(
+            f'{where}: expected `seeds` with at least one number, each once, '
+            f'but got {seeds}.'
+        )
+    if not any(method.role == 'plain' for method in methods.values()):
+        raise UserError(
+            f"{where}: expected a method with role='plain', the student "
+            'alone, with which all are compared. Add '
+            "plain=dict(config='{student}', role='plain')."
+        )
+    _check(
+        found['metric'],
+        f'{where}: metric',
+        needs=('key', 'name'),
+        may=('scale', 'digits'),
+    )
+    return Suite(
+        name=file.stem,
+        title=found['title'],
+        metric=Metric(**found['metric']),
+        pairs=pairs,
+        methods=methods,
+        seeds=tuple(seeds),
+        schedule=found.get('schedule', 1.0),
+        options=found.get('options', {}),
+        keep=tuple(found.get('keep', ())),
+    )
+
+
+def _pair(name: str, entry: Any, where: str) -> Pair:
+    where = f'{where}: pairs.{name}'
+    _check_name(name, where)
+    _check(
+        entry,
+        where,
+        needs=('student',),
+        may=('teacher', 'checkpoint', 'title', 'words'),
+    )
+    if entry.get('checkpoint') and not entry.get('teacher'):
+        raise UserError(f'{where}: expected `teacher` beside `checkpoint`.')
+    return Pair(name=name, **entry)
+
+
+def _method(
+    name: str,
+    entry: Any,
+    before: Mapping[str, Method],
+    pairs: Mapping[str, Pair],
+    where: str,
+) -> Method:
+    where = f'{where}: methods.{name}'
+    _check_name(name, where)
+    whole = isinstance(entry, Mapping) and entry.get('part_of')
+    _check(
+        entry,
+        where,
+        needs=() if whole else ('config',),
+        may=('role', 'options', 'schedule', 'part_of', 'pairs', 'title'),
+    )
+    values = dict(entry)
+    if whole:
+        if whole not in before or 'role' in values:
+            raise UserError(
+                f'{where}: `part_of` names a method above it and sets the '
+                f"role 'part', but got part_of={whole!r} "
+                + (
+                    f'beside role={values["role"]!r}.'
+                    if 'role' in values
+                    else f'after {", ".join(before) or "no method"}.'
+                )
+            )
+        base = before[whole]
+        values['config'] = base.config
+        values['role'] = 'part'
+        values['options'] = {**base.options, **values.get('options', {})}
+        values.setdefault('schedule', base.schedule)
+        values.setdefault('pairs', base.pairs)
+    elif values.get('role', 'method') not in ROLES[:-1]:
+        raise UserError(
+            f'{where}: expected `role` to be one of {ROLES[:-1]}, but got '
+            f'{values["role"]!r}.'
+        )
+    unknown = set(values.get('pairs') or ()) - set(pairs)
+    if unknown:
+        raise UserError(
+            f'{where}: `pairs` names {", ".join(sorted(unknown))}, but the '
+            f'suite has {", ".join(pairs)}.'
+        )
+    return Method(name=name, **values)
+
+
+def _check(
+    entry: Any, where: str, needs: Sequence[str], may: Sequence[str]
+) -> None:
+    if not isinstance(entry, Mapping):
+        raise UserError(f'{where}: expected a dict, but got {entry!r}.')
+    missing = [key for key in needs if key not in entry]
+    unknown = [key for key in entry if key not in (*needs, *may)]
+    if missing or unknown:
+        raise UserError(
+            f'{where}: '
+            + '; '.join(
+                text
+                for text in (
+                    missing and f'{", ".join(missing)} is missing',
+                    unknown and f'{", ".join(unknown)} is not known',
+                )
+                if text
+            )
+            + f'. Expected {", ".join(needs) or "nothing"}, and perhaps '
+            f'{", ".join(may)}.'
+        )
+
+
+def _check_name(name: str, where: str) -> None:
+    if not _NAME.fullmatch(name) or name == TEACHER:
+        raise UserError(
+            f'{where}: expected a name that can be a folder, of letters, '
+            f'digits and _ . + -, and not {TEACHER!r}, which is the cell of '
+            "the pair's teacher."
+        )

@@ -1,0 +1,84 @@
+"""Means, intervals and differences by seed."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean and what is known of it.
+
+    Args:
+        mean: Of the values.
+        half: Half of its 95 % interval; None for a single value.
+        number: Of values.
+    """
+
+    mean: float
+    half: float | None
+    number: int
+
+    @property
+    def is_above_0(self) -> bool:
+        """Whether the whole interval is."""
+        return self.half is not None and self.mean - self.half > 0
+
+    @property
+    def is_below_0(self) -> bool:
+        """Whether the whole interval is."""
+        return self.half is not None and self.mean + self.half < 0
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % interval, by Student's t.
+
+        half = t(0.975, n - 1) * s / sqrt(n)
+
+    s is the standard deviation with n - 1.
+
+    Raises:
+        ValueError: No values.
+    """
+    if not values:
+        raise ValueError('expected at least one value')
+    number = len(values)
+    half = None
+    if number > 1:
+        quantile = stats.t.ppf((1 + LEVEL) / 2, number - 1)
+        half = float(quantile * stats.sem(values))
+    return Estimate(float(np.mean(values)), half, number)
+
+
+def paired(
+    values: Mapping[int, float], others: Mapping[int, float]
+) -> Estimate | None:
+    """The mean difference by seed: ``values - others``.
+
+    Runs of one seed share data order and initial weights, so the difference
+    within a seed varies less than the runs do.
+
+    Args:
+        values: By seed.
+        others: Likewise; seeds that only one has are left out.
+
+    Returns:
+        None where no seed is in both.
+    """
+    common = sorted(set(values) & set(others))
+    if not common:
+        return None
+    return estimate([values[seed] - others[seed] for seed in common])
+
+
+def mean_ratio(
+    values: Mapping[int, float], others: Mapping[int, float]
+) -> float | None:
+    """The mean of ``values / others`` by seed; None without a common one."""
+    common = sorted(set(values) & set(others))
+    if not common:
+        return None
+    return float(np.mean([values[seed] / others[seed] for seed in common]))

@@ -1,0 +1,105 @@
+"""A phase of a cell, in a program of its own.
+
+``python -m era_mm.engine.suite.worker train|test FOLDER`` trains or tests
+what lies in a cell's folder, as ``train`` and ``test`` do, and leaves
+train.json or test.json there.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a phase; the exit status is returned."""
+    parser = argparse.ArgumentParser(prog='worker', description=__doc__)
+    parser.add_argument('phase', choices=['train', 'test'])
+    parser.add_argument('folder', type=Path)
+    args = parser.parse_args(argv)
+    threading.Thread(target=_end_with_the_suite, daemon=True).start()
+    began = time.monotonic()
+    run = _train if args.phase == 'train' else _test
+    status, found = run(args.folder)
+    if status:
+        return status
+    from .cells import write_json
+
+    found |= _of_this_process()
+    found['seconds'] = round(time.monotonic() - began, 1)
+    write_json(args.folder / f'{args.phase}.json', found)
+    return 0
+
+
+def _end_with_the_suite() -> None:
+    """Stop when the other end of stdin goes, with whoever started this.
+
+    A suite that was killed cannot stop its runs, and the next one would
+    start them a second time.
+    """
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train(folder: Path) -> tuple[int, dict[str, Any]]:
+    from era_mm.cli import run_train
+    from era_mm.engine.preflight import find_fault_among
+
+    work_dir = folder / 'train'
+    argv = [str(folder / 'config.py'), '--work-dir', str(work_dir)]
+    last = work_dir / 'last_checkpoint'
+    if last.exists() and not find_fault_among(last.read_text().strip()):
+        argv.append('--resume')
+    else:
+        # Of a run that was stopped before its first checkpoint.
+        shutil.rmtree(work_dir, ignore_errors=True)
+    status = run_train(argv)
+    if status:
+        return status, {}
+    return 0, dict(checkpoint=last.read_text().strip())
+
+
+def _test(folder: Path) -> tuple[int, dict[str, Any]]:
+    from era_mm.cli import run_test
+
+    from .cells import read_json
+
+    work_dir = folder / 'test'
+    shutil.rmtree(work_dir, ignore_errors=True)
+    given = read_json(folder / 'job.json') or {}
+    trained = read_json(folder / 'train.json') or {}
+    checkpoint = given.get('checkpoint') or trained['checkpoint']
+    argv = [str(folder / 'config.py'), checkpoint]
+    return run_test([*argv, '--work-dir', str(work_dir)]), {}
+
+
+def _of_this_process() -> dict[str, Any]:
+    """Versions, machine and peak memory."""
+    import torch
+
+    from era_mm.engine.benchmark_report import machine, versions
+
+    on_gpu = torch.cuda.is_available()
+    # Linux counts in KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = dict(process_mib=round(peak / MIB))
+    if on_gpu:
+        memory['gpu_mib'] = round(torch.cuda.max_memory_allocated() / MIB)
+    return dict(
+        versions=versions(),
+        machine=machine(torch.device('cuda' if on_gpu else 'cpu')),
+        memory=memory,
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())

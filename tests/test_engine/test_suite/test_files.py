@@ -1,0 +1,122 @@
+"""The suite files of the project, its published numbers, reproduce.sh."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from era_mm.engine.suite.cells import all_cells
+from era_mm.engine.suite.page import page
+from era_mm.engine.suite.results import read_results
+from era_mm.engine.suite.spec import read_suite
+
+ROOT = Path(__file__).resolve().parents[3]
+SUITES = sorted((ROOT / 'suites').glob('*.py'))
+
+
+@pytest.mark.parametrize('file', SUITES, ids=lambda file: file.stem)
+def test_suite__every_cell_has_a_config_of_one_schedule(
+    file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    suite = read_suite(file)
+    assert len(suite.seeds) == 5
+    cells = all_cells(suite, tmp_path)
+    # Two runs of one fingerprint would be one run, counted twice.
+    assert len({cell.fingerprint for cell in cells}) == len(cells)
+    lengths = {}
+    for cell in cells:
+        cfg = cell.config
+        lengths[cell.key[1]] = cell.length[1]
+        if cell.method is None:
+            continue
+        distiller = cfg.model.get('distiller') or {}
+        # A phase that comes before is added to the schedule of all.
+        first = distiller.get('pretrain_iters', 0)
+        iters = {'digit_scenes': 150, 'digit_crops': 32}[suite.name]
+        epochs = cell.length[1] - -(-first // iters)
+        assert epochs == lengths['plain'] * cell.method.schedule
+    assert lengths['plain_x2'] == 2 * lengths['plain']
+    assert lengths['teacher'] == lengths['plain']
+
+
+def test_published__configs_of_a_pair_are_there():
+    found = json.loads((ROOT / 'results/published.json').read_text())
+    ours = {path.stem for path in (ROOT / 'configs').rglob('*.py')}
+    numbers = [
+        (pair['pair'], entry)
+        for table in found['tables']
+        for pair in table['pairs']
+        for entry in pair['numbers']
+    ]
+    for pair, entry in numbers:
+        assert entry['source'], pair
+        if entry['method'] == 'plain':
+            assert entry['config'] in ours
+    assert {e['config'] for _, e in numbers if 'config' in e} & ours
+
+
+def test_page__of_the_project_is_made_of_its_rows(tmp_path):
+    text = (ROOT / 'docs/results.md').read_text()
+    assert text == page(ROOT / 'results', [ROOT / 'configs'])
+    names = {header['suite'] for header, _ in read_results(ROOT / 'results')}
+    assert names == {file.stem for file in SUITES}
+
+
+PYTHON = """#!/bin/bash
+[ "$1" = - ] && exec {python} "$@"
+echo "$@" >> calls
+while [ $# -gt 0 ]; do [ "$1" = --work-dir ] && dir=$2; shift; done
+mkdir -p $dir && touch $dir/epoch_2.pth
+echo $dir/epoch_2.pth > $dir/last_checkpoint
+"""
+
+
+def test_reproduce__trains_the_teacher_first_and_goes_on(tmp_path):
+    (tmp_path / 'dev').mkdir()
+    copied = tmp_path / 'dev/reproduce.sh'
+    copied.write_bytes((ROOT / 'dev/reproduce.sh').read_bytes())
+    copied.chmod(0o755)
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs/big.py').write_text('model = dict(type="A")')
+    (tmp_path / 'configs/era_big.py').write_text(
+        'model = dict(teacher=dict(config="big",'
+        ' checkpoint="work_dirs/big/epoch_2.pth"))'
+    )
+    python = tmp_path / 'python'
+    python.write_text(PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
+
+    def run(*argv, **env):
+        (tmp_path / 'calls').unlink(missing_ok=True)
+        path = f'{ROOT}:{os.environ.get("PYTHONPATH", "")}'
+        subprocess.run(
+            [str(copied), *argv],
+            check=True,
+            cwd=tmp_path,
+            env=os.environ | {'PYTHON': str(python), 'PYTHONPATH': path} | env,
+            capture_output=True,
+        )
+        return (tmp_path / 'calls').read_text().splitlines()
+
+    config = f'{tmp_path}/configs'
+    assert run('era_big', '--amp') == [
+        f'tools/train.py {config}/big.py --work-dir work_dirs/big',
+        f'tools/test.py {config}/big.py work_dirs/big/epoch_2.pth '
+        '--work-dir work_dirs/big/test',
+        f'tools/train.py {config}/era_big.py --work-dir work_dirs/era_big '
+        '--amp',
+        f'tools/test.py {config}/era_big.py work_dirs/era_big/epoch_2.pth '
+        '--work-dir work_dirs/era_big/test',
+    ]
+    # The teacher is there, and the training goes on.
+    again = run('configs/era_big.py', GPUS='2')
+    assert len(again) == 2
+    assert again[0].startswith(
+        '-m torch.distributed.run --nproc_per_node=2 tools/train.py'
+    )
+    assert again[0].endswith('--resume --launcher pytorch')
+    assert subprocess.run([str(copied)], capture_output=True).returncode == 2
