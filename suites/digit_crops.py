@@ -94,12 +94,14 @@ methods = dict(
     ),
     sokd=dict(
         config='era_{pair}_digit_crops',
-        title='SoKD around FitNet',
+        title='SoKD around FitNet, without DAM',
         options={
+            # DAM looks for areas on maps; pooled features have none.
             'model.distiller': dict(
                 _delete_=True,
                 type='era_mm.SoKDDistiller',
                 base=dict(type='era_mm.FeatureImitationDistiller'),
+                dam=False,
             ),
             'custom_hooks': [],
         },
