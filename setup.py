@@ -20,6 +20,7 @@ ENTRY_SCRIPTS = (
     'make_config.py',
     'print_sources.py',
     'benchmark.py',
+    'report.py',
 )
 REPOSITORY = 'https://github.com/era-mm/era_mm'
 
@@ -90,6 +91,7 @@ setup(
     # Makes an editable install a plain .pth line: with setuptools' import
     # finder, site-packages/era_mm/.mim would hide the checkout's package.
     package_dir={'': '.'},
+    package_data={'era_mm.report': ['template/*']},
     python_requires='>=3.11',
     install_requires=['packaging'],
     # Exactly one profile fits in an environment, see era_mm/hosts.py.
@@ -108,6 +110,8 @@ setup(
             'mmdet>=3.3,<3.4',
             'mmpretrain>=1.2,<1.3',
         ],
+        # era_mm/report
+        'report': ['jinja2', 'plotly>=6'],
         # tools/demo.py and tools/make_digit_scenes.py
         'demo': ['pillow', 'rich', 'scikit-learn', 'scipy', 'tqdm'],
     },

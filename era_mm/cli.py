@@ -64,6 +64,13 @@ def run_benchmark(argv: Sequence[str] | None = None) -> int:
     return _run(_benchmark_parser().parse_args(argv), _benchmark)
 
 
+def run_report(argv: Sequence[str] | None = None) -> int:
+    """Write one page about runs; the exit status is returned."""
+    from era_mm.report import command
+
+    return _run(command.make_parser().parse_args(argv), command.run)
+
+
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='train', description='Train the model of a config.'
