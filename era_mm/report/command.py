@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--table',
         metavar='FILE',
-        help="the table.json of a demo, shown with the summary",
+        help='the table.json of a demo, shown with the summary',
     )
     parser.add_argument(
         '--traceback',

@@ -30,6 +30,7 @@ COLOURS = (
 PLAIN_COLOUR = '#d55e00'
 TEACHER_COLOUR = '#888888'
 DASHES = ('solid', 'dash', 'dot', 'dashdot', 'longdash', 'longdashdot')
+PATTERNS = ('', '/', '\\', 'x', '-', '|')
 SYMBOLS = ('circle', 'square', 'diamond', 'triangle-up', 'cross', 'x')
 #: Points of a curve; more are averaged, for a page that opens at once.
 MOST_POINTS = 300
@@ -145,8 +146,9 @@ def across_seeds(
     for start in range(0, len(steps), size):
         some = steps[start : start + size]
         out[0].append(some[-1])
-        for column, kind in zip(out[1:], (fmean, min, max), strict=True):
-            column.append(fmean(kind(values[step]) for step in some))
+        out[1].append(fmean(fmean(values[step]) for step in some))
+        out[2].append(fmean(min(values[step]) for step in some))
+        out[3].append(fmean(max(values[step]) for step in some))
     return out
 
 
@@ -155,6 +157,7 @@ def line_with_band(
     many: Sequence[Series],
     style: Style,
     factor: float = 1.0,
+    markers: bool = True,
     **more: Any,
 ) -> list[dict[str, Any]]:
     """The mean of some runs as a line, their range as a band behind it."""
@@ -182,7 +185,7 @@ def line_with_band(
                 **more,
             )
         )
-    few = len(steps) <= 30
+    few = len(steps) <= 30 and markers
     traces.append(
         dict(
             type='scatter',
@@ -404,13 +407,15 @@ def _difference_figure(
     first = entries[0][:2]
     order = sorted(
         dict.fromkeys(entry[2] for entry in entries),
-        key=lambda part: -max(
-            (
-                fmean(found)
-                for group, mode, key, found in entries
-                if key == part and (group, mode) == first
-            ),
-            default=-math.inf,
+        key=lambda part: (
+            -max(
+                (
+                    fmean(found)
+                    for group, mode, key, found in entries
+                    if key == part and (group, mode) == first
+                ),
+                default=-math.inf,
+            )
         ),
     )
     lines: dict[tuple[str, str], dict[str, list[float]]] = {}
@@ -420,19 +425,23 @@ def _difference_figure(
         lines.setdefault((group.name, mode), {})[part] = [
             percent * value for value in found
         ]
-    data, rows = [], []
+    data: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
     for (group_name, mode), parts in lines.items():
         group = groups[group_name]
         style = look.of(group, mode)
         shown = [part for part in order if part in parts]
         means = [_round(fmean(parts[part])) for part in shown]
         trace: dict[str, Any] = dict(
-            type='scatter',
-            mode='markers',
+            type='bar',
+            orientation='h',
             name=label_of(group, mode),
             x=means,
             y=shown,
-            marker=dict(color=style.colour, symbol=style.symbol, size=11),
+            marker=dict(
+                color=style.colour,
+                pattern=dict(shape=PATTERNS[len(data) % len(PATTERNS)]),
+            ),
         )
         if any(len(parts[part]) > 1 for part in shown):
             trace['error_x'] = dict(
@@ -446,12 +455,17 @@ def _difference_figure(
                     _round(m - min(parts[p]))
                     for p, m in zip(shown, means, strict=True)
                 ],
-                color=style.colour,
+                color=TEACHER_COLOUR,
                 thickness=1.5,
             )
         data.append(trace)
         rows += [
-            [label_of(group, mode), part, f'{mean:+.1f}', str(len(parts[part]))]
+            [
+                label_of(group, mode),
+                part,
+                f'{mean:+.1f}',
+                str(len(parts[part])),
+            ]
             for part, mean in zip(shown, means, strict=True)
         ]
     layout = _axes('points more than plain', '')
@@ -463,7 +477,7 @@ def _difference_figure(
         categoryorder='array',
         categoryarray=order,
     )
-    layout['height'] = 150 + max(24, 9 * len(lines)) * len(order)
+    layout['height'] = 150 + max(24, 14 * len(lines)) * len(order)
     said = '; '.join(' '.join(row[:3]) for row in rows[:8])
     return Figure(
         name,
@@ -485,7 +499,7 @@ def loss_terms(comparison: Comparison, look: Look) -> list[Figure]:
             last = key.split('.')[-1]
             if last.startswith('loss') or '.pretrain' in key:
                 keys[key] = None
-    figures = []
+    figures: list[Figure] = []
     for key in keys:
         data: list[dict] = []
         ends = []
@@ -493,13 +507,15 @@ def loss_terms(comparison: Comparison, look: Look) -> list[Figure]:
             many = _of(group.runs, 'train', key)
             if not any(many):
                 continue
-            data += line_with_band(group.name, many, look.of(group))
+            data += line_with_band(
+                group.name, many, look.of(group), markers=False
+            )
             lasts = [s[-1][1] for s in many if s]
             ends.append(f'{group.name} {fmean(lasts):.3g}')
         layout = _axes('iteration', '')
         values = [y for trace in data for y in trace['y']]
         if values and min(values) > 0:
-            layout['yaxis']['type'] = 'log'
+            layout['yaxis'].update(type='log', **_ticks(values))
         layout['height'] = 230
         layout['showlegend'] = len(ends) > 1
         figures.append(
@@ -517,7 +533,7 @@ def loss_terms(comparison: Comparison, look: Look) -> list[Figure]:
 
 def unexplained(comparison: Comparison) -> list[Figure]:
     """The decomposition over time, a figure for each group that has one."""
-    figures = []
+    figures: list[Figure] = []
     for group in comparison.distilled:
         for kind, word in (('unexplained', 'share'), ('mse', 'error')):
             figure = _unexplained_of(group, kind, word, len(figures))
@@ -534,7 +550,10 @@ def _unexplained_of(
 ) -> Figure | None:
     keys = sorted(
         (k for k in group.runs[0].train if f'era_{kind}_e' in k),
-        key=lambda key: (key.rpartition('_e')[0], int(key.rpartition('_e')[2])),
+        key=lambda key: (
+            key.rpartition('_e')[0],
+            int(key.rpartition('_e')[2]),
+        ),
     )
     if len(keys) < 2:
         return None
@@ -570,8 +589,7 @@ def _unexplained_of(
             data += added
         lasts = [s[-1][1] for s in many if s]
         ends.append(factor * fmean(lasts))
-        val_key = f'era/{kind}_{name.replace("e", "e")}'
-        vals = group.lasts(val_key)
+        vals = group.lasts(f'era/{kind}_{name}')
         rows.append(
             [
                 name,
@@ -590,6 +608,7 @@ def _unexplained_of(
     )
     layout['yaxis']['rangemode'] = 'tozero'
     layout['meta'] = dict(side_by_side=True)
+    said = ', '.join(f'e{i} {end:.2f} {unit}' for i, end in enumerate(ends))
     return Figure(
         f'unexplained-{number}',
         f"{group.name}: the {word} of the teacher's feature that each "
@@ -597,7 +616,7 @@ def _unexplained_of(
         data,
         layout,
         f"What e0 ... e{len(keys) - 1} leave of the teacher's feature. At the "
-        f'end: {", ".join(f"e{i} {v:.2f} {unit}" for i, v in enumerate(ends))}.',
+        f'end: {said}.',
         'e0 is the aligned student alone; each branch adds one residual. '
         'First: what is left, 100 % where an estimate is no better than the '
         "teacher's mean. Second: how much less than e0 each estimate "
@@ -641,9 +660,7 @@ def _by_level(group: Group, number: int) -> Figure | None:
                 SYMBOLS[i % len(SYMBOLS)],
             )
             many = _of(group.runs, 'levels', f'{step}_{level}')
-            short = step.removeprefix(LEVEL_PREFIX).replace(
-                'unexplained_', ''
-            )
+            short = step.removeprefix(LEVEL_PREFIX).replace('unexplained_', '')
             name = f'{short}, {level.replace("level", "level ")}'
             data += line_with_band(name, many, style, 100.0)
             lasts = [s[-1][1] for s in many if s]
@@ -692,7 +709,7 @@ def level_bars(
             y=[_round(100 * row[step]) for row in shares],
             marker=dict(
                 color=COLOURS[step % len(COLOURS)],
-                pattern=dict(shape=['', '/', '\\', 'x', '-', '|'][step % 6]),
+                pattern=dict(shape=PATTERNS[step % len(PATTERNS)]),
             ),
         )
         for step in range(steps)
@@ -722,6 +739,22 @@ def level_bars(
             ],
         ),
     )
+
+
+def _ticks(values: Sequence[float]) -> dict[str, list]:
+    """Ticks of a logarithmic axis that can be read by themselves."""
+    low = math.floor(math.log10(min(values)))
+    high = math.ceil(math.log10(max(values)))
+    for steps in ((1, 2, 5), (1,)):
+        ticks = [
+            step * 10.0**power
+            for power in range(low, high + 1)
+            for step in steps
+            if min(values) / 1.3 <= step * 10.0**power <= max(values) * 1.3
+        ]
+        if len(ticks) <= 7:
+            break
+    return dict(tickvals=ticks, ticktext=[f'{tick:g}' for tick in ticks])
 
 
 def show(value: float | None, digits: int = 1) -> str:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -89,8 +90,7 @@ def heat_rows(
     ]
     if len(estimates) > 1:
         added = [
-            strength(after - before)
-            for before, after in zip(estimates, estimates[1:], strict=False)
+            strength(after - before) for before, after in pairwise(estimates)
         ]
         rows.append(
             HeatRow(

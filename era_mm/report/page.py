@@ -91,6 +91,8 @@ def summarise(comparison: Comparison, found: Found) -> dict[str, Any]:
 
 
 def _headline(comparison: Comparison, summary: dict) -> str:
+    key, percent = comparison.metric, comparison.percent
+    failed = [run for _, run in comparison.failed]
     best: tuple[float, str] | None = None
     for split in summary['splits'][::-1]:
         for group in comparison.distilled:
@@ -109,6 +111,26 @@ def _headline(comparison: Comparison, summary: dict) -> str:
                     else ' (one seed).'
                 )
             )
+            if failed:
+                kept = estimate(
+                    [
+                        percent * value
+                        for value in comparison.differences(
+                            group, key, of=split, without=failed
+                        )
+                    ]
+                )
+                names = ', '.join(run.name for run in failed)
+                if kept is not None:
+                    text += (
+                        f' Without {names}, which failed: {kept.mean:+.1f}'
+                        + (
+                            ''
+                            if kept.low is None
+                            else f' ({kept.low:+.1f} to {kept.high:+.1f})'
+                        )
+                        + '.'
+                    )
             if best is None or row[f'{split}_gain'] > best[0]:
                 best = (row[f'{split}_gain'], text)
         if best is not None:
@@ -120,15 +142,16 @@ def _headline(comparison: Comparison, summary: dict) -> str:
 
 def summary_table(summary: dict) -> Table:
     """The summary's rows, as text."""
-    head = ['model', 'seeds']
+    head = ['model']
     for split in summary['splits']:
         head += [f'{summary["metric"]}, {split}', f'to plain, {split}']
+    head.append('seeds')
     counted = any('parameters' in row for row in summary['rows'])
     if counted:
         head += ['parameters', 'FLOPs']
     rows = []
     for row in summary['rows']:
-        line = [row['model'], str(row['seeds'])]
+        line = [row['model']]
         for split in summary['splits']:
             deviation = row[f'{split}_deviation']
             value = show(row[split])
@@ -140,6 +163,7 @@ def summary_table(summary: dict) -> Table:
             if interval:
                 more += f' [{interval[0]:+.1f}, {interval[1]:+.1f}]'
             line += [value, more]
+        line.append(str(row['seeds']))
         if counted:
             number = row.get('parameters')
             line += [
@@ -214,9 +238,14 @@ def cards(
         step = _median([r.seconds_per_iter for r in group.runs])
         if step is not None:
             text = f'{1000 * step:.0f} ms an iteration (median)'
-            if base and group is not plain and group.role == 'distilled':
-                text += f', {step / base:.2f} times the plain run'
+            if base and group.role == 'distilled':
+                text += (
+                    f', {step / base:.2f} times the plain run by the clock, '
+                    'whatever ran beside either'
+                )
             facts.append(('cost', text))
+        if 'Cost of a step' in run.facts:
+            facts.append(('by FLOPs', run.facts['Cost of a step']))
         if group.name in found.deployed:
             number, flops = found.deployed[group.name]
             facts.append(
@@ -232,7 +261,11 @@ def _machine(group: Group) -> list[tuple[str, str]]:
     if 'Made with' in facts:
         return [('made with', facts['Made with'])]
     found = []
-    gpus = [v for k, v in facts.items() if k.startswith('GPU ') and k != 'GPU number']
+    gpus = [
+        v
+        for k, v in facts.items()
+        if k.startswith('GPU ') and k != 'GPU number'
+    ]
     if gpus:
         found.append(('machine', ', '.join(gpus)))
     elif facts.get('CUDA available') == 'False':
@@ -322,7 +355,9 @@ def read_measured(file: str | Path) -> tuple[Table, str]:
         for key, word in (('machine', ''), ('minutes', 'minutes in all'))
         if key in content
     ]
-    return Table([key.replace('_', ' ') for key in head], rows), '; '.join(facts)
+    return Table([key.replace('_', ' ') for key in head], rows), '; '.join(
+        facts
+    )
 
 
 def render(
@@ -400,5 +435,3 @@ def as_script(value: Any) -> str:
 
     text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
     return text.replace('<', '\\u003c').replace('&', '\\u0026')
-
-

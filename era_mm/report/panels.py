@@ -228,7 +228,7 @@ def look_at_images(
             'images: predictions are neither boxes nor scores of classes'
         )
         return found
-    kind(dataset, subjects, found, options).fill()
+    kind(dataset, subjects, found, options, comparison.plain).fill()
     if pair is not None:
         _decompose(pair, dataset, found, tell)
     return found
@@ -271,7 +271,9 @@ def _build_subjects(
         # With the preprocessing that the distillation gives it.
         own = next(iter(pair[1].teachers.values()), None)
         if own is not None:
-            group = teacher.group if teacher else Group('teacher', 'teacher', [])
+            group = (
+                teacher.group if teacher else Group('teacher', 'teacher', [])
+            )
             teacher = Subject('teacher', group, own.predict, 'teacher')
     if teacher is not None:
         subjects.insert(0, teacher)
@@ -315,13 +317,14 @@ class _Panels:
         subjects: Sequence[Subject],
         found: Found,
         options: Options,
+        plain: Group | None,
     ) -> None:
         self.dataset = dataset
         self.subjects = list(subjects)
         self.found = found
         self.options = options
         self.classes = list(dataset.metainfo.get('classes') or [])
-        self.plain = next((s for s in subjects if s.role == 'plain'), None)
+        self.plain = next((s for s in subjects if s.group is plain), None)
         self.taught = next(
             (s for s in subjects if s.role == 'distilled'), None
         )
@@ -388,8 +391,11 @@ class _Panels:
         return [
             *((i, f'improved by {gains[i]:+.2g}') for i in best),
             *(
-                (i, f'{"spoilt" if gains[i] < 0 else "changed"} by '
-                 f'{gains[i]:+.2g}')
+                (
+                    i,
+                    f'{"spoilt" if gains[i] < 0 else "changed"} by '
+                    f'{gains[i]:+.2g}',
+                )
                 for i in worst
             ),
         ]
@@ -550,10 +556,10 @@ class DetectionPanels(_Panels):
                 f'Ground truth: {len(names)} objects, {", ".join(names)}.',
             )
         ]
-        base = self._match(self.plain, index)[3] if self.plain else None
+        base = self._match(self.plain, index)[3] if self.plain else set()
         for subject in self.subjects:
             boxes, texts, right, taken = self._match(subject, index)
-            compared = base is not None and subject.role == 'distilled'
+            compared = bool(self.plain) and subject.role == 'distilled'
             marks = []
             for box, text, match in zip(boxes, texts, right, strict=True):
                 kind = 'right' if match is not None else 'wrong'
@@ -565,16 +571,22 @@ class DetectionPanels(_Panels):
                     kind = 'lost' if compared and j in base else 'missed'
                     marks.append(Mark(_scaled(box, scale), name, kind))
             counts = {
-                kind: sum(mark.kind == kind for mark in marks)
-                for kind in ('right', 'gained', 'wrong', 'lost', 'missed')
+                word: sum(mark.kind == kind for mark in marks)
+                for kind, word in (
+                    ('right', 'right'),
+                    ('gained', 'gained'),
+                    ('lost', 'lost'),
+                    ('missed', 'missed'),
+                )
             }
+            alarms = sum(mark.kind == 'wrong' for mark in marks)
             columns.append(
                 Column(
                     subject.title,
                     marks,
                     f'{subject.title}: '
                     + ', '.join(f'{n} {k}' for k, n in counts.items() if n)
-                    + f' of {len(names)} objects.',
+                    + f' of {len(names)} objects; {alarms} false alarms.',
                 )
             )
         return columns
@@ -585,7 +597,9 @@ class DetectionPanels(_Panels):
         from pycocotools.cocoeval import COCOeval
 
         self.found.class_metric = 'AP'
-        images, objects, results = [], [], []
+        images: list[dict] = []
+        objects: list[dict] = []
+        results: list[dict] = []
         for index, sample in enumerate(subject.found):
             images.append({'id': index})
             info = self.dataset.get_data_info(index)
@@ -733,7 +747,9 @@ def parts_of(
             [level for levels in feats[key].values() for level in levels]
             for key in ('student_feats', 'teacher_feats')
         )
-        if student and [x.shape for x in student] == [x.shape for x in teacher]:
+        if student and [x.shape for x in student] == [
+            x.shape for x in teacher
+        ]:
             return (
                 Decomposition(teacher, [student], None),
                 ['student'],
@@ -754,9 +770,9 @@ def _heat_lines(parts: Decomposition, names: list[str]) -> list[HeatLine]:
             ]
             lines.append(
                 HeatLine(
-                    f'level {level}', f'{row.title} (0 to {row.most:.2g})', cells
+                    f'level {level}',
+                    f'{row.title} (0 to {row.most:.2g})',
+                    cells,
                 )
             )
     return lines
-
-

@@ -59,9 +59,10 @@ FACT = re.compile(
     re.MULTILINE,
 )
 MADE_WITH = re.compile(r'- INFO - Made with: (.*)$', re.MULTILINE)
-COMPLAINT = re.compile(
-    r'- (?:WARNING|ERROR|CRITICAL) - (.*)$', re.MULTILINE
+COST = re.compile(
+    r'^a step costs about ([\d.]+ times the plain one \(.*\))$', re.MULTILINE
 )
+COMPLAINT = re.compile(r'- (?:WARNING|ERROR|CRITICAL) - (.*)$', re.MULTILINE)
 # Enough for what a log says before the first step, and for its last lines.
 HEAD_BYTES = 400_000
 TAIL_BYTES = 60_000
@@ -174,7 +175,7 @@ class Run:
     @property
     def modes(self) -> list[str]:
         """'', the model's own predictions, and the further modes evaluated."""
-        found = {'': None}
+        found: dict[str, None] = {'': None}
         for key in (*self.val, *self.test):
             start, _, rest = key.partition('/')
             if '/' in rest:
@@ -189,9 +190,7 @@ class Run:
             return ''
         line = f'mim train era_mm {dumped} --work-dir {self.folder}_again'
         launcher = (self.config or {}).get('launcher', 'none')
-        return (
-            line if launcher == 'none' else f'{line} --launcher {launcher}'
-        )
+        return line if launcher == 'none' else f'{line} --launcher {launcher}'
 
     def last(self, key: str, mode: str = '') -> float | None:
         """The last value of a metric, None where there is none."""
@@ -318,8 +317,8 @@ def _forget_repeated(run: Run, lines: Sequence[Any]) -> None:
     )
     if first is None:
         return
-    step = first['step']
-    first_val = first.get('epoch', step) if run.by_epoch else step
+    step = float(first['step'])
+    first_val = float(first.get('epoch', step)) if run.by_epoch else step
     for table, least in (
         (run.train, step),
         (run.levels, step),
@@ -367,6 +366,8 @@ def _read_logs(run: Run) -> None:
         run.facts |= dict(FACT.findall(head))
         if made := MADE_WITH.search(head):
             run.facts['Made with'] = made[1]
+        if cost := COST.search(head):
+            run.facts['Cost of a step'] = cost[1]
         run.complaints += [
             text
             for text in dict.fromkeys(COMPLAINT.findall(head + tail))
@@ -479,7 +480,9 @@ class Group:
         """Name, method and number of seeds."""
         methods = '+'.join(self.runs[0].methods)
         more = [methods] if methods else []
-        if self.role in ('teacher', 'plain') and self.name != self.role:
+        if self.role == 'teacher' and self.runs[0].name != self.name:
+            more = [self.runs[0].name]
+        if self.role == 'plain' and self.name != self.role:
             more = [self.role]
         if len(self.runs) > 1:
             more.append(f'{len(self.runs)} seeds')
@@ -490,6 +493,18 @@ class Group:
         """Those of all runs."""
         found = {mode: None for run in self.runs for mode in run.modes}
         return sorted(found, key=_mode_order)
+
+    def failed(self, key: str) -> list[Run]:
+        """Runs with less than half of what is usual among three or more."""
+        usual = self.lasts(key)
+        if len(usual) < 3:
+            return []
+        least = median(usual) / 2
+        return [
+            run
+            for run in self.runs
+            if (last := run.last(key)) is not None and last < least
+        ]
 
     def lasts(self, key: str, mode: str = '') -> list[float]:
         """The last value of each run that has one."""
@@ -571,8 +586,22 @@ class Comparison:
         """The groups of distillations."""
         return [g for g in self.groups if g.role == 'distilled']
 
+    @property
+    def failed(self) -> list[tuple[Group, Run]]:
+        """Runs that are far below the others of their recipe."""
+        return [
+            (group, run)
+            for group in self.groups
+            for run in group.failed(self.metric)
+        ]
+
     def differences(
-        self, group: Group, key: str, mode: str = '', of: str = 'val'
+        self,
+        group: Group,
+        key: str,
+        mode: str = '',
+        of: str = 'val',
+        without: Sequence[Run] = (),
     ) -> list[float]:
         """Of a metric to plain's own predictions, seed by seed.
 
@@ -583,23 +612,34 @@ class Comparison:
             key: Of the metric.
             mode: Of the group; plain has none.
             of: 'val', the last value, or 'test'.
+            without: Runs that are left out.
         """
         if self.plain is None:
             return []
+        left_out = [run.folder for run in without]
 
         def value(run: Run, mode: str) -> float | None:
+            if run.folder in left_out:
+                return None
             if of == 'val':
                 return run.last(key, mode)
             return run.test.get(f'{mode}/{key}' if mode else key)
 
-        base = {run.seed: value(run, '') for run in self.plain.runs}
-        base = {seed: v for seed, v in base.items() if v is not None}
-        own = [(run.seed, value(run, mode)) for run in group.runs]
-        pairs = [(v, base[s]) for s, v in own if v is not None and s in base]
+        base = {
+            run.seed: v
+            for run in self.plain.runs
+            if (v := value(run, '')) is not None
+        }
+        own = [
+            (run.seed, v)
+            for run in group.runs
+            if (v := value(run, mode)) is not None
+        ]
+        pairs = [(v, base[s]) for s, v in own if s in base]
         if not pairs and base:
-            mean = fmean(base.values())  # type: ignore[type-var]
-            pairs = [(v, mean) for _, v in own if v is not None]
-        return [v - b for v, b in pairs]  # type: ignore[operator]
+            mean = fmean(base.values())
+            pairs = [(v, mean) for _, v in own]
+        return [v - b for v, b in pairs]
 
 
 def compare_runs(folders: Sequence[str | Path]) -> Comparison:
@@ -644,7 +684,15 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
         )
     metric = _find_metric(runs)
     name, percent = METRICS.get(metric, (metric or 'metric', 1.0))
-    return Comparison(groups, metric, name, percent, plain, remarks)
+    comparison = Comparison(groups, metric, name, percent, plain, remarks)
+    for group, run in comparison.failed:
+        usual = median(group.lasts(metric))
+        remarks.append(
+            f'{run.name} failed: {name} '
+            f'{percent * (run.last(metric) or 0):.1f}, where runs of its recipe reach {percent * usual:.1f}. It '
+            'counts in every mean'
+        )
+    return comparison
 
 
 def _teacher_folders(runs: Sequence[Run]) -> Iterator[Path]:
@@ -711,6 +759,9 @@ def _group(runs: Sequence[Run]) -> list[Group]:
         for (role, _), members in sorted_out.items()
     ]
     groups.sort(key=lambda group: order.index(group.role))
+    taught_by = [group for group in groups if group.role == 'teacher']
+    if len(taught_by) == 1:
+        taught_by[0].name = 'teacher'
     # Two groups must not go by one name.
     taken: dict[str, int] = {}
     for group in groups:
@@ -723,8 +774,13 @@ def _group(runs: Sequence[Run]) -> list[Group]:
 def _common_name(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return runs[0].name
-    common = os.path.commonprefix([run.name for run in runs])
-    return re.sub(r'[_.-]*(seed|s)?[_.-]*$', '', common) or runs[0].name
+    letters = []
+    for several in zip(*(run.name for run in runs), strict=False):
+        if len(set(several)) > 1:
+            break
+        letters.append(several[0])
+    common = re.sub(r'[_.-]*(seed|s)?[_.-]*$', '', ''.join(letters))
+    return common or runs[0].name
 
 
 def _plain_model(model: Mapping) -> str:
