@@ -458,6 +458,7 @@ def _train(args: argparse.Namespace) -> None:
     from era_mm.engine import preflight
     from era_mm.engine.launch import use_amp
     from era_mm.engine.preflight_hook import add_preflight
+    from era_mm.engine.run_table_hook import add_run_table
     from era_mm.engine.runner import TrainingRunner
 
     cfg = _load_config(args)
@@ -481,6 +482,7 @@ def _train(args: argparse.Namespace) -> None:
     preflight.check_data(cfg, ('train', 'val'))
     runner = _build_runner(cfg, TrainingRunner)
     add_preflight(runner, cfg)
+    add_run_table(runner, cfg)
     runner.train()
 
 

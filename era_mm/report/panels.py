@@ -18,7 +18,7 @@ from torch import nn
 
 from era_mm.core import Distillation
 from era_mm.engine.summary import flops_text
-from era_mm.methods.era.decompose import Decomposition, decompose
+from era_mm.methods.era.decompose import Decomposition
 
 from .figures import Figure, level_bars
 from .heat import coloured, data_uri, heat_rows
@@ -30,6 +30,7 @@ from .models import (
     number_of_parameters,
     quiet,
 )
+from .parts import parts_of
 from .runs import Comparison, Group, Run, _first_line
 
 #: A detection counts as one from this score and this overlap on.
@@ -719,42 +720,6 @@ def _decompose(
         found.missing.append(
             f'{run.name}: no heat maps ({_first_line(error)})'
         )
-
-
-def parts_of(
-    model: Distillation, batch: Any
-) -> tuple[Decomposition, list[str]] | None:
-    """A batch's features of the first distiller that compares any.
-
-    Args:
-        model: The distillation, with its teachers' weights.
-        batch: What a dataloader of val gives.
-
-    Returns:
-        Teacher and estimates, with the estimates' names: e0 ... en for ERA,
-        'student' for what else has features of one shape. None without.
-    """
-    data = model.data_preprocessor.with_teachers(batch, training=False)
-    feats_of = model.record(**data)
-    for distiller in model.distillers.values():
-        feats = feats_of(distiller)
-        parts = decompose(distiller, **feats)
-        if parts is not None:
-            return parts, [f'e{i}' for i in range(len(parts.estimates))]
-    for distiller in model.distillers.values():
-        feats = feats_of(distiller)
-        student, teacher = (
-            [level for levels in feats[key].values() for level in levels]
-            for key in ('student_feats', 'teacher_feats')
-        )
-        if student and [x.shape for x in student] == [
-            x.shape for x in teacher
-        ]:
-            return (
-                Decomposition(teacher, [student], None),
-                ['student'],
-            )
-    return None
 
 
 def _heat_lines(parts: Decomposition, names: list[str]) -> list[HeatLine]:

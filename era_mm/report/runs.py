@@ -682,15 +682,15 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
             "the teacher's run is not among the work dirs (its checkpoint "
             'does not lie in one), so its metric is not shown'
         )
-    metric = _find_metric(runs)
+    metric = find_metric(runs)
     name, percent = METRICS.get(metric, (metric or 'metric', 1.0))
     comparison = Comparison(groups, metric, name, percent, plain, remarks)
     for group, run in comparison.failed:
         usual = median(group.lasts(metric))
         remarks.append(
             f'{run.name} failed: {name} '
-            f'{percent * (run.last(metric) or 0):.1f}, where runs of its recipe reach {percent * usual:.1f}. It '
-            'counts in every mean'
+            f'{percent * (run.last(metric) or 0):.1f}, where runs of its '
+            f'recipe reach {percent * usual:.1f}. It counts in every mean'
         )
     return comparison
 
@@ -800,6 +800,11 @@ def _plain_model(model: Mapping) -> str:
     return json.dumps(strip(model), sort_keys=True, default=str)
 
 
+def is_same_student(plain: Run, distilled: Run) -> bool:
+    """Whether a run trained the model that another distilled into."""
+    return _plain_model(plain.model) == _plain_model(distilled.student)
+
+
 def _find_plain(groups: Sequence[Group]) -> Group | None:
     """The plain group of the same student and length, or the nearest to it."""
     plain = [group for group in groups if group.role == 'plain']
@@ -809,14 +814,15 @@ def _find_plain(groups: Sequence[Group]) -> Group | None:
             run = taught.runs[0]
             for group in plain:
                 other = group.runs[0]
-                if _plain_model(other.model) == _plain_model(run.student) and (
+                if is_same_student(other, run) and (
                     not same_length or other.length == run.length
                 ):
                     return group
     return plain[0] if plain else None
 
 
-def _find_metric(runs: Sequence[Run]) -> str:
+def find_metric(runs: Sequence[Run]) -> str:
+    """What one looks at first among the metrics of some runs, or ''."""
     keys: dict[str, None] = {}
     for run in runs:
         for key in (*run.val, *run.test):
