@@ -421,7 +421,13 @@ def _find_checkpoint(run: Run) -> Path | None:
                 'and no figures by class can be made from it'
             )
     if files:
-        return max(files, key=lambda p: int(p.stem.split('_')[1]))
+        newest = max(files, key=lambda p: int(p.stem.split('_')[1]))
+        if pointer.is_file():
+            run.remarks.append(
+                f'its checkpoint {named.name} is not there; images and '
+                f'figures by class are from {newest.name}'
+            )
+        return newest
     if not pointer.is_file() and not run.tested and run.train:
         run.remarks.append(
             'no checkpoint is there, so no images and no figures by class '
