@@ -26,7 +26,7 @@ from era_mm.core.distillation import student_config_of
 from era_mm.core.utils import preserve_rng
 from era_mm.errors import UserError
 
-from .runs import Run
+from .runs import Run, several
 
 
 @contextlib.contextmanager
@@ -113,11 +113,27 @@ def build_pair(run: Run) -> Any:
                 'report fetches nothing; run it in the folder that the '
                 'training ran in)'
             )
+    config = model_config(run)
+    for teacher in several(config.get('teacher')):
+        _find_config(teacher)
     with quiet(), preserve_rng():
-        model = MODELS.build(model_config(run))
+        model = MODELS.build(config)
         load_checkpoint(model, str(run.checkpoint), map_location='cpu')
         model.load_teachers()
     return model.eval()
+
+
+def _find_config(teacher: dict) -> None:
+    """Where a teacher's config has moved away: the one beside its weights."""
+    config = teacher.get('config')
+    if not isinstance(config, str) or '::' in config or Path(config).is_file():
+        return
+    folder = Path(str(teacher.get('checkpoint'))).parent
+    dumped = sorted(folder.glob('*.py')) or sorted(
+        folder.glob('*/vis_data/config.py')
+    )
+    if dumped:
+        teacher['config'] = str(dumped[-1])
 
 
 def build_dataset(run: Run) -> Any:

@@ -148,7 +148,7 @@ class Run:
             return []
         kinds = [
             str(config.get('type', '')).split('.')[-1]
-            for config in _several(self.model.get('distiller'))
+            for config in several(self.model.get('distiller'))
         ]
         return [kind.removesuffix('Distiller') for kind in kinds if kind]
 
@@ -168,7 +168,7 @@ class Run:
         """Files or URLs of its teachers' weights."""
         return [
             str(config['checkpoint'])
-            for config in _several(self.model.get('teacher'))
+            for config in several(self.model.get('teacher'))
             if config.get('checkpoint')
         ]
 
@@ -203,7 +203,7 @@ class Run:
         return max(series, key=lambda point: point[1]) if series else None
 
 
-def _several(node: Any) -> list[Mapping]:
+def several(node: Any) -> list[Mapping]:
     """One config, or several by name, as a list."""
     if not isinstance(node, Mapping):
         return []

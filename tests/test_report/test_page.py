@@ -303,7 +303,7 @@ def classifiers(tmp_path):
 
     def train(name, model):
         config = testing.run_config(model, '', tmp_path / name)
-        config.update(
+        config = dict(config) | dict(
             default_scope='mmpretrain',
             train_dataloader=loader,
             val_dataloader=loader,
@@ -311,7 +311,7 @@ def classifiers(tmp_path):
         )
         for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
             config.pop(key)
-        Runner.from_cfg(Config(copy.deepcopy(dict(config)))).train()
+        Runner.from_cfg(Config(copy.deepcopy(config))).train()
         return tmp_path / name
 
     big = train('big', wide)
