@@ -497,7 +497,7 @@ def loss_terms(comparison: Comparison, look: Look) -> list[Figure]:
     for run in comparison.runs:
         for key in run.train:
             last = key.split('.')[-1]
-            if last.startswith('loss') or '.pretrain' in key:
+            if last.startswith(('loss', 'grad_norm')) or last == 'pretrain':
                 keys[key] = None
     figures: list[Figure] = []
     for key in keys:

@@ -318,7 +318,7 @@ def classifiers(tmp_path):
     era = dict(
         type='era_mm.Distillation',
         student=small,
-        teacher=dict(config=dict(model=wide), checkpoint=f'{big}/epoch_2.pth'),
+        teacher=dict(config=wide, checkpoint=f'{big}/epoch_2.pth'),
         distiller=dict(type='era_mm.ERADistiller'),
     )
     return [train('era', era), train('plain', small)]
