@@ -458,6 +458,7 @@ def _train(args: argparse.Namespace) -> None:
     from era_mm.engine import preflight
     from era_mm.engine.launch import use_amp
     from era_mm.engine.preflight_hook import add_preflight
+    from era_mm.engine.progress_hook import progress_of
     from era_mm.engine.run_table_hook import add_run_table
     from era_mm.engine.runner import TrainingRunner
 
@@ -483,7 +484,8 @@ def _train(args: argparse.Namespace) -> None:
     runner = _build_runner(cfg, TrainingRunner)
     add_preflight(runner, cfg)
     add_run_table(runner, cfg)
-    runner.train()
+    with progress_of(runner):
+        runner.train()
 
 
 def _test(args: argparse.Namespace) -> None:

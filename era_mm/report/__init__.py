@@ -5,6 +5,6 @@ and bars), ``models``, ``heat`` and ``panels`` (images, where weights and data
 are at hand), ``page`` (all of it as one text), ``command``.
 """
 
-from .command import write_report
+from .command import write_demo_report, write_report
 
-__all__ = ['write_report']
+__all__ = ['write_demo_report', 'write_report']

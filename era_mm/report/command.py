@@ -170,6 +170,30 @@ def write_report(
     return out
 
 
+def write_demo_report(work: str | Path, images: int = 200) -> Path:
+    """Write ``report.html`` beside the runs of a demo.
+
+    Args:
+        work: The demo's folder: work dirs of trainings and tests in it, and
+            ``table.json`` if it has measured anything.
+        images: As in :func:`write_report`.
+
+    Returns:
+        The page's path.
+    """
+    work = Path(work)
+    table = work / 'table.json'
+    return write_report(
+        sorted(
+            file.parents[2] for file in work.glob('*/*/vis_data/config.py')
+        ),
+        work / 'report.html',
+        title='What the demo did',
+        images=images,
+        table=table if table.is_file() else None,
+    )
+
+
 def _check_installed() -> None:
     """Before minutes are spent on images."""
     from importlib.util import find_spec

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from era_mm import testing
 from era_mm.cli import run_report
 from era_mm.errors import UserError
-from era_mm.report import write_report
+from era_mm.report import write_demo_report, write_report
 from era_mm.report.page import summary_table
 from era_mm.testing.work_dirs import distilled, train_lines, write_run
 
@@ -272,6 +272,15 @@ def test_write_report__shows_a_demos_table(toy_runs, tmp_path):
     )
     assert 'Measured by the demo' in out.read_text()
     assert '<th scope="row">12.5</th>' in out.read_text()
+
+
+def test_write_demo_report__finds_the_runs(toy_runs, tmp_path):
+    demo = tmp_path / 'demo'
+    shutil.copytree(toy_runs, demo)
+    page = write_demo_report(demo, images=0)
+    assert page == demo / 'report.html'
+    rows = rows_of(page.read_text(), 'runs')
+    assert {row[0] for row in rows} >= {'plain', 'era'}
 
 
 # -- classifiers --------------------------------------------------------
