@@ -20,6 +20,7 @@ ENTRY_SCRIPTS = (
     'make_config.py',
     'print_sources.py',
     'benchmark.py',
+    'report.py',
 )
 # Needs the checkout.
 NOT_IN_WHEEL = ('__pycache__', 'setup_env.py')
@@ -90,7 +91,10 @@ setup(
     url=REPOSITORY,
     project_urls={'Repository': REPOSITORY},
     packages=find_packages(include=['era_mm', 'era_mm.*']),
-    package_data={'era_mm': ['py.typed']},
+    package_data={
+        'era_mm': ['py.typed'],
+        'era_mm.report': ['template/*'],
+    },
     # Makes an editable install a plain .pth line: with setuptools' import
     # finder, site-packages/era_mm/.mim would hide the checkout's package.
     package_dir={'': '.'},
@@ -112,6 +116,8 @@ setup(
             'mmdet>=3.3,<3.4',
             'mmpretrain>=1.2,<1.3',
         ],
+        # era_mm/report
+        'report': ['jinja2', 'plotly>=6'],
         # `make demo` and tools/make_digit_scenes.py
         'demo': ['pillow', 'rich', 'scikit-learn', 'scipy', 'tqdm'],
     },

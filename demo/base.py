@@ -35,6 +35,7 @@ from demo.stages import (
     run_stage,
     write_json,
 )
+from era_mm.report import write_demo_report
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -93,6 +94,8 @@ class Demo(ABC):
         report(self.records, self.stock(), self.work, self.table)
         for name in ('table.md', 'table.json', *self.pictures):
             console.print(f'{self.work / name}', highlight=False)
+        page = write_demo_report(self.work)
+        console.print(f'{page}', highlight=False)
 
     def stages(self) -> list[Stage]:
         """All stages in order."""

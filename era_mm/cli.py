@@ -65,6 +65,13 @@ def run_benchmark(argv: Sequence[str] | None = None) -> int:
     return _run(_benchmark_parser().parse_args(argv), _benchmark)
 
 
+def run_report(argv: Sequence[str] | None = None) -> int:
+    """Write one page about runs; the exit status is returned."""
+    from era_mm.report import command
+
+    return _run(command.make_parser().parse_args(argv), command.run)
+
+
 def run_suite(argv: Sequence[str] | None = None) -> int:
     """Run a matrix of methods and seeds; the exit status is returned."""
     return _run(_suite_parser().parse_args(argv), _suite)
@@ -79,6 +86,7 @@ COMMANDS = {
     'print_sources': run_print_sources,
     'benchmark': run_benchmark,
     'suite': run_suite,
+    'report': run_report,
 }
 
 
@@ -551,6 +559,8 @@ def _train(args: argparse.Namespace) -> None:
     from era_mm.engine import preflight
     from era_mm.engine.launch import use_amp
     from era_mm.engine.preflight_hook import add_preflight
+    from era_mm.engine.progress_hook import progress_of
+    from era_mm.engine.run_table_hook import add_run_table
     from era_mm.engine.runner import TrainingRunner
 
     cfg = _load_config(args)
@@ -574,7 +584,9 @@ def _train(args: argparse.Namespace) -> None:
     preflight.check_data(cfg, ('train', 'val'))
     runner = _build_runner(cfg, TrainingRunner)
     add_preflight(runner, cfg)
-    runner.train()
+    add_run_table(runner, cfg)
+    with progress_of(runner):
+        runner.train()
 
 
 def _test(args: argparse.Namespace) -> None:

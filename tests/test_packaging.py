@@ -306,6 +306,7 @@ def test_wheel__holds_one_package_and_what_mim_reads(wheel: Path) -> None:
             'tools/make_config.py',
             'tools/print_sources.py',
             'tools/benchmark.py',
+            'tools/report.py',
             'configs/packaging_toy.py',
         ):
             assert f'{package}/.mim/{inside}' in names

@@ -79,7 +79,7 @@ def _model_line(
     number = sum(p.numel() for p in model.parameters())
     return (
         f'{name:<10} {type(model).__name__:<21} {number / 1e6:8.2f} M '
-        f'parameters  {_flops(model, batch, size)}'
+        f'parameters  {flops_text(model, batch, size)}'
     )
 
 
@@ -111,7 +111,9 @@ def _loss_lines(distiller: BaseDistiller) -> Iterator[str]:
             yield f'{pattern:<30}    {schedule}'
 
 
-def _flops(model: nn.Module, batch: Any, size: tuple[int, ...]) -> str:
+def flops_text(
+    model: nn.Module, batch: Any, size: tuple[int, ...] = (224, 224)
+) -> str:
     """GFLOPs of a forward pass without post-processing, as the hosts count.
 
     That is mmengine's counter, in which a multiplication with its addition is

@@ -1,0 +1,10 @@
+"""One page that shows what distillations did, from what their runs left.
+
+In reading order: ``runs`` (work dirs read and sorted), ``figures`` (curves
+and bars), ``models``, ``heat`` and ``panels`` (images, where weights and data
+are at hand), ``page`` (all of it as one text), ``command``.
+"""
+
+from .command import write_demo_report, write_report
+
+__all__ = ['write_demo_report', 'write_report']

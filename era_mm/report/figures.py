@@ -1,0 +1,773 @@
+"""Curves and bars of a comparison, as Plotly's own JSON.
+
+Every figure has a text that says the same to who cannot see it, and a line on
+how to read it. The page's script gives them the colours of its background.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from .runs import LEVEL_PREFIX, Comparison, Group, Run, Series, estimate
+
+#: Colours that stay apart for the colour-blind, on white and on near-black
+#: (after Okabe and Ito, two of them darker); no two lines differ by colour
+#: alone: they have dashes and symbols too.
+COLOURS = (
+    '#0072b2',
+    '#009e73',
+    '#c4689b',
+    '#d08700',
+    '#3b9bd9',
+    '#8c6bb1',
+    '#7a7a00',
+    '#b15928',
+)
+PLAIN_COLOUR = '#d55e00'
+TEACHER_COLOUR = '#888888'
+DASHES = ('solid', 'dash', 'dot', 'dashdot', 'longdash', 'longdashdot')
+PATTERNS = ('', '/', '\\', 'x', '-', '|')
+SYMBOLS = ('circle', 'square', 'diamond', 'triangle-up', 'cross', 'x')
+#: Points of a curve; more are averaged, for a page that opens at once.
+MOST_POINTS = 300
+SIZES = {
+    'coco/bbox_mAP_s': 'AP, small objects',
+    'coco/bbox_mAP_m': 'AP, medium objects',
+    'coco/bbox_mAP_l': 'AP, large objects',
+    'coco/bbox_mAP_50': 'AP at IoU 0.5',
+    'coco/bbox_mAP_75': 'AP at IoU 0.75',
+}
+
+
+@dataclass
+class Table:
+    """What a figure shows, in numbers."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass
+class Figure:
+    """One figure of the page.
+
+    Args:
+        name: Of the element on the page.
+        title: Above it.
+        data: Plotly's traces.
+        layout: Plotly's layout.
+        alt: What it shows, in words and numbers.
+        reading: How to read it.
+        table: Its numbers.
+        small: One of many of its kind, shown small.
+    """
+
+    name: str
+    title: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    alt: str
+    reading: str = ''
+    table: Table | None = None
+    small: bool = False
+
+
+@dataclass
+class Style:
+    """How one model and mode is drawn in every figure."""
+
+    colour: str
+    dash: str
+    symbol: str
+
+
+@dataclass
+class Look:
+    """Styles of all lines of a comparison, by group and mode."""
+
+    comparison: Comparison
+    styles: dict[tuple[str, str], Style] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        colours = iter(COLOURS * 8)
+        number = 0
+        for group in self.comparison.groups:
+            for mode in group.modes:
+                if group.role == 'teacher':
+                    style = Style(TEACHER_COLOUR, 'dash', 'star')
+                elif group is self.comparison.plain:
+                    style = Style(PLAIN_COLOUR, 'solid', 'square-open')
+                else:
+                    style = Style(
+                        next(colours),
+                        DASHES[number % len(DASHES)],
+                        SYMBOLS[number % len(SYMBOLS)],
+                    )
+                    number += 1
+                self.styles[group.name, mode] = style
+
+    def of(self, group: Group, mode: str = '') -> Style:
+        """Of a group's mode."""
+        return self.styles[group.name, mode]
+
+
+def label_of(group: Group, mode: str = '') -> str:
+    """What a line is called: 'era', 'era T'."""
+    if mode:
+        return f'{group.name} {mode}'
+    return f'{group.name} S' if group.modes != [''] else group.name
+
+
+def colour_with(colour: str, alpha: float) -> str:
+    """A hex colour that lets through what is below."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f'rgba({red},{green},{blue},{alpha})'
+
+
+def across_seeds(
+    many: Iterable[Series],
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Steps, means, lowest and highest over some runs' series.
+
+    A step counts where at least one run has a finite value there.
+    """
+    values: dict[float, list[float]] = {}
+    for series in many:
+        for step, value in series:
+            if math.isfinite(value):
+                values.setdefault(step, []).append(value)
+    steps = sorted(values)
+    size = max(1, math.ceil(len(steps) / MOST_POINTS))
+    out: tuple[list, list, list, list] = ([], [], [], [])
+    for start in range(0, len(steps), size):
+        some = steps[start : start + size]
+        out[0].append(some[-1])
+        out[1].append(fmean(fmean(values[step]) for step in some))
+        out[2].append(fmean(min(values[step]) for step in some))
+        out[3].append(fmean(max(values[step]) for step in some))
+    return out
+
+
+def line_with_band(
+    name: str,
+    many: Sequence[Series],
+    style: Style,
+    factor: float = 1.0,
+    markers: bool = True,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """The mean of some runs as a line, their range as a band behind it."""
+    steps, mean, low, high = across_seeds(many)
+    if not steps:
+        return []
+    mean, low, high = (
+        [_round(factor * value) for value in column]
+        for column in (mean, low, high)
+    )
+    traces = []
+    if sum(1 for series in many if series) > 1:
+        traces.append(
+            dict(
+                type='scatter',
+                x=steps + steps[::-1],
+                y=high + low[::-1],
+                fill='toself',
+                fillcolor=colour_with(style.colour, 0.18),
+                line=dict(width=0),
+                mode='lines',
+                hoverinfo='skip',
+                showlegend=False,
+                legendgroup=name,
+                **more,
+            )
+        )
+    few = len(steps) <= 30 and markers
+    traces.append(
+        dict(
+            type='scatter',
+            x=steps,
+            y=mean,
+            name=name,
+            legendgroup=name,
+            mode='lines+markers' if few else 'lines',
+            line=dict(color=style.colour, dash=style.dash, width=2),
+            marker=dict(symbol=style.symbol, size=8, color=style.colour),
+            **more,
+        )
+    )
+    return traces
+
+
+def _round(value: float) -> float:
+    return float(f'{value:.5g}')
+
+
+def _of(runs: Sequence[Run], table: str, key: str) -> list[Series]:
+    return [getattr(run, table).get(key, []) for run in runs]
+
+
+def _step_name(runs: Sequence[Run]) -> str:
+    return 'epoch' if all(run.by_epoch for run in runs) else 'iteration'
+
+
+def metric_over_time(comparison: Comparison, look: Look) -> Figure | None:
+    """The metric in validation, or at the end where it was taken once."""
+    key = comparison.metric
+    entries = []
+    for group in comparison.groups:
+        for mode in group.modes:
+            many = _of(group.runs, 'val', f'{mode}/{key}' if mode else key)
+            if any(many):
+                entries.append((group, mode, many))
+    if not entries:
+        return None
+    rows = []
+    for group, mode, _ in entries:
+        found = estimate(group.lasts(key, mode))
+        bests = [b for r in group.runs if (b := r.best(key, mode))]
+        assert found is not None
+        rows.append(
+            [
+                label_of(group, mode),
+                show(found.mean * comparison.percent),
+                'one run'
+                if found.spread is None
+                else show(found.spread * comparison.percent),
+                str(found.number),
+                show(comparison.percent * fmean(value for _, value in bests)),
+                ', '.join(f'{step:g}' for step, _ in bests),
+            ]
+        )
+    step = _step_name(comparison.runs)
+    table = Table(
+        [
+            'model',
+            f'last {comparison.metric_name}',
+            'deviation over seeds',
+            'seeds',
+            'best',
+            f'{step} of the best',
+        ],
+        rows,
+    )
+    said = '; '.join(f'{row[0]} {row[1]}' for row in rows)
+    if all(len({s for s, _ in x}) <= 1 for _, _, m in entries for x in m):
+        return _metric_at_end(comparison, look, entries, table, said)
+    data: list[dict] = []
+    for group, mode, many in entries:
+        data += line_with_band(
+            label_of(group, mode),
+            many,
+            look.of(group, mode),
+            comparison.percent,
+        )
+    return Figure(
+        'metric',
+        f'{comparison.metric_name} over time',
+        data,
+        _axes(step, f'{comparison.metric_name} in validation'),
+        f'{comparison.metric_name} over the run, a line for each model. '
+        f'At the end: {said}.',
+        'A line is the mean over the seeds, its band their lowest and '
+        'highest. S is what is deployed; E0, T and ST need the '
+        "teacher's head. A distilled line below plain's from the first "
+        'epochs on means that the terms pull against the task.',
+        table,
+    )
+
+
+def _metric_at_end(
+    comparison: Comparison,
+    look: Look,
+    entries: Sequence[tuple[Group, str, list[Series]]],
+    table: Table,
+    said: str,
+) -> Figure:
+    data = []
+    for group, mode, many in entries:
+        name = label_of(group, mode)
+        style = look.of(group, mode)
+        values = [comparison.percent * s[-1][1] for s in many if s]
+        data.append(
+            dict(
+                type='scatter',
+                mode='markers',
+                x=[_round(value) for value in values],
+                y=[name] * len(values),
+                name=name,
+                text=[r.name for r, s in zip(group.runs, many) if s],  # noqa: B905
+                hovertemplate='%{text}: %{x}<extra></extra>',
+                marker=dict(
+                    symbol=style.symbol,
+                    size=11,
+                    color=style.colour,
+                    opacity=0.8,
+                    line=dict(width=1),
+                ),
+            )
+        )
+    layout = _axes(f'{comparison.metric_name} in validation', '')
+    layout['yaxis'] = dict(autorange='reversed', automargin=True)
+    layout['showlegend'] = False
+    layout['height'] = 120 + 34 * len(entries)
+    return Figure(
+        'metric',
+        f'{comparison.metric_name} at the end',
+        data,
+        layout,
+        f'{comparison.metric_name} at the end of the runs, a mark for each '
+        f'seed. Means: {said}.',
+        'A mark is one seed. These runs were validated once, at their end; '
+        'with a smaller `train_cfg.val_interval` this becomes a curve.',
+        table,
+    )
+
+
+def size_differences(comparison: Comparison, look: Look) -> Figure | None:
+    """What each part of the metric gained on plain, sorted."""
+    entries = []
+    for group in comparison.distilled:
+        for mode in group.modes:
+            for key, name in SIZES.items():
+                found = comparison.differences(group, key, mode)
+                if found:
+                    entries.append((group, mode, name, found))
+    return _difference_figure(
+        comparison,
+        look,
+        entries,
+        'sizes',
+        'Where it gained: sizes and overlaps',
+        'Points of AP more or less than the plain student of the same seed. '
+        'Whiskers run from the least to the most of the seeds. Small: below '
+        '32 x 32 pixels; large: above 96 x 96.',
+    )
+
+
+def class_differences(
+    comparison: Comparison,
+    look: Look,
+    classes: Sequence[tuple[str, dict[str, float], dict[str, float]]],
+    number: int,
+    what: str,
+) -> Figure | None:
+    """What each class gained on plain, sorted.
+
+    Args:
+        comparison: The runs.
+        look: Their styles.
+        classes: A group's name, plain's values by class and its own.
+        number: Images they were found on.
+        what: What a value is: 'AP', 'accuracy'.
+    """
+    by_name = {group.name: group for group in comparison.groups}
+    entries = []
+    for group_name, plain, own in classes:
+        group = by_name[group_name]
+        for name, value in own.items():
+            if name in plain and not math.isnan(value - plain[name]):
+                difference = (value - plain[name]) / comparison.percent
+                entries.append((group, '', name, [difference]))
+    figure = _difference_figure(
+        comparison,
+        look,
+        entries,
+        'classes',
+        f'Where it gained: classes ({number} images)',
+        f"Points of {what} more or less than the plain student's on "
+        f'{number} images of val, one seed each. With few objects of a class '
+        'the value is rough.',
+    )
+    if figure is not None and len({e[2] for e in entries}) > 40:
+        # The most gained and the most lost; the table has them all.
+        for trace in figure.data:
+            trace['x'] = trace['x'][:20] + trace['x'][-20:]
+            trace['y'] = trace['y'][:20] + trace['y'][-20:]
+        figure.layout['height'] = 820
+        figure.reading += ' The 20 most gained and the 20 most lost are drawn.'
+    return figure
+
+
+def _difference_figure(
+    comparison: Comparison,
+    look: Look,
+    entries: Sequence[tuple[Group, str, str, list[float]]],
+    name: str,
+    title: str,
+    reading: str,
+) -> Figure | None:
+    if not entries:
+        return None
+    percent = comparison.percent
+    # Sorted by the first model's mean, the most gained on top.
+    first = entries[0][:2]
+    order = sorted(
+        dict.fromkeys(entry[2] for entry in entries),
+        key=lambda part: (
+            -max(
+                (
+                    fmean(found)
+                    for group, mode, key, found in entries
+                    if key == part and (group, mode) == first
+                ),
+                default=-math.inf,
+            )
+        ),
+    )
+    lines: dict[tuple[str, str], dict[str, list[float]]] = {}
+    groups = {}
+    for group, mode, part, found in entries:
+        groups[group.name] = group
+        lines.setdefault((group.name, mode), {})[part] = [
+            percent * value for value in found
+        ]
+    data: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    for (group_name, mode), parts in lines.items():
+        group = groups[group_name]
+        style = look.of(group, mode)
+        shown = [part for part in order if part in parts]
+        means = [_round(fmean(parts[part])) for part in shown]
+        trace: dict[str, Any] = dict(
+            type='bar',
+            orientation='h',
+            name=label_of(group, mode),
+            x=means,
+            y=shown,
+            marker=dict(
+                color=style.colour,
+                pattern=dict(shape=PATTERNS[len(data) % len(PATTERNS)]),
+            ),
+        )
+        if any(len(parts[part]) > 1 for part in shown):
+            trace['error_x'] = dict(
+                type='data',
+                symmetric=False,
+                array=[
+                    _round(max(parts[p]) - m)
+                    for p, m in zip(shown, means, strict=True)
+                ],
+                arrayminus=[
+                    _round(m - min(parts[p]))
+                    for p, m in zip(shown, means, strict=True)
+                ],
+                color=TEACHER_COLOUR,
+                thickness=1.5,
+            )
+        data.append(trace)
+        rows += [
+            [
+                label_of(group, mode),
+                part,
+                f'{mean:+.1f}',
+                str(len(parts[part])),
+            ]
+            for part, mean in zip(shown, means, strict=True)
+        ]
+    layout = _axes('points more than plain', '')
+    layout['xaxis'].update(zeroline=True, zerolinewidth=2)
+    layout['yaxis'] = dict(
+        autorange='reversed',
+        automargin=True,
+        type='category',
+        categoryorder='array',
+        categoryarray=order,
+    )
+    layout['height'] = 150 + max(24, 14 * len(lines)) * len(order)
+    said = '; '.join(' '.join(row[:3]) for row in rows[:8])
+    return Figure(
+        name,
+        title,
+        data,
+        layout,
+        f'Differences to the plain student, sorted. {said}'
+        + ('; and more in the table.' if len(rows) > 8 else '.'),
+        reading,
+        Table(['model', 'part', 'points', 'seeds'], rows),
+    )
+
+
+def loss_terms(comparison: Comparison, look: Look) -> list[Figure]:
+    """One small figure for each loss of the log."""
+    keys: dict[str, None] = {}
+    for run in comparison.runs:
+        for key in run.train:
+            last = key.split('.')[-1]
+            if last.startswith(('loss', 'grad_norm')) or last == 'pretrain':
+                keys[key] = None
+    figures: list[Figure] = []
+    for key in keys:
+        data: list[dict] = []
+        ends = []
+        for group in comparison.groups:
+            many = _of(group.runs, 'train', key)
+            if not any(many):
+                continue
+            data += line_with_band(
+                group.name, many, look.of(group), markers=False
+            )
+            lasts = [s[-1][1] for s in many if s]
+            ends.append(f'{group.name} {fmean(lasts):.3g}')
+        layout = _axes('iteration', '')
+        values = [y for trace in data for y in trace['y']]
+        if values and min(values) > 0:
+            layout['yaxis'].update(type='log', **_ticks(values))
+        layout['height'] = 230
+        layout['showlegend'] = len(ends) > 1
+        figures.append(
+            Figure(
+                f'loss-{len(figures)}',
+                key,
+                data,
+                layout,
+                f'{key} over the iterations. At the end: {", ".join(ends)}.',
+                small=True,
+            )
+        )
+    return figures
+
+
+def unexplained(comparison: Comparison) -> list[Figure]:
+    """The decomposition over time, a figure for each group that has one."""
+    figures: list[Figure] = []
+    for group in comparison.distilled:
+        for kind, word in (('unexplained', 'share'), ('mse', 'error')):
+            figure = _unexplained_of(group, kind, word, len(figures))
+            if figure is not None:
+                figures.append(figure)
+        figure = _by_level(group, len(figures))
+        if figure is not None:
+            figures.append(figure)
+    return figures
+
+
+def _unexplained_of(
+    group: Group, kind: str, word: str, number: int
+) -> Figure | None:
+    keys = sorted(
+        (k for k in group.runs[0].train if f'era_{kind}_e' in k),
+        key=lambda key: (
+            key.rpartition('_e')[0],
+            int(key.rpartition('_e')[2]),
+        ),
+    )
+    if len(keys) < 2:
+        return None
+    factor = 100.0 if kind == 'unexplained' else 1.0
+    unit = '%' if kind == 'unexplained' else 'squared error'
+    data: list[dict] = []
+    ends: list[float] = []
+    rows = []
+    base = [dict(s) for s in _of(group.runs, 'train', keys[0])]
+    for i, key in enumerate(keys):
+        style = Style(
+            COLOURS[i % len(COLOURS)],
+            DASHES[i % len(DASHES)],
+            SYMBOLS[i % len(SYMBOLS)],
+        )
+        many = _of(group.runs, 'train', key)
+        name = 'e' + key.rpartition('_e')[2]
+        data += line_with_band(name, many, style, factor)
+        if i:
+            gained = [
+                [
+                    (step, base[j][step] - value)
+                    for step, value in series
+                    if step in base[j]
+                ]
+                for j, series in enumerate(many)
+            ]
+            added = line_with_band(
+                name, gained, style, factor, xaxis='x2', yaxis='y2'
+            )
+            for trace in added:
+                trace['showlegend'] = False
+            data += added
+        lasts = [s[-1][1] for s in many if s]
+        ends.append(factor * fmean(lasts))
+        vals = group.lasts(f'era/{kind}_{name}')
+        rows.append(
+            [
+                name,
+                show(ends[-1], 2),
+                show(factor * fmean(vals), 2) if vals else 'not measured',
+                f'{ends[0] - ends[-1]:+.2f}' if i else '',
+            ]
+        )
+    layout = _axes('iteration', f'left unexplained, {unit}')
+    layout['xaxis']['domain'] = [0, 0.44]
+    layout['xaxis2'] = dict(
+        title=dict(text='iteration'), domain=[0.58, 1], anchor='y2'
+    )
+    layout['yaxis2'] = dict(
+        title=dict(text=f'less than e0, {unit}'), anchor='x2', zeroline=True
+    )
+    layout['yaxis']['rangemode'] = 'tozero'
+    layout['meta'] = dict(side_by_side=True)
+    said = ', '.join(f'e{i} {end:.2f} {unit}' for i, end in enumerate(ends))
+    return Figure(
+        f'unexplained-{number}',
+        f"{group.name}: the {word} of the teacher's feature that each "
+        'estimate leaves',
+        data,
+        layout,
+        f"What e0 ... e{len(keys) - 1} leave of the teacher's feature. At the "
+        f'end: {said}.',
+        'e0 is the aligned student alone; each branch adds one residual. '
+        'First: what is left, 100 % where an estimate is no better than the '
+        "teacher's mean. Second: how much less than e0 each estimate "
+        'leaves. Lines of the second at 0: the branches add nothing, and '
+        'the student does the work alone. Lines of the first that stay near '
+        '100 %: the feature is not learnt.',
+        Table(
+            [
+                'estimate',
+                f'in training, {unit}',
+                f'in validation, {unit}',
+                'less than e0',
+            ],
+            rows,
+        ),
+    )
+
+
+def _by_level(group: Group, number: int) -> Figure | None:
+    """By level over time, where `ResidualVisHook` was in the run."""
+    keys = sorted(
+        {key for run in group.runs for key in run.levels},
+        key=lambda key: [
+            int(part) if part.isdigit() else part
+            for part in _split_numbers(key)
+        ],
+    )
+    if not keys:
+        return None
+    data: list[dict] = []
+    ends = []
+    levels = list(dict.fromkeys(key.rpartition('_')[2] for key in keys))
+    steps = list(dict.fromkeys(key.rpartition('_')[0] for key in keys))
+    # The first and the last estimate; those between lie between.
+    for step in dict.fromkeys((steps[0], steps[-1])):
+        for level in levels:
+            i = levels.index(level)
+            style = Style(
+                COLOURS[i % len(COLOURS)],
+                'solid' if step == steps[0] else 'dot',
+                SYMBOLS[i % len(SYMBOLS)],
+            )
+            many = _of(group.runs, 'levels', f'{step}_{level}')
+            short = step.removeprefix(LEVEL_PREFIX).replace('unexplained_', '')
+            name = f'{short}, {level.replace("level", "level ")}'
+            data += line_with_band(name, many, style, 100.0)
+            lasts = [s[-1][1] for s in many if s]
+            if lasts:
+                ends.append(f'{name}: {100 * fmean(lasts):.1f} %')
+    return Figure(
+        f'levels-{number}',
+        f'{group.name}: the same by level',
+        data,
+        _axes('iteration', 'left unexplained, %'),
+        'Unexplained share of the first and last estimate by level. At the '
+        f'end: {"; ".join(ends)}.',
+        'Level 0 is the finest map. On a few fixed images, so it is rougher '
+        'than the figure above. A level that stays high is one that the '
+        'student has no signal for: look at its source.',
+    )
+
+
+def _split_numbers(text: str) -> list[str]:
+    parts, digit = [''], False
+    for letter in text:
+        if letter.isdigit() != digit:
+            parts.append('')
+            digit = letter.isdigit()
+        parts[-1] += letter
+    return parts
+
+
+def level_bars(
+    name: str, shares: Sequence[Sequence[float]], number: int, index: int
+) -> Figure:
+    """Unexplained share by level and estimate, found from the weights.
+
+    Args:
+        name: Of the run.
+        shares: By level and estimate.
+        number: Images.
+        index: Of the figure.
+    """
+    steps = len(shares[0])
+    data = [
+        dict(
+            type='bar',
+            name=f'e{step}',
+            x=[f'level {level}' for level in range(len(shares))],
+            y=[_round(100 * row[step]) for row in shares],
+            marker=dict(
+                color=COLOURS[step % len(COLOURS)],
+                pattern=dict(shape=PATTERNS[step % len(PATTERNS)]),
+            ),
+        )
+        for step in range(steps)
+    ]
+    layout = _axes('', 'left unexplained, %')
+    layout['barmode'] = 'group'
+    layout['yaxis']['rangemode'] = 'tozero'
+    return Figure(
+        f'by-level-{index}',
+        f'{name}: by level, from the weights',
+        data,
+        layout,
+        'Unexplained share by level. '
+        + '; '.join(
+            f'level {level}: e0 {100 * row[0]:.1f} %, '
+            f'e{steps - 1} {100 * row[-1]:.1f} %'
+            for level, row in enumerate(shares)
+        )
+        + '.',
+        f'On {number} images of val, by the run that the images are from. '
+        'Level 0 is the finest map.',
+        Table(
+            ['level', *(f'e{step}, %' for step in range(steps))],
+            [
+                [str(level), *(f'{100 * value:.2f}' for value in row)]
+                for level, row in enumerate(shares)
+            ],
+        ),
+    )
+
+
+def _ticks(values: Sequence[float]) -> dict[str, list]:
+    """Ticks of a logarithmic axis that can be read by themselves."""
+    low = math.floor(math.log10(min(values)))
+    high = math.ceil(math.log10(max(values)))
+    for steps in ((1, 2, 5), (1,)):
+        ticks = [
+            step * 10.0**power
+            for power in range(low, high + 1)
+            for step in steps
+            if min(values) / 1.3 <= step * 10.0**power <= max(values) * 1.3
+        ]
+        if len(ticks) <= 7:
+            break
+    return dict(tickvals=ticks, ticktext=[f'{tick:g}' for tick in ticks])
+
+
+def show(value: float | None, digits: int = 1) -> str:
+    """A number as tables show it."""
+    return '' if value is None else f'{value:.{digits}f}'
+
+
+def _axes(x: str, y: str) -> dict[str, Any]:
+    return dict(
+        xaxis=dict(title=dict(text=x), automargin=True),
+        yaxis=dict(title=dict(text=y), automargin=True),
+        height=380,
+        margin=dict(l=10, r=10, t=20, b=10),
+        legend=dict(orientation='h', y=1.02, yanchor='bottom', x=0),
+        hovermode='closest',
+    )
