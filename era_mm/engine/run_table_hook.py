@@ -12,13 +12,8 @@ from mmengine.runner import Runner
 
 from era_mm.errors import UserError
 from era_mm.registry import HOOKS
-from era_mm.report.runs import (
-    METRICS,
-    Run,
-    find_metric,
-    is_same_student,
-    read_run,
-)
+from era_mm.report.comparison import find_metric, is_same_student
+from era_mm.report.runs import METRICS, Run, read_run
 
 #: Folders beside the work dir that are looked at for the plain run.
 MOST_SIBLINGS = 30

@@ -126,10 +126,11 @@ def write_report(
         UserError: A work dir is no folder, ``out`` cannot be written or lies
             in a work dir, plotly or jinja2 is not installed.
     """
-    from . import figures
+    from . import figures, residual_figures
+    from .comparison import compare_runs
     from .page import read_measured, render
-    from .panels import Found, Options, look_at_images
-    from .runs import compare_runs
+    from .panel_parts import Found, Options
+    from .panels import look_at_images
 
     out = Path(out)
     _check_out(out, work_dirs)
@@ -159,7 +160,10 @@ def write_report(
             'metric': [metric] if metric else [],
             'differences': [f for f in differences if f is not None],
             'losses': figures.loss_terms(comparison, look),
-            'estimates': [*figures.unexplained(comparison), *found.figures],
+            'estimates': [
+                *residual_figures.unexplained(comparison),
+                *found.figures,
+            ],
         },
         measured=measured,
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from .runs import LEVEL_PREFIX, Comparison, Group, Run, Series, estimate
+from .comparison import Comparison, Group, estimate
+from .runs import Run, Series
 
 #: Colours that stay apart for the colour-blind, on white and on near-black
 #: (after Okabe and Ito, two of them darker); no two lines differ by colour
@@ -165,7 +166,7 @@ def line_with_band(
     if not steps:
         return []
     mean, low, high = (
-        [_round(factor * value) for value in column]
+        [rounded(factor * value) for value in column]
         for column in (mean, low, high)
     )
     traces = []
@@ -202,15 +203,15 @@ def line_with_band(
     return traces
 
 
-def _round(value: float) -> float:
+def rounded(value: float) -> float:
     return float(f'{value:.5g}')
 
 
-def _of(runs: Sequence[Run], table: str, key: str) -> list[Series]:
+def series_of(runs: Sequence[Run], table: str, key: str) -> list[Series]:
     return [getattr(run, table).get(key, []) for run in runs]
 
 
-def _step_name(runs: Sequence[Run]) -> str:
+def step_name(runs: Sequence[Run]) -> str:
     return 'epoch' if all(run.by_epoch for run in runs) else 'iteration'
 
 
@@ -220,7 +221,9 @@ def metric_over_time(comparison: Comparison, look: Look) -> Figure | None:
     entries = []
     for group in comparison.groups:
         for mode in group.modes:
-            many = _of(group.runs, 'val', f'{mode}/{key}' if mode else key)
+            many = series_of(
+                group.runs, 'val', f'{mode}/{key}' if mode else key
+            )
             if any(many):
                 entries.append((group, mode, many))
     if not entries:
@@ -242,7 +245,7 @@ def metric_over_time(comparison: Comparison, look: Look) -> Figure | None:
                 ', '.join(f'{step:g}' for step, _ in bests),
             ]
         )
-    step = _step_name(comparison.runs)
+    step = step_name(comparison.runs)
     table = Table(
         [
             'model',
@@ -269,7 +272,7 @@ def metric_over_time(comparison: Comparison, look: Look) -> Figure | None:
         'metric',
         f'{comparison.metric_name} over time',
         data,
-        _axes(step, f'{comparison.metric_name} in validation'),
+        axes_of(step, f'{comparison.metric_name} in validation'),
         f'{comparison.metric_name} over the run, a line for each model. '
         f'At the end: {said}.',
         'A line is the mean over the seeds, its band their lowest and '
@@ -296,7 +299,7 @@ def _metric_at_end(
             dict(
                 type='scatter',
                 mode='markers',
-                x=[_round(value) for value in values],
+                x=[rounded(value) for value in values],
                 y=[name] * len(values),
                 name=name,
                 text=[r.name for r, s in zip(group.runs, many) if s],  # noqa: B905
@@ -310,7 +313,7 @@ def _metric_at_end(
                 ),
             )
         )
-    layout = _axes(f'{comparison.metric_name} in validation', '')
+    layout = axes_of(f'{comparison.metric_name} in validation', '')
     layout['yaxis'] = dict(autorange='reversed', automargin=True)
     layout['showlegend'] = False
     layout['height'] = 120 + 34 * len(entries)
@@ -431,7 +434,7 @@ def _difference_figure(
         group = groups[group_name]
         style = look.of(group, mode)
         shown = [part for part in order if part in parts]
-        means = [_round(fmean(parts[part])) for part in shown]
+        means = [rounded(fmean(parts[part])) for part in shown]
         trace: dict[str, Any] = dict(
             type='bar',
             orientation='h',
@@ -448,11 +451,11 @@ def _difference_figure(
                 type='data',
                 symmetric=False,
                 array=[
-                    _round(max(parts[p]) - m)
+                    rounded(max(parts[p]) - m)
                     for p, m in zip(shown, means, strict=True)
                 ],
                 arrayminus=[
-                    _round(m - min(parts[p]))
+                    rounded(m - min(parts[p]))
                     for p, m in zip(shown, means, strict=True)
                 ],
                 color=TEACHER_COLOUR,
@@ -468,7 +471,7 @@ def _difference_figure(
             ]
             for part, mean in zip(shown, means, strict=True)
         ]
-    layout = _axes('points more than plain', '')
+    layout = axes_of('points more than plain', '')
     layout['xaxis'].update(zeroline=True, zerolinewidth=2)
     layout['yaxis'] = dict(
         autorange='reversed',
@@ -504,7 +507,7 @@ def loss_terms(comparison: Comparison, look: Look) -> list[Figure]:
         data: list[dict] = []
         ends = []
         for group in comparison.groups:
-            many = _of(group.runs, 'train', key)
+            many = series_of(group.runs, 'train', key)
             if not any(many):
                 continue
             data += line_with_band(
@@ -512,10 +515,10 @@ def loss_terms(comparison: Comparison, look: Look) -> list[Figure]:
             )
             lasts = [s[-1][1] for s in many if s]
             ends.append(f'{group.name} {fmean(lasts):.3g}')
-        layout = _axes('iteration', '')
+        layout = axes_of('iteration', '')
         values = [y for trace in data for y in trace['y']]
         if values and min(values) > 0:
-            layout['yaxis'].update(type='log', **_ticks(values))
+            layout['yaxis'].update(type='log', **ticks_of(values))
         layout['height'] = 230
         layout['showlegend'] = len(ends) > 1
         figures.append(
@@ -531,217 +534,7 @@ def loss_terms(comparison: Comparison, look: Look) -> list[Figure]:
     return figures
 
 
-def unexplained(comparison: Comparison) -> list[Figure]:
-    """The decomposition over time, a figure for each group that has one."""
-    figures: list[Figure] = []
-    for group in comparison.distilled:
-        for kind, word in (('unexplained', 'share'), ('mse', 'error')):
-            figure = _unexplained_of(group, kind, word, len(figures))
-            if figure is not None:
-                figures.append(figure)
-        figure = _by_level(group, len(figures))
-        if figure is not None:
-            figures.append(figure)
-    return figures
-
-
-def _unexplained_of(
-    group: Group, kind: str, word: str, number: int
-) -> Figure | None:
-    keys = sorted(
-        (k for k in group.runs[0].train if f'era_{kind}_e' in k),
-        key=lambda key: (
-            key.rpartition('_e')[0],
-            int(key.rpartition('_e')[2]),
-        ),
-    )
-    if len(keys) < 2:
-        return None
-    factor = 100.0 if kind == 'unexplained' else 1.0
-    unit = '%' if kind == 'unexplained' else 'squared error'
-    data: list[dict] = []
-    ends: list[float] = []
-    rows = []
-    base = [dict(s) for s in _of(group.runs, 'train', keys[0])]
-    for i, key in enumerate(keys):
-        style = Style(
-            COLOURS[i % len(COLOURS)],
-            DASHES[i % len(DASHES)],
-            SYMBOLS[i % len(SYMBOLS)],
-        )
-        many = _of(group.runs, 'train', key)
-        name = 'e' + key.rpartition('_e')[2]
-        data += line_with_band(name, many, style, factor)
-        if i:
-            gained = [
-                [
-                    (step, base[j][step] - value)
-                    for step, value in series
-                    if step in base[j]
-                ]
-                for j, series in enumerate(many)
-            ]
-            added = line_with_band(
-                name, gained, style, factor, xaxis='x2', yaxis='y2'
-            )
-            for trace in added:
-                trace['showlegend'] = False
-            data += added
-        lasts = [s[-1][1] for s in many if s]
-        ends.append(factor * fmean(lasts))
-        vals = group.lasts(f'era/{kind}_{name}')
-        rows.append(
-            [
-                name,
-                show(ends[-1], 2),
-                show(factor * fmean(vals), 2) if vals else 'not measured',
-                f'{ends[0] - ends[-1]:+.2f}' if i else '',
-            ]
-        )
-    layout = _axes('iteration', f'left unexplained, {unit}')
-    layout['xaxis']['domain'] = [0, 0.44]
-    layout['xaxis2'] = dict(
-        title=dict(text='iteration'), domain=[0.58, 1], anchor='y2'
-    )
-    layout['yaxis2'] = dict(
-        title=dict(text=f'less than e0, {unit}'), anchor='x2', zeroline=True
-    )
-    layout['yaxis']['rangemode'] = 'tozero'
-    layout['meta'] = dict(side_by_side=True)
-    said = ', '.join(f'e{i} {end:.2f} {unit}' for i, end in enumerate(ends))
-    return Figure(
-        f'unexplained-{number}',
-        f"{group.name}: the {word} of the teacher's feature that each "
-        'estimate leaves',
-        data,
-        layout,
-        f"What e0 ... e{len(keys) - 1} leave of the teacher's feature. At the "
-        f'end: {said}.',
-        'e0 is the aligned student alone; each branch adds one residual. '
-        'First: what is left, 100 % where an estimate is no better than the '
-        "teacher's mean. Second: how much less than e0 each estimate "
-        'leaves. Lines of the second at 0: the branches add nothing, and '
-        'the student does the work alone. Lines of the first that stay near '
-        '100 %: the feature is not learnt.',
-        Table(
-            [
-                'estimate',
-                f'in training, {unit}',
-                f'in validation, {unit}',
-                'less than e0',
-            ],
-            rows,
-        ),
-    )
-
-
-def _by_level(group: Group, number: int) -> Figure | None:
-    """By level over time, where `ResidualVisHook` was in the run."""
-    keys = sorted(
-        {key for run in group.runs for key in run.levels},
-        key=lambda key: [
-            int(part) if part.isdigit() else part
-            for part in _split_numbers(key)
-        ],
-    )
-    if not keys:
-        return None
-    data: list[dict] = []
-    ends = []
-    levels = list(dict.fromkeys(key.rpartition('_')[2] for key in keys))
-    steps = list(dict.fromkeys(key.rpartition('_')[0] for key in keys))
-    # The first and the last estimate; those between lie between.
-    for step in dict.fromkeys((steps[0], steps[-1])):
-        for level in levels:
-            i = levels.index(level)
-            style = Style(
-                COLOURS[i % len(COLOURS)],
-                'solid' if step == steps[0] else 'dot',
-                SYMBOLS[i % len(SYMBOLS)],
-            )
-            many = _of(group.runs, 'levels', f'{step}_{level}')
-            short = step.removeprefix(LEVEL_PREFIX).replace('unexplained_', '')
-            name = f'{short}, {level.replace("level", "level ")}'
-            data += line_with_band(name, many, style, 100.0)
-            lasts = [s[-1][1] for s in many if s]
-            if lasts:
-                ends.append(f'{name}: {100 * fmean(lasts):.1f} %')
-    return Figure(
-        f'levels-{number}',
-        f'{group.name}: the same by level',
-        data,
-        _axes('iteration', 'left unexplained, %'),
-        'Unexplained share of the first and last estimate by level. At the '
-        f'end: {"; ".join(ends)}.',
-        'Level 0 is the finest map. On a few fixed images, so it is rougher '
-        'than the figure above. A level that stays high is one that the '
-        'student has no signal for: look at its source.',
-    )
-
-
-def _split_numbers(text: str) -> list[str]:
-    parts, digit = [''], False
-    for letter in text:
-        if letter.isdigit() != digit:
-            parts.append('')
-            digit = letter.isdigit()
-        parts[-1] += letter
-    return parts
-
-
-def level_bars(
-    name: str, shares: Sequence[Sequence[float]], number: int, index: int
-) -> Figure:
-    """Unexplained share by level and estimate, found from the weights.
-
-    Args:
-        name: Of the run.
-        shares: By level and estimate.
-        number: Images.
-        index: Of the figure.
-    """
-    steps = len(shares[0])
-    data = [
-        dict(
-            type='bar',
-            name=f'e{step}',
-            x=[f'level {level}' for level in range(len(shares))],
-            y=[_round(100 * row[step]) for row in shares],
-            marker=dict(
-                color=COLOURS[step % len(COLOURS)],
-                pattern=dict(shape=PATTERNS[step % len(PATTERNS)]),
-            ),
-        )
-        for step in range(steps)
-    ]
-    layout = _axes('', 'left unexplained, %')
-    layout['barmode'] = 'group'
-    layout['yaxis']['rangemode'] = 'tozero'
-    return Figure(
-        f'by-level-{index}',
-        f'{name}: by level, from the weights',
-        data,
-        layout,
-        'Unexplained share by level. '
-        + '; '.join(
-            f'level {level}: e0 {100 * row[0]:.1f} %, '
-            f'e{steps - 1} {100 * row[-1]:.1f} %'
-            for level, row in enumerate(shares)
-        )
-        + '.',
-        f'On {number} images of val, by the run that the images are from. '
-        'Level 0 is the finest map.',
-        Table(
-            ['level', *(f'e{step}, %' for step in range(steps))],
-            [
-                [str(level), *(f'{100 * value:.2f}' for value in row)]
-                for level, row in enumerate(shares)
-            ],
-        ),
-    )
-
-
-def _ticks(values: Sequence[float]) -> dict[str, list]:
+def ticks_of(values: Sequence[float]) -> dict[str, list]:
     """Ticks of a logarithmic axis that can be read by themselves."""
     low = math.floor(math.log10(min(values)))
     high = math.ceil(math.log10(max(values)))
@@ -762,7 +555,7 @@ def show(value: float | None, digits: int = 1) -> str:
     return '' if value is None else f'{value:.{digits}f}'
 
 
-def _axes(x: str, y: str) -> dict[str, Any]:
+def axes_of(x: str, y: str) -> dict[str, Any]:
     return dict(
         xaxis=dict(title=dict(text=x), automargin=True),
         yaxis=dict(title=dict(text=y), automargin=True),

@@ -22,7 +22,7 @@ from mmengine.runner import load_checkpoint
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
-from era_mm.core.distillation import student_config_of
+from era_mm.core import student_config_of
 from era_mm.core.utils import preserve_rng
 from era_mm.errors import UserError
 
@@ -123,7 +123,7 @@ def build_pair(run: Run) -> Any:
     return model.eval()
 
 
-def _find_config(teacher: dict) -> None:
+def _find_config(teacher: Any) -> None:
     """Where a teacher's config has moved away: the one beside its weights."""
     config = teacher.get('config')
     if not isinstance(config, str) or '::' in config or Path(config).is_file():

@@ -16,9 +16,9 @@ from typing import Any
 from era_mm.errors import UserError
 from era_mm.version import __version__
 
+from .comparison import Comparison, Group, estimate
 from .figures import Figure, Table, label_of, show
-from .panels import Found
-from .runs import Comparison, Group, estimate
+from .panel_parts import Found
 
 TEMPLATES = Path(__file__).with_name('template')
 INSTALL = "Install it with `pip install 'era_mm[report]'`."

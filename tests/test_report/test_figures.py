@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from era_mm.report import figures
-from era_mm.report.runs import compare_runs
+from era_mm.report import figures, residual_figures
+from era_mm.report.comparison import compare_runs
 from era_mm.testing.work_dirs import distilled, train_lines, write_run
 
 AP = 'coco/bbox_mAP'
@@ -129,7 +129,7 @@ def test_loss_terms__one_figure_for_each(comparison):
 
 
 def test_unexplained__shares_and_what_the_branches_add(comparison):
-    (figure,) = figures.unexplained(comparison)
+    (figure,) = residual_figures.unexplained(comparison)
     # In order of the estimates, e10 last.
     assert [row[0] for row in figure.table.rows] == ['e0', 'e1', 'e10']
     left = [t for t in figure.data if t.get('xaxis') is None]
@@ -153,7 +153,7 @@ def test_unexplained__by_level_where_the_hook_was(tmp_path):
             },
         ],
     )
-    (figure,) = figures.unexplained(compare_runs([folder]))
+    (figure,) = residual_figures.unexplained(compare_runs([folder]))
     assert trace(figure, 'e0, level 1')['y'] == [25]
     assert trace(figure, 'e1, level 0')['y'] == [40]
 
@@ -165,8 +165,8 @@ def test_figures__are_what_plotly_knows(comparison):
         figures.metric_over_time(comparison, look),
         figures.size_differences(comparison, look),
         *figures.loss_terms(comparison, look),
-        *figures.unexplained(comparison),
-        figures.level_bars('era', [[0.2, 0.1]], 4, 0),
+        *residual_figures.unexplained(comparison),
+        residual_figures.level_bars('era', [[0.2, 0.1]], 4, 0),
     ]:
         graphs.Figure(data=figure.data, layout=figure.layout)
         assert figure.alt

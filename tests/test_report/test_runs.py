@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from era_mm.errors import UserError
-from era_mm.report.runs import compare_runs, estimate, read_run
+from era_mm.report.comparison import compare_runs, estimate
+from era_mm.report.runs import read_run
 from era_mm.testing.work_dirs import STUDENT, distilled, train_lines, write_run
 
 AP = 'coco/bbox_mAP'
