@@ -97,7 +97,7 @@ class ERADistiller(HeadUser):
             weight and given the sum of all: the same expectation as 'all'
             for the cost of one pass) or 'none' (no TWI). 'all' is [official
             code]. 'auto': by the form; 'none' where the head cannot be used.
-        logit: What the student's own head hears of the teacher's: arguments
+        logit: Terms on the student's own logits and boxes: arguments
             of ``LogitTerm`` (classifiers), ``DenseTerm`` or ``RoITerm``
             (detectors), with which to choose by the ``kind``: 'kl', 'dist',
             'dense', 'roi'. 'auto': by the teacher's head; None: nothing.
