@@ -160,6 +160,7 @@ def _export_parser() -> argparse.ArgumentParser:
         help='with E0: leave the align layer as a stock layer behind the '
         'neck, also where it cannot be folded',
     )
+    _add_trust(parser)
     _add_config_options(parser)
     # Of the flags that every command knows, a single process has no ranks.
     parser.set_defaults(local_rank=0)
@@ -199,6 +200,7 @@ def _make_config_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='where to write, a .py'
     )
+    _add_trust(parser)
     _add_traceback(parser)
     parser.set_defaults(local_rank=0)
     return parser
@@ -334,6 +336,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         default=0,
         help=argparse.SUPPRESS,
     )
+    _add_trust(parser)
     _add_config_options(parser)
 
 
@@ -346,6 +349,15 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
         'model.backbone.depth=18 key="[a,b]"',
     )
     _add_traceback(parser)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='read checkpoints that hold more than weights and may run any '
+        'code (ERA_MM_TRUST_CHECKPOINT=1 in the environment does the same)',
+    )
 
 
 def _add_traceback(parser: argparse.ArgumentParser) -> None:
@@ -388,6 +400,17 @@ def leave_group() -> None:
         distributed.destroy_process_group()
 
 
+def _guard(args: argparse.Namespace) -> None:
+    """Read no checkpoint that runs code, unless the user trusts it."""
+    from era_mm.core.places import guard_reading
+    from era_mm.core.safe_files import TRUST, is_trusted
+
+    if getattr(args, 'trust_checkpoint', False):
+        os.environ[TRUST] = '1'
+    is_trusted()
+    guard_reading()
+
+
 def _explain(error: BaseException) -> str:
     """One message for an error, and where its traceback was kept."""
     # str() of a KeyError shows quotes and backslashes.
@@ -428,6 +451,7 @@ def _read_config(name: str, options: Sequence[str] | None) -> 'Config':
 
 def _load_config(args: argparse.Namespace) -> 'Config':
     cfg = _read_config(args.config, args.cfg_options)
+    _guard(args)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -504,6 +528,7 @@ def _test(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from era_mm.engine.export import export_student
 
+    _guard(args)
     exported = export_student(
         _read_config(args.config, args.cfg_options),
         args.checkpoint,
@@ -531,6 +556,7 @@ def _make_config(args: argparse.Namespace) -> None:
 
     from era_mm.engine.make_config import run
 
+    _guard(args)
     # What models say when they are built; the report says what matters.
     MMLogger.get_current_instance().setLevel('WARNING')
     print(
@@ -550,6 +576,7 @@ def _print_sources(args: argparse.Namespace) -> None:
     from era_mm.engine.host_configs import read_host_config
     from era_mm.engine.print_sources import print_sources
 
+    _guard(args)
     print(
         print_sources(
             read_host_config(args.config),
@@ -567,6 +594,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     from era_mm.engine.benchmark import Options, measure
     from era_mm.engine.benchmark_report import check_out, show, write
 
+    _guard(args)
     options = Options(
         batch_size=args.batch_size,
         size=args.size and tuple(args.size),
