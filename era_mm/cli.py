@@ -83,8 +83,8 @@ def _train_parser() -> argparse.ArgumentParser:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='resume from this checkpoint, or without one from the last '
-        'checkpoint in the work dir',
+        help='resume from this checkpoint, or without one from the newest '
+        'whole checkpoint in the work dir',
     )
     return parser
 
@@ -476,6 +476,8 @@ def _train(args: argparse.Namespace) -> None:
     from era_mm.engine.launch import use_amp
     from era_mm.engine.preflight_hook import add_preflight
     from era_mm.engine.runner import TrainingRunner
+    from era_mm.engine.whole_files import guard_writing
+    from era_mm.engine.work_dir import check_work_dir, held
 
     cfg = _load_config(args)
     if args.amp:
@@ -496,15 +498,17 @@ def _train(args: argparse.Namespace) -> None:
         cfg.load_from = args.resume
     preflight.check_checkpoints(cfg)
     preflight.check_data(cfg, ('train', 'val'))
-    runner = _build_runner(cfg, TrainingRunner)
-    add_preflight(runner, cfg)
-    runner.train()
+    check_work_dir(cfg)
+    guard_writing()
+    with held(cfg.work_dir):
+        runner = _build_runner(cfg, TrainingRunner)
+        add_preflight(runner, cfg)
+        runner.train()
 
 
 def _test(args: argparse.Namespace) -> None:
-    from mmengine.runner import Runner
-
     from era_mm.engine import preflight
+    from era_mm.engine.runner import TestingRunner
     from era_mm.engine.testing_options import add_outputs, add_show, use_tta
 
     cfg = _load_config(args)
@@ -519,7 +523,7 @@ def _test(args: argparse.Namespace) -> None:
         use_tta(cfg)
     preflight.check_checkpoints(cfg, training=False)
     preflight.check_data(cfg, ('test',))
-    runner = _build_runner(cfg, Runner)
+    runner = _build_runner(cfg, TestingRunner)
     if args.out is not None:
         add_outputs(runner, args.out)
     runner.test()

@@ -20,6 +20,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .download import download
+from .fit import find_misfits
 from .places import read_place
 from .safe_files import ADVICE, load_file
 from .utils import to_cpu
@@ -191,32 +192,11 @@ def load_strictly(
         name: How the message calls the weights, usually the file's name.
 
     Raises:
-        ValueError: Missing or unexpected keys, or other shapes; the first
-            ones are shown.
+        ValueError: Missing or unexpected keys, other shapes, integers in
+            place of real numbers, values that are not finite; the first ones
+            are shown.
     """
-    own = model.state_dict()
-    missing = [
-        key
-        for key in own
-        if key not in state_dict and not key.endswith('num_batches_tracked')
-    ]
-    unexpected = [key for key in state_dict if key not in own]
-    reshaped = [
-        f'{key}: file {tuple(state_dict[key].shape)}, '
-        f'model {tuple(own[key].shape)}'
-        for key in own
-        if key in state_dict and state_dict[key].shape != own[key].shape
-    ]
-    problems = [
-        f'{title} ({len(keys)}): {", ".join(keys[:3])}'
-        + (', ...' if len(keys) > 3 else '')
-        for title, keys in (
-            ('missing in the file', missing),
-            ('not in the model', unexpected),
-            ('other shapes', reshaped),
-        )
-        if keys
-    ]
+    problems = find_misfits(model.state_dict(), state_dict)
     if problems:
         raise ValueError(
             f'The weights in {name!r} do not fit {type(model).__name__}. '
