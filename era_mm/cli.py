@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are parsed: mim asks for
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -19,19 +20,6 @@ from era_mm.errors import UserError
 if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.runner import Runner
-
-# What a wrong config raises while mmengine builds things from it. Other
-# errors keep their traceback on the screen.
-CONFIG_ERRORS = (
-    UserError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OSError,
-    ImportError,
-    SyntaxError,
-)
 
 
 def run_train(argv: Sequence[str] | None = None) -> int:
@@ -369,19 +357,27 @@ def _add_traceback(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(
-    args: argparse.Namespace, command: Callable[[argparse.Namespace], None]
+    args: argparse.Namespace,
+    command: Callable[[argparse.Namespace], int | None],
 ) -> int:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     try:
-        command(args)
-    except CONFIG_ERRORS as error:
+        return command(args) or 0
+    except KeyboardInterrupt:
+        print(
+            '\nstopped by Ctrl-C; --resume goes on from the last checkpoint.'
+            if command is _train
+            else '\nstopped by Ctrl-C.',
+            file=sys.stderr,
+        )
+        return 128 + signal.SIGINT
+    except Exception as error:
         if args.traceback:
             raise
         print(_explain(error), file=sys.stderr)
         return 1
     finally:
         leave_group()
-    return 0
 
 
 def leave_group() -> None:
@@ -471,15 +467,19 @@ def _build_runner(cfg: 'Config', runner_class: 'type[Runner]') -> 'Runner':
     return runner_class.from_cfg(cfg)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     from era_mm.engine import preflight
+    from era_mm.engine.config_check import check_config, remarks_on
+    from era_mm.engine.finite_hook import add_finite_check
     from era_mm.engine.launch import use_amp
     from era_mm.engine.preflight_hook import add_preflight
     from era_mm.engine.runner import TrainingRunner
+    from era_mm.engine.stop_hook import StopHook, Stopped
     from era_mm.engine.whole_files import guard_writing
     from era_mm.engine.work_dir import check_work_dir, held
 
     cfg = _load_config(args)
+    check_config(cfg)
     if args.amp:
         use_amp(cfg)
     if args.auto_scale_lr:
@@ -502,16 +502,27 @@ def _train(args: argparse.Namespace) -> None:
     guard_writing()
     with held(cfg.work_dir):
         runner = _build_runner(cfg, TrainingRunner)
+        for remark in remarks_on(cfg):
+            runner.logger.warning(remark)
         add_preflight(runner, cfg)
-        runner.train()
+        add_finite_check(runner)
+        runner.register_hook(StopHook())
+        try:
+            runner.train()
+        except Stopped as stopped:
+            print(f'\n{stopped}', file=sys.stderr)
+            return 128 + stopped.number
+    return 0
 
 
 def _test(args: argparse.Namespace) -> None:
     from era_mm.engine import preflight
+    from era_mm.engine.config_check import check_config
     from era_mm.engine.runner import TestingRunner
     from era_mm.engine.testing_options import add_outputs, add_show, use_tta
 
     cfg = _load_config(args)
+    check_config(cfg)
     cfg.load_from = args.checkpoint
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise UserError(

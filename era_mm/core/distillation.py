@@ -200,7 +200,7 @@ class Distillation(BaseModel):
         data_preprocessor: dict | None = None,
         input_size: int | tuple[int, int] = 64,
         inference_mode: str | None = None,
-        inherit: Sequence[str] | dict[str, str] | None = None,
+        inherit: str | Sequence[str] | dict[str, str] | None = None,
     ) -> None:
         with preserve_rng():
             distillers = _build_distillers(distiller)
@@ -361,7 +361,7 @@ class Distillation(BaseModel):
             teacher.load()
 
     def _plan_inheritance(
-        self, inherit: Sequence[str] | dict[str, str] | None
+        self, inherit: str | Sequence[str] | dict[str, str] | None
     ) -> dict[str, dict[str, list[str]]]:
         """Keys of the student to take over, by teacher and module."""
         if not inherit:

@@ -6,6 +6,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import distributed
 
+from era_mm.engine.stop_hook import end_with_parent
 from era_mm.errors import UserError
 
 
@@ -23,6 +24,7 @@ def prepare_launch(cfg: Config) -> None:
     """
     if cfg.launcher == 'none':
         return
+    end_with_parent()
     kind = str(cfg.get('model', {}).get('type')).rpartition('.')[2]
     wrapper = dict(
         type='era_mm.MutualDataParallel'

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ LOCK = '.era_mm.lock'
 
 
 def checkpoints_in(
-    folder: str | Path, templates: Sequence[str] = TEMPLATES
+    folder: str | Path, templates: Collection[str] = TEMPLATES
 ) -> list[list[Path]]:
     """A run's checkpoints by template, the highest number first."""
     found = []
@@ -35,7 +35,7 @@ def checkpoints_in(
 
 
 def newest_whole(
-    folder: str | Path, templates: Sequence[str] = TEMPLATES
+    folder: str | Path, templates: Collection[str] = TEMPLATES
 ) -> tuple[Path | None, list[str]]:
     """The checkpoint of the latest iteration that a run can go on from.
 
@@ -90,7 +90,7 @@ def fault_in(content: Any) -> str:
     return ''
 
 
-def _places(cfg: Config) -> tuple[Path | None, Sequence[str]]:
+def _places(cfg: Config) -> tuple[Path | None, Collection[str]]:
     """The folder of a run's checkpoints, None if remote, and their names."""
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     template = hook.get('filename_tmpl') if isinstance(hook, dict) else None
@@ -101,7 +101,8 @@ def _places(cfg: Config) -> tuple[Path | None, Sequence[str]]:
     if out_dir:
         # As mmengine's hook joins them.
         folder = Path(out_dir, folder.name)
-    return folder, (template,) if template else TEMPLATES
+    # A run that was stopped by a signal has one of the latter in any case.
+    return folder, dict.fromkeys([template or TEMPLATES[0], *TEMPLATES])
 
 
 def find_to_resume(cfg: Config) -> tuple[str | None, list[str]]:

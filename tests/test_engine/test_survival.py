@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
-from mmengine.registry import METRICS
+from mmengine.registry import HOOKS, METRICS
 from PIL import Image
 
 from era_mm import cli
 from era_mm.core.safe_files import load_file
+from era_mm.core.utils import run_seed
 from era_mm.engine import whole_files, work_dir
 from era_mm.engine.whole_files import WholeFileBackend, write_whole
 from era_mm.engine.work_dir import held, newest_whole
@@ -493,3 +496,102 @@ def test_load_from__takes_a_plain_student(config, whole, tmp_path):
 
 def test_newest_whole__of_an_empty_folder_is_none(tmp_path):
     assert newest_whole(tmp_path) == (None, [])
+
+
+# -- signals and numbers -----------------------------------------------------
+
+
+@HOOKS.register_module(force=True)
+class AtIterationHook(Hook):
+    """Does something before an iteration, counted from 0."""
+
+    def __init__(self, iteration, what):
+        self.iteration, self.what = iteration, what
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter != self.iteration:
+            return
+        if self.what == 'nan':
+            next(runner.model.student.parameters()).data.fill_(torch.nan)
+        else:
+            os.kill(os.getpid(), getattr(signal, self.what))
+
+
+@pytest.fixture
+def at_iteration(config, tmp_path):
+    """A config that does something in its fifth step."""
+
+    def write(what):
+        cfg = Config.fromfile(config)
+        cfg.custom_hooks = [
+            dict(type='AtIterationHook', iteration=4, what=what)
+        ]
+        cfg.dump(tmp_path / 'at.py')
+        return str(tmp_path / 'at.py')
+
+    return write
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_signal__writes_a_checkpoint_from_which_the_run_goes_on(
+    name, config, whole, at_iteration, tmp_path, capsys
+):
+    folder = tmp_path / 'run'
+    before = signal.getsignal(getattr(signal, name))
+    status = train(at_iteration(name), folder)
+    assert status == 128 + getattr(signal, name)
+    assert signal.getsignal(getattr(signal, name)) == before
+    printed = capsys.readouterr().err
+    assert f'stopped by {name}; --resume goes on from' in printed
+    assert 'Traceback' not in printed
+    # The step under way was ended.
+    assert load_file(folder / 'iter_5.pth')['meta']['iter'] == 5
+    pointer = (folder / 'last_checkpoint').read_text()
+    assert Path(pointer).name == 'iter_5.pth'
+    assert train(config, folder, '--resume') == 0
+    check_same(folder, whole)
+
+
+def test_ctrl_c__is_said_in_one_line(at_iteration, tmp_path, capsys):
+    assert train(at_iteration('SIGINT'), tmp_path / 'run') == 130
+    printed = capsys.readouterr().err
+    assert 'stopped by Ctrl-C; --resume goes on' in printed
+    assert 'Traceback' not in printed
+
+
+def test_nan__is_named_and_no_file_has_it(at_iteration, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    assert train(at_iteration('nan'), folder) == 1
+    printed = capsys.readouterr().err.split('error: ')[-1]
+    assert 'in iteration 5 loss_' in printed
+    assert ' is nan' in printed
+    assert printed.count('.png') == 2
+    assert 'Traceback' not in printed
+    # The file of the second epoch would have held it.
+    newest, passed = newest_whole(folder)
+    assert (newest.name, passed) == ('epoch_1.pth', [])
+
+
+def test_teacher_of_nan__is_refused_before_the_first_step(
+    config, tmp_path, capsys
+):
+    cfg = Config.fromfile(config)
+    file = shutil.copy(cfg.model.teacher.checkpoint, tmp_path / 't.pth')
+    spoil(
+        file,
+        lambda content: content['state_dict']['head.fc.weight'].fill_(
+            torch.nan
+        ),
+    )
+    options = {'model.teacher.checkpoint': file}
+    assert train(config, tmp_path / 'run', **options) == 1
+    printed = capsys.readouterr().err
+    assert 'not finite (1): head.fc.weight' in printed
+
+
+def test_run_seed__is_kept_with_the_run():
+    torch.manual_seed(3)
+    assert run_seed() == 3
+    torch.manual_seed(4)
+    assert run_seed() == 3
+    assert MessageHub.get_current_instance().get_info('era_mm_seed') == 3

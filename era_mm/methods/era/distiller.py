@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, HostModel
 from ...core.pairing import Pair, Plan, is_query_based
-from ...core.utils import evaluating, preserve_rng
+from ...core.utils import evaluating, preserve_rng, run_seed
 from ...registry import MODELS
 from .detector_terms import DenseTerm, DetectorTerm, RoITerm
 from .export import export_estimate
@@ -818,9 +818,11 @@ class ERADistiller(BaseDistiller):
             index = last
             if self.twi_steps == 'sampled':
                 # Its own generator, so that the draw does not shift the
-                # data's random state; by step, so that a resumed run and
-                # all ranks draw alike.
-                generator = torch.Generator().manual_seed(self.step)
+                # data's random state; by seed and step, so that a resumed
+                # run and all ranks draw alike, and other seeds do not.
+                generator = torch.Generator().manual_seed(
+                    run_seed() * 2**31 + self.step
+                )
                 index = int(
                     torch.multinomial(
                         torch.tensor(weights), 1, generator=generator
