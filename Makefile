@@ -2,6 +2,8 @@
 #                            gained
 # make demo-classification   the same for a small classifier
 # make test                  lint, types, tests, packaging
+# make soak                  kills, wrong configs and files by the hundred;
+#                            writes docs/reliability.md
 # Each sets up what it needs first. Other goals: setup lint clean.
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ export MKL_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo demo-classification test lint setup clean
+.PHONY: demo demo-classification test soak lint setup clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -27,6 +29,9 @@ demo-classification: setup
 
 test: lint
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+soak: setup
+	$(RUN) tests/soak/soak.py
 
 lint: setup
 	$(RUN) -m ruff check .

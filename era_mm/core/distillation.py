@@ -19,6 +19,7 @@ from ..registry import MODELS
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .data_preprocessor import DistillationDataPreprocessor
+from .dry_run import explained
 from .phase import Phase, resting
 from .recorder import Recorder
 from .rerun import Rerun
@@ -293,7 +294,8 @@ class Distillation(BaseModel):
         inputs = torch.zeros(1, 3, *size)
         samples = [blank_sample(*size)]
         recorder = self._student_recorder
-        with torch.no_grad(), evaluating(self.student), recorder:
+        own_run = explained('student', size)
+        with own_run, torch.no_grad(), evaluating(self.student), recorder:
             forward_until(self.student, inputs, recorder.sources, samples)
         student_feats = recorder.pop()
         teacher_feats: dict[str, dict] = {}
@@ -307,7 +309,8 @@ class Distillation(BaseModel):
                 )
             )
             if teacher.is_recorded:
-                teacher_feats[name] = teacher.extract(inputs, samples)
+                with explained(name, size):
+                    teacher_feats[name] = teacher.extract(inputs, samples)
         self.dry_run_size = size
         #: What each source put out in the dry run, a shape per level.
         self.student_shapes = _shapes_of(student_feats)
