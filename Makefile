@@ -3,6 +3,8 @@
 # make demo-classification   the same for a small classifier
 # make test                  lint, types, tests, packaging
 # make docs                  the docs site, into site/
+# make soak                  kills, wrong configs and files by the hundred;
+#                            writes docs/reliability.md
 # Each sets up what it needs first. Other goals: setup lint clean.
 
 PYTHON ?= python3
@@ -20,7 +22,7 @@ export MKL_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 export PYTHONNOUSERSITE = 1
 
-.PHONY: demo demo-classification test lint docs setup clean
+.PHONY: demo demo-classification test soak lint docs setup clean
 
 demo: setup
 	$(RUN) -m demo.detection
@@ -30,6 +32,9 @@ demo-classification: setup
 
 test: lint
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+soak: setup
+	$(RUN) tests/soak/soak.py
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are parsed: mim asks for
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -20,19 +21,6 @@ from era_mm.hosts import print_hosts
 if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.runner import Runner
-
-# What a wrong config raises while mmengine builds things from it. Other
-# errors keep their traceback on the screen.
-CONFIG_ERRORS = (
-    UserError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OSError,
-    ImportError,
-    SyntaxError,
-)
 
 
 def run_train(argv: Sequence[str] | None = None) -> int:
@@ -126,8 +114,8 @@ def _train_parser() -> argparse.ArgumentParser:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='resume from this checkpoint, or without one from the last '
-        'checkpoint in the work dir',
+        help='resume from this checkpoint, or without one from the newest '
+        'whole checkpoint in the work dir',
     )
     return parser
 
@@ -203,6 +191,7 @@ def _export_parser() -> argparse.ArgumentParser:
         help='with E0: leave the align layer as a stock layer behind the '
         'neck, also where it cannot be folded',
     )
+    _add_trust(parser)
     _add_config_options(parser)
     # Of the flags that every command knows, a single process has no ranks.
     parser.set_defaults(local_rank=0)
@@ -244,6 +233,7 @@ def _make_config_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='where to write, a .py'
     )
+    _add_trust(parser)
     _add_traceback(parser)
     parser.set_defaults(local_rank=0)
     return parser
@@ -442,6 +432,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         default=0,
         help=argparse.SUPPRESS,
     )
+    _add_trust(parser)
     _add_config_options(parser)
 
 
@@ -456,6 +447,15 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
     _add_traceback(parser)
 
 
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='read checkpoints that hold more than weights and may run any '
+        'code (ERA_MM_TRUST_CHECKPOINT=1 in the environment does the same)',
+    )
+
+
 def _add_traceback(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--traceback',
@@ -465,19 +465,27 @@ def _add_traceback(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(
-    args: argparse.Namespace, command: Callable[[argparse.Namespace], None]
+    args: argparse.Namespace,
+    command: Callable[[argparse.Namespace], int | None],
 ) -> int:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     try:
-        command(args)
-    except CONFIG_ERRORS as error:
+        return command(args) or 0
+    except KeyboardInterrupt:
+        print(
+            '\nstopped by Ctrl-C; --resume goes on from the last checkpoint.'
+            if command is _train
+            else '\nstopped by Ctrl-C.',
+            file=sys.stderr,
+        )
+        return 128 + signal.SIGINT
+    except Exception as error:
         if args.traceback:
             raise
         print(_explain(error), file=sys.stderr)
         return 1
     finally:
         leave_group()
-    return 0
 
 
 def leave_group() -> None:
@@ -494,6 +502,17 @@ def leave_group() -> None:
             # without giving the GIL up: the rank would hang for ever.
             time.sleep(0.5)
         distributed.destroy_process_group()
+
+
+def _guard(args: argparse.Namespace) -> None:
+    """Read no checkpoint that runs code, unless the user trusts it."""
+    from era_mm.core.places import guard_reading
+    from era_mm.core.safe_files import TRUST, is_trusted
+
+    if getattr(args, 'trust_checkpoint', False):
+        os.environ[TRUST] = '1'
+    is_trusted()
+    guard_reading()
 
 
 def _explain(error: BaseException) -> str:
@@ -536,6 +555,7 @@ def _read_config(name: str, options: Sequence[str] | None) -> 'Config':
 
 def _load_config(args: argparse.Namespace) -> 'Config':
     cfg = _read_config(args.config, args.cfg_options)
+    _guard(args)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -555,15 +575,21 @@ def _build_runner(cfg: 'Config', runner_class: 'type[Runner]') -> 'Runner':
     return runner_class.from_cfg(cfg)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     from era_mm.engine import preflight
+    from era_mm.engine.config_check import check_config, remarks_on
+    from era_mm.engine.finite_hook import add_finite_check
     from era_mm.engine.launch import use_amp
     from era_mm.engine.preflight_hook import add_preflight
     from era_mm.engine.progress_hook import progress_of
     from era_mm.engine.run_table_hook import add_run_table
     from era_mm.engine.runner import TrainingRunner
+    from era_mm.engine.stop_hook import StopHook, Stopped
+    from era_mm.engine.whole_files import guard_writing
+    from era_mm.engine.work_dir import check_work_dir, held
 
     cfg = _load_config(args)
+    check_config(cfg)
     if args.amp:
         use_amp(cfg)
     if args.auto_scale_lr:
@@ -582,20 +608,33 @@ def _train(args: argparse.Namespace) -> None:
         cfg.load_from = args.resume
     preflight.check_checkpoints(cfg)
     preflight.check_data(cfg, ('train', 'val'))
-    runner = _build_runner(cfg, TrainingRunner)
-    add_preflight(runner, cfg)
-    add_run_table(runner, cfg)
-    with progress_of(runner):
-        runner.train()
+    check_work_dir(cfg)
+    guard_writing()
+    with held(cfg.work_dir):
+        runner = _build_runner(cfg, TrainingRunner)
+        for remark in remarks_on(cfg):
+            runner.logger.warning(remark)
+        add_preflight(runner, cfg)
+        add_finite_check(runner)
+        add_run_table(runner, cfg)
+        runner.register_hook(StopHook())
+        try:
+            with progress_of(runner):
+                runner.train()
+        except Stopped as stopped:
+            print(f'\n{stopped}', file=sys.stderr)
+            return 128 + stopped.number
+    return 0
 
 
 def _test(args: argparse.Namespace) -> None:
-    from mmengine.runner import Runner
-
     from era_mm.engine import preflight
+    from era_mm.engine.config_check import check_config
+    from era_mm.engine.runner import TestingRunner
     from era_mm.engine.testing_options import add_outputs, add_show, use_tta
 
     cfg = _load_config(args)
+    check_config(cfg)
     cfg.load_from = args.checkpoint
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise UserError(
@@ -607,7 +646,7 @@ def _test(args: argparse.Namespace) -> None:
         use_tta(cfg)
     preflight.check_checkpoints(cfg, training=False)
     preflight.check_data(cfg, ('test',))
-    runner = _build_runner(cfg, Runner)
+    runner = _build_runner(cfg, TestingRunner)
     if args.out is not None:
         add_outputs(runner, args.out)
     runner.test()
@@ -616,6 +655,7 @@ def _test(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from era_mm.engine.export import export_student
 
+    _guard(args)
     exported = export_student(
         _read_config(args.config, args.cfg_options),
         args.checkpoint,
@@ -643,6 +683,7 @@ def _make_config(args: argparse.Namespace) -> None:
 
     from era_mm.engine.make_config import run
 
+    _guard(args)
     # What models say when they are built; the report says what matters.
     MMLogger.get_current_instance().setLevel('WARNING')
     print(
@@ -662,6 +703,7 @@ def _print_sources(args: argparse.Namespace) -> None:
     from era_mm.engine.host_configs import read_host_config
     from era_mm.engine.print_sources import print_sources
 
+    _guard(args)
     print(
         print_sources(
             read_host_config(args.config),
@@ -679,6 +721,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     from era_mm.engine.benchmark import Options, measure
     from era_mm.engine.benchmark_report import check_out, show, write
 
+    _guard(args)
     options = Options(
         batch_size=args.batch_size,
         size=args.size and tuple(args.size),

@@ -11,6 +11,8 @@ from typing import Any
 
 from mmengine import registry as mmengine_registry
 
+from era_mm.validation import check_arguments
+
 LOCATIONS = [
     'era_mm.core',
     'era_mm.methods',
@@ -21,10 +23,11 @@ LOCATIONS = [
 
 
 def explain_unknown_keys(cls: type) -> type:
-    """Let a class say which keys it knows when a config has another one.
+    """Let a class say what it takes when a config has something else.
 
     Python's own message names the unknown key alone; a user needs the nearest
-    known one. Classes whose ``__init__`` takes ``**kwargs`` stay as they are.
+    known one. Values are checked by :mod:`era_mm.validation`. Classes whose
+    ``__init__`` takes ``**kwargs`` stay as they are.
     """
     init = cls.__dict__.get('__init__')
     if init is None:
@@ -48,7 +51,9 @@ def explain_unknown_keys(cls: type) -> type:
             raise TypeError(
                 f'{cls.__name__} has no config key {key!r}. {hint}'
             )
+        check_arguments(type(self), init, args, kwargs, ranges=False)
         init(self, *args, **kwargs)
+        check_arguments(type(self), init, args, kwargs, ranges=True)
 
     cls.__init__ = checked_init  # type: ignore[misc]
     return cls

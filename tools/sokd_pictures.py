@@ -17,6 +17,7 @@ from mmengine.runner.checkpoint import load_checkpoint
 import era_mm  # noqa: F401
 from era_mm.core import Recorder, extras_of
 from era_mm.core.host_models import forward_until
+from era_mm.core.places import guard_reading
 from era_mm.methods.sokd import SoKDDistiller
 from era_mm.visualization.panels import Panel, save_grid
 from era_mm.visualization.sokd import area_panels, draw_policy, read_policy
@@ -95,6 +96,7 @@ def draw_areas(args: argparse.Namespace) -> None:
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
+    guard_reading()
     state = load_checkpoint(model, args.checkpoint, map_location='cpu')
     if not extras_of(state.get('state_dict', {})):
         # Areas of heads that have learnt nothing would look like areas.

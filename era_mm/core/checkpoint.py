@@ -11,20 +11,18 @@ the extras without one.
 
 import hashlib
 import logging
-import pickle
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
-from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
+from .download import download
+from .fit import find_misfits
+from .places import read_place
+from .safe_files import ADVICE, load_file
 from .utils import to_cpu
 
 METADATA_KEY = 'era_mm'
@@ -109,57 +107,6 @@ def read_with_meta(
     )
 
 
-def _download(url: str, sha256: str | None) -> Path:
-    """Where a file of the web lies, after it was fetched if need be.
-
-    What is no checkpoint, or not the one of ``sha256``, is not kept: it would
-    stand in the way of the next place, whose file usually has the same name.
-
-    Rank 0 fetches and tells the others how it went: they would wait for ever
-    for one that has stopped with an error.
-    """
-    path = Path(
-        torch.hub.get_dir(), 'checkpoints', Path(urlsplit(url).path).name
-    )
-    problem = ['']
-    if get_rank() == 0:
-        problem[0] = _fetch(url, path, sha256)
-    broadcast_object_list(problem)
-    # Other machines have no part in rank 0's folder.
-    if get_rank() > 0 and not problem[0]:
-        problem[0] = _fetch(url, path, sha256)
-    if problem[0]:
-        raise FileNotFoundError(
-            f'Checkpoint {url!r} cannot be fetched: {problem[0]}. Give a path '
-            'or another URL; `checkpoint` takes a list of them.'
-        )
-    return path
-
-
-def _fetch(url: str, path: Path, sha256: str | None) -> str:
-    """Fetch a file that is not there yet; what went wrong, or ''."""
-    if path.is_file():
-        return ''
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(
-            url,
-            str(path),
-            hash_prefix=sha256 and sha256.lower(),
-            progress=sys.stderr.isatty(),
-        )
-    # It says with a RuntimeError that the digest is another.
-    except (OSError, HTTPException, RuntimeError) as error:
-        return f'{type(error).__name__}: {error}'
-    with open(path, 'rb') as file:
-        start = file.read(2)
-    # A zip archive, or a pickle of torch before version 1.6.
-    if start != b'PK' and not start.startswith(b'\x80'):
-        path.unlink()
-        return 'what came is no checkpoint (often a page that says why)'
-    return ''
-
-
 def _check_digest(path: Path, sha256: str, *, name: str) -> None:
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
@@ -176,13 +123,9 @@ def _check_digest(path: Path, sha256: str, *, name: str) -> None:
 
 
 def _read(filename: str, sha256: str | None) -> tuple[OrderedDict, dict]:
-    advice = (
-        'Give a checkpoint that mmengine, mmdet or mmpretrain has saved '
-        '(a dict with `state_dict`, or a state dict).'
-    )
     name = filename
     if filename.startswith(('http://', 'https://')):
-        filename = str(_download(filename, sha256))
+        filename = str(download(filename, sha256))
     is_local = '://' not in filename
     if is_local and not Path(filename).is_file():
         raise FileNotFoundError(
@@ -196,18 +139,11 @@ def _read(filename: str, sha256: str | None) -> tuple[OrderedDict, dict]:
                 f'`sha256` is for files and http(s) URLs, but got {name!r}.'
             )
         _check_digest(Path(filename), sha256, name=name)
-    try:
-        checkpoint = CheckpointLoader.load_checkpoint(
-            filename, map_location='cpu'
-        )
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        size = f' ({Path(filename).stat().st_size} bytes)' if is_local else ''
-        raise ValueError(
-            f'Checkpoint {name!r}{size} cannot be read: it is truncated '
-            f'or not a checkpoint ({type(error).__name__}: '
-            f'{str(error).splitlines()[0] if str(error) else "no details"}). '
-            f'{advice}'
-        ) from error
+    checkpoint = (
+        load_file(Path(filename), name=name)
+        if is_local
+        else read_place(filename)
+    )
     state_dict = (
         checkpoint.get('state_dict', checkpoint)
         if isinstance(checkpoint, Mapping)
@@ -224,7 +160,13 @@ def _read(filename: str, sha256: str | None) -> tuple[OrderedDict, dict]:
                 if isinstance(checkpoint, Mapping)
                 else ''
             )
-            + f'. {advice}'
+            + f'. {ADVICE}'
+        )
+    odd = [key for key in state_dict if not isinstance(key, str)]
+    if odd:
+        raise ValueError(
+            f'Checkpoint {name!r} holds no state dict: expected names of '
+            f'weights as keys, but got {odd[0]!r}. {ADVICE}'
         )
     plain = OrderedDict(
         (key.removeprefix('module.'), value)
@@ -232,7 +174,8 @@ def _read(filename: str, sha256: str | None) -> tuple[OrderedDict, dict]:
     )
     if hasattr(state_dict, '_metadata'):
         setattr(plain, '_metadata', state_dict._metadata)  # noqa: B010
-    return plain, dict(checkpoint.get('meta') or {})
+    meta = checkpoint.get('meta')
+    return plain, dict(meta) if isinstance(meta, Mapping) else {}
 
 
 def load_strictly(
@@ -249,32 +192,11 @@ def load_strictly(
         name: How the message calls the weights, usually the file's name.
 
     Raises:
-        ValueError: Missing or unexpected keys, or other shapes; the first
-            ones are shown.
+        ValueError: Missing or unexpected keys, other shapes, integers in
+            place of real numbers, values that are not finite; the first ones
+            are shown.
     """
-    own = model.state_dict()
-    missing = [
-        key
-        for key in own
-        if key not in state_dict and not key.endswith('num_batches_tracked')
-    ]
-    unexpected = [key for key in state_dict if key not in own]
-    reshaped = [
-        f'{key}: file {tuple(state_dict[key].shape)}, '
-        f'model {tuple(own[key].shape)}'
-        for key in own
-        if key in state_dict and state_dict[key].shape != own[key].shape
-    ]
-    problems = [
-        f'{title} ({len(keys)}): {", ".join(keys[:3])}'
-        + (', ...' if len(keys) > 3 else '')
-        for title, keys in (
-            ('missing in the file', missing),
-            ('not in the model', unexpected),
-            ('other shapes', reshaped),
-        )
-        if keys
-    ]
+    problems = find_misfits(model.state_dict(), state_dict)
     if problems:
         raise ValueError(
             f'The weights in {name!r} do not fit {type(model).__name__}. '

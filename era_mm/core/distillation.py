@@ -66,7 +66,7 @@ class Distillation(DistilledStudent):
         data_preprocessor: dict | None = None,
         input_size: int | tuple[int, int] = 64,
         inference_mode: str | None = None,
-        inherit: Sequence[str] | dict[str, str] | None = None,
+        inherit: str | Sequence[str] | dict[str, str] | None = None,
     ) -> None:
         distillers = build_distillers(distiller)
         # The student comes first: it must find the random state of a plain

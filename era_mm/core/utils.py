@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, broadcast, get_world_size
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from torch import Tensor, nn
 
 
@@ -42,6 +42,23 @@ def preserve_rng() -> Iterator[None]:
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+
+
+def run_seed() -> int:
+    """The seed of the run, alike on all ranks and in a resumed run.
+
+    Kept with what the run logs, so a file has it. Ranks of one run may have
+    seeds of their own (``diff_rank_seed``); the first rank's holds for all,
+    who must call this in the same step.
+    """
+    hub = MessageHub.get_current_instance()
+    seed = hub.get_info('era_mm_seed', None)
+    if seed is None:
+        own = torch.tensor(torch.initial_seed() % 2**31)
+        broadcast(own)
+        seed = int(own)
+        hub.update_info('era_mm_seed', seed)
+    return int(seed)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_distiller import BaseDistiller, Features
+from .dry_run import explained
 from .host_models import blank_sample, forward_until
 from .recorder import Recorder
 from .teacher import BaseTeacher
@@ -125,9 +126,11 @@ class Wiring:
         inputs = torch.zeros(1, 3, *self.input_size)
         samples = [blank_sample(*self.input_size)]
         recorder = self._listen_to_all()
-        with torch.no_grad(), evaluating(self._student), recorder:
+        own = explained('student', self.input_size)
+        with own, torch.no_grad(), evaluating(self._student), recorder:
             forward_until(self._student, inputs, recorder.sources, samples)
         student_feats = recorder.pop()
+        teacher_feats = {}
         for name, teacher in self._teachers.items():
             teacher.record(
                 dict.fromkeys(
@@ -137,7 +140,9 @@ class Wiring:
                     for source in distiller.teacher_sources
                 )
             )
-        teacher_feats = self.teach(inputs, samples)
+            if teacher.is_recorded:
+                with explained(name, self.input_size):
+                    teacher_feats[name] = teacher.extract(inputs, samples)
         self.student_shapes = _shapes_of(student_feats)
         self.teacher_shapes = {
             name: _shapes_of(feats) for name, feats in teacher_feats.items()

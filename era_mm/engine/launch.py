@@ -7,6 +7,7 @@ from mmengine.device import get_device
 from torch import distributed
 
 from era_mm.core import distillation_kind
+from era_mm.engine.stop_hook import end_with_parent
 from era_mm.errors import UserError
 
 
@@ -24,6 +25,7 @@ def prepare_launch(cfg: Config) -> None:
     """
     if cfg.launcher == 'none':
         return
+    end_with_parent()
     kind = distillation_kind(cfg.get('model', {}))
     wrapper = dict(
         type='era_mm.MutualDataParallel'

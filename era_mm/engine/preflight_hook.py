@@ -80,6 +80,9 @@ class PreflightHook(Hook):
         )
         metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
         classes = classes_of(metainfo)
+        remark = unknown_classes(runner.train_dataloader.dataset)
+        if remark:
+            runner.logger.warning(remark)
         teachers = model.teachers if isinstance(model, Distillation) else {}
         for teacher in teachers.values():
             remark = compare_classes(classes, teacher.classes, teacher.name)
@@ -97,10 +100,34 @@ class PreflightHook(Hook):
                 )
 
 
+def unknown_classes(dataset: Any) -> str:
+    """Whether a COCO-like data set has class names that no annotation has.
+
+    Args:
+        dataset: Of mmdet, in wrappers or not.
+
+    Returns:
+        A remark, '' where there is none to make.
+    """
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    classes = classes_of(getattr(dataset, 'metainfo', {})) or ()
+    found = getattr(dataset, 'cat_ids', None)
+    if found is None or len(found) >= len(classes):
+        return ''
+    return (
+        f'Only {len(found)} of the {len(classes)} classes '
+        f'({", ".join(classes[:5])}{", ..." if len(classes) > 5 else ""}) '
+        'are categories of the training annotations. The others are never '
+        "seen, and labels may be shifted. Set the data's `metainfo.classes` "
+        'to the names in the annotation file.'
+    )
+
+
 def check_length(
     model: Distillation | MutualDistillation, max_iters: int
 ) -> None:
-    """Refuse a run that ends before a distiller's last phase begins.
+    """Refuse a run that ends before a phase or a term of a distiller begins.
 
     Args:
         model: What will be trained.
@@ -114,6 +141,15 @@ def check_length(
     )
     for half in halves:
         for name, distiller in half.distillers.items():
+            for key, schedule in distiller.schedules.items():
+                if schedule.start >= max_iters:
+                    raise UserError(
+                        f'distiller {name!r} ({type(distiller).__name__}): '
+                        f'`schedules` lets {key!r} begin in iteration '
+                        f'{schedule.start}, but the run has {max_iters}, so '
+                        'that term would never count. Lower `start` or '
+                        'lengthen the run.'
+                    )
             least = distiller.least_iters
             if least and least >= max_iters:
                 raise UserError(

@@ -1,23 +1,147 @@
 """mmengine's Runner, with an eye on what a former run has left."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
-from mmengine.runner import Runner
+from mmengine.dist import broadcast_object_list, get_rank, master_only
+from mmengine.runner.base_loop import BaseLoop
+
+from era_mm.core.utils import preserve_rng
+from era_mm.engine.loops import ResumableEpochLoop, validates_now
+from era_mm.engine.strict_loading import StrictLoading
+from era_mm.engine.whole_files import write_whole
+from era_mm.engine.work_dir import find_to_resume
+from era_mm.errors import UserError
+
+#: Entry of a file's meta data that tells how long an epoch was.
+ITERS_PER_EPOCH = 'era_mm_iters_per_epoch'
 
 
-class TrainingRunner(Runner):
-    """Writes the config into the work dir when training begins.
+class TestingRunner(StrictLoading):
+    """Refuses to test a checkpoint of another model."""
 
-    mmengine's does so when it is built, and a run that then stops, because a
-    file or a teacher is wrong, has overwritten the config of the run whose
-    checkpoints lie there.
+    # pytest would take it for a test.
+    __test__ = False
+
+
+class TrainingRunner(StrictLoading):
+    """Trains in a work dir of which a kill leaves only whole files.
+
+    - The config is written into the work dir when training begins. mmengine's
+      does so when it is built, and a run that then stops, because a file or a
+      teacher is wrong, has overwritten the config of the run whose
+      checkpoints lie there.
+    - mmengine's CheckpointHook gives way to
+      :class:`~era_mm.engine.checkpoint_hook.WholeCheckpointHook`.
+    - ``resume`` takes the newest whole checkpoint, goes on inside an epoch,
+      and validates if the file was written before a validation.
     """
+
+    _iters_per_epoch: int | None = None
+
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """As mmengine's, with checkpoints in another order."""
+        hooks = copy.copy(hooks) if hooks else {}
+        hook = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
+        if isinstance(hook, dict) and hook.get('type') in (
+            'CheckpointHook',
+            'mmengine.CheckpointHook',
+        ):
+            hooks['checkpoint'] = {
+                **hook,
+                'type': 'era_mm.WholeCheckpointHook',
+            }
+        super().register_default_hooks(hooks)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """As mmengine's, with epochs that can be gone on with."""
+        if isinstance(loop, dict) and (
+            loop.get('by_epoch')
+            if 'type' not in loop
+            else loop['type'] == 'EpochBasedTrainLoop'
+        ):
+            arguments = {
+                key: value
+                for key, value in loop.items()
+                if key not in ('type', 'by_epoch')
+            }
+            return ResumableEpochLoop(
+                **arguments, runner=self, dataloader=self._train_dataloader
+            )
+        return super().build_train_loop(loop)
+
+    def load_or_resume(self) -> None:
+        """Load or resume; rank 0 says from what."""
+        auto = self._resume and self._load_from is None  # type: ignore
+        if auto and not self._has_loaded:
+            self._load_from = self._find_newest()
+        super().load_or_resume()
+
+    def _find_newest(self) -> str | None:
+        found: list[Any] = [None, [], '']
+        if get_rank() == 0:
+            try:
+                found[:2] = find_to_resume(self.cfg)
+            except UserError as error:
+                found[2] = str(error)
+        broadcast_object_list(found)
+        newest, passed, problem = found
+        if problem:
+            raise UserError(problem)
+        for line in passed:
+            self.logger.warning(f'--resume passes over {line}')
+        return newest
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """As mmengine's, and find out how much of an epoch is done."""
+        super().resume(filename, *args, **kwargs)
+        loop = self.train_loop
+        if not isinstance(loop, ResumableEpochLoop):
+            return
+        length = len(loop.dataloader)
+        former = self._iters_per_epoch or length
+        done = loop.iter - loop.epoch * former
+        if done and former != length:
+            raise UserError(
+                f'--resume: {filename} was written in epoch {loop.epoch + 1}, '
+                f'after {done} of {former} iterations, but now an epoch has '
+                f'{length}. Set the batch size, the number of ranks and the '
+                'data as they were, or resume from the end of an epoch.'
+            )
+        if self._iters_per_epoch or 0 < done <= length:
+            loop.num_done = done
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call the hooks, and do what belongs before or after some."""
+        if fn_name == 'before_save_checkpoint':
+            loader = self.train_loop.dataloader
+            if isinstance(self.train_loop, ResumableEpochLoop):
+                kwargs['checkpoint']['meta'][ITERS_PER_EPOCH] = len(loader)
+        if fn_name == 'after_load_checkpoint':
+            meta = kwargs['checkpoint'].get('meta') or {}
+            self._iters_per_epoch = meta.get(ITERS_PER_EPOCH)
+        super().call_hook(fn_name, **kwargs)
+        if fn_name == 'before_train':
+            self._write_config()
+            if (
+                self._resume
+                and self.val_loop is not None
+                and validates_now(self.train_loop)
+            ):
+                self.logger.info(
+                    'The checkpoint was written before a validation, which '
+                    'is done now.'
+                )
+                # Where the whole run draws for it, this one does again.
+                with preserve_rng():
+                    self.val_loop.run()
 
     def dump_config(self) -> None:
         """Not yet."""
 
-    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """Call the hooks; after those of ``before_train`` write the config."""
-        super().call_hook(fn_name, **kwargs)
-        if fn_name == 'before_train':
-            super().dump_config()
+    @master_only
+    def _write_config(self) -> None:
+        name = self.cfg.filename
+        name = Path(name).name if name else f'{self.timestamp}.py'
+        write_whole(Path(self.work_dir, name), self.cfg.pretty_text.encode())

@@ -35,6 +35,8 @@ UNLIKELY = 0.01
 MIN_AP = 0.05
 #: Fewer objects than this are no test of a detector.
 MIN_OBJECTS = 50
+#: Where so many are, a detector that finds none at all is none.
+MIN_TO_FIND = 10
 
 TURN_OFF = (
     'If it is what you want, preflight=False in the config (--cfg-options '
@@ -154,12 +156,14 @@ class Evaluation:
         num_images: How many images it saw.
         num_objects: How many objects these show; None: not known.
         seconds: What it took.
+        num_found: How many objects were found; None: it does not detect.
     """
 
     metrics: Mapping[str, float]
     num_images: int
     num_objects: int | None
     seconds: float
+    num_found: int | None = None
 
 
 def evaluate_teacher(
@@ -218,6 +222,9 @@ def evaluate_teacher(
         len(images),
         num_objects,
         time.monotonic() - began,
+        sum(len(sample.pred_instances) for sample in images)
+        if all('pred_instances' in sample for sample in images)
+        else None,
     )
 
 
@@ -273,8 +280,18 @@ def find_fault(evaluation: Evaluation, num_classes: int | None) -> str:
 
     Top-1 accuracy is judged by :func:`is_near_chance`; the box AP of COCO,
     LVIS and VOC metrics at IoU 0.5 by ``MIN_AP``, if there are
-    ``MIN_OBJECTS``. Other metrics are not judged.
+    ``MIN_OBJECTS``. Other metrics are not judged. A detector that finds
+    nothing where ``MIN_TO_FIND`` objects are is at fault without any metric:
+    evaluators give none for it.
     """
+    if (
+        evaluation.num_found == 0
+        and (evaluation.num_objects or 0) >= MIN_TO_FIND
+    ):
+        return (
+            f'it finds nothing on {evaluation.num_images} images of val with '
+            f'{evaluation.num_objects} objects'
+        )
     for key, value in evaluation.metrics.items():
         total = evaluation.num_images
         if key == 'accuracy/top1' and num_classes is not None:

@@ -9,6 +9,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
 from ..core import students_of
+from ..core.safe_files import load_file
 from ..registry import HOOKS
 
 
@@ -29,8 +30,7 @@ def write_students(checkpoint: str | Path) -> list[Path]:
         ValueError: The checkpoint has no students.
     """
     checkpoint = Path(checkpoint)
-    # The file is the run's own; its optimiser state is no plain tensor.
-    content = torch.load(checkpoint, map_location='cpu', weights_only=False)
+    content = load_file(checkpoint)
     students = students_of(content['state_dict'])
     if not students:
         raise ValueError(

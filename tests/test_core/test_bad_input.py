@@ -226,3 +226,16 @@ def test_recorder__output_that_is_no_feature_is_refused():
         Recorder(net, ['0'], owner='student'),
     ):
         net(torch.ones(1))
+
+
+@pytest.mark.parametrize('owner', ['student', 'teacher'])
+def test_dry_run__says_whose_parts_do_not_fit(owner):
+    wrong = detector_config()
+    wrong['neck']['in_channels'] = [7, 9]
+    with pytest.raises(ValueError, match=f'The {owner} cannot run') as caught:
+        MODELS.build(
+            distillation_config(
+                dict(type='era_mm.FeatureImitationDistiller'), **{owner: wrong}
+            )
+        )
+    assert '`in_channels` of neck and head' in str(caught.value)

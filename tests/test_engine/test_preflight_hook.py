@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from era_mm.engine.preflight_hook import (
     PreflightHook,
     add_preflight,
     check_length,
+    unknown_classes,
 )
 from era_mm.engine.summary import summary_of
 from era_mm.errors import UserError
@@ -403,6 +405,26 @@ def test_length__must_exceed_all_phases_but_the_last(distiller, least):
     check_length(model, least + 1)
     with pytest.raises(UserError, match=f'the {least} iterations before'):
         check_length(model, least)
+
+
+def test_length__must_exceed_the_start_of_every_schedule():
+    distiller = ERA | dict(schedules={'loss_era_*': dict(start=8)})
+    model = MODELS.build(distillation_config(distiller))
+    check_length(model, 9)
+    with pytest.raises(UserError, match=r"'loss_era_\*' begin in iteration 8"):
+        check_length(model, 8)
+
+
+def test_unknown_classes__are_counted_through_wrappers():
+    def data(found):
+        return SimpleNamespace(
+            metainfo=dict(classes=('a', 'b', 'c')), cat_ids=found
+        )
+
+    assert unknown_classes(data([1, 2, 3])) == ''
+    wrapped = SimpleNamespace(dataset=data([1]))
+    assert 'Only 1 of the 3 classes (a, b, c)' in unknown_classes(wrapped)
+    assert unknown_classes(SimpleNamespace(metainfo={})) == ''
 
 
 def test_run__that_ends_before_its_last_phase_does_not_begin(many, tmp_path):

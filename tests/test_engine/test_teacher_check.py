@@ -125,6 +125,18 @@ def fault(metrics, num_images=64, num_objects=100, num_classes=10):
     )
 
 
+def test_fault__of_a_detector_that_finds_nothing():
+    def found(num_found, num_objects):
+        return find_fault(Evaluation({}, 16, num_objects, 1.0, num_found), 10)
+
+    assert 'finds nothing on 16 images of val with 10 objects' in found(0, 10)
+    assert not found(0, 9)
+    assert not found(0, None)
+    assert not found(1, 100)
+    # A classifier finds no objects, and is not asked to.
+    assert not found(None, 100)
+
+
 def test_fault__of_metrics():
     assert 'accuracy/top1 is 9.4 on 64' in fault({'accuracy/top1': 9.375})
     assert '10 classes gives 10.0' in fault({'accuracy/top1': 9.375})

@@ -1504,3 +1504,6 @@ def test_sampled__draws_by_the_global_step():
     values = [draw(step) for step in range(8)]
     assert len(set(values)) > 1
     assert [draw(step) for step in range(8)] == values
+    # Another seed of the run, another sequence.
+    MessageHub.get_current_instance().update_info('era_mm_seed', 1)
+    assert [draw(step) for step in range(8)] != values

@@ -15,7 +15,7 @@ from ...core import (
     Plan,
 )
 from ...core.host_models import is_query_based
-from ...core.utils import evaluating
+from ...core.utils import evaluating, run_seed
 from ...heads import (
     RoITerm,
     find_head,
@@ -428,7 +428,10 @@ class ERADistiller(HeadUser):
         self, parts: Parts, data_samples: list, said: Any
     ) -> dict[str, Tensor]:
         weights = self.loss_terms.judged(
-            self.mbrnet.num_branches, self.twi_steps, self.step
+            self.mbrnet.num_branches,
+            self.twi_steps,
+            # All ranks and a resumed run draw alike, other seeds do not.
+            run_seed() * 2**31 + self.step,
         )
         term = self.logit
         judged = self._head.judge(

@@ -229,14 +229,14 @@ class ERALoss(nn.Module):
         return [first, *self.branch_weights(num_branches)]
 
     def judged(
-        self, num_branches: int, steps: str, iteration: int
+        self, num_branches: int, steps: str, seed: int
     ) -> dict[int, float]:
         """The estimates that the head judges in an iteration; their weights.
 
         Args:
             num_branches: n.
             steps: 'all', 'last' or 'sampled': see ``ERADistiller``.
-            iteration: The run's; all ranks and a resumed run draw alike.
+            seed: Of this iteration's draw.
         """
         weights = self.step_weights(num_branches)
         if steps == 'all':
@@ -244,7 +244,7 @@ class ERALoss(nn.Module):
         index = num_branches
         if steps == 'sampled':
             # Its own generator: the run's own draws must not shift.
-            generator = torch.Generator().manual_seed(iteration)
+            generator = torch.Generator().manual_seed(seed)
             drawn = torch.multinomial(
                 torch.tensor(weights), 1, generator=generator
             )

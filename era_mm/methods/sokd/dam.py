@@ -134,7 +134,7 @@ class DAM(nn.Module):
     - 'boxes': centres of the ground truth, as CenterNet; for detectors.
     - 'attention': peaks of the teacher's attention; where there are no boxes.
 
-    It trains the heads alone; the student gets its gradient through L_D. [ours]
+    It trains the heads alone; the student learns through L_D. [ours]
 
     Heads are shared by levels of equal channels; where channels differ, each
     level has its own.

@@ -1,0 +1,32 @@
+"""What a model that cannot run on a small image is said to have wrong."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def explained(owner: str, size: tuple[int, ...]) -> Iterator[None]:
+    """Say of an error in a model's dry run whose it is.
+
+    torch names shapes and no part of a config. Errors of ours and of the
+    hosts, which do, pass.
+
+    Args:
+        owner: 'student', or a teacher's name.
+        size: Height and width of the image.
+
+    Raises:
+        ValueError: In place of an error of torch.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError, AssertionError) as error:
+        lines = str(error).splitlines() or ['no details']
+        raise ValueError(
+            f'The {owner} cannot run on an image of '
+            f'{" x ".join(map(str, size))} ({type(error).__name__}: '
+            f'{lines[0]}). Its parts do not fit together, or it needs a '
+            'larger image: compare `in_channels` of neck and head with what '
+            'the part before puts out, or set `input_size` of the '
+            'Distillation.'
+        ) from error

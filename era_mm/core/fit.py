@@ -1,0 +1,78 @@
+"""Whether weights are those of a model: keys, shapes, kinds of numbers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def find_misfits(
+    own: Mapping[str, Any], given: Mapping[str, Any], keys: bool = True
+) -> list[str]:
+    """Say how weights differ from a model's, a line for each way.
+
+    ``num_batches_tracked`` may lack, as the hosts allow: checkpoints older
+    than PyTorch 0.4.1 do not have it and evaluation does not use it.
+
+    Args:
+        own: The model's state dict.
+        given: The weights.
+        keys: Whether keys that only one side has count.
+
+    Returns:
+        The ways, the first three weights named in each; empty where all fit.
+    """
+    both = [key for key in own if key in given]
+    ways = {
+        'missing in the file': [
+            key
+            for key in own
+            if key not in given and not key.endswith('num_batches_tracked')
+        ],
+        'not in the model': [key for key in given if key not in own],
+        'other shapes': [
+            f'{key}: file {_shape(given[key])}, model {_shape(own[key])}'
+            for key in both
+            if _shape(given[key]) != _shape(own[key])
+        ],
+        'other kinds of numbers': [
+            f'{key}: file {_kind(given[key])}, model {_kind(own[key])}'
+            for key in both
+            if _kind(given[key]) != _kind(own[key])
+        ],
+        # Some hosts keep infinity in a buffer on purpose.
+        'not finite': [
+            key
+            for key in both
+            if not _is_finite(given[key]) and _is_finite(own[key])
+        ],
+    }
+    if not keys:
+        del ways['missing in the file'], ways['not in the model']
+    return [
+        f'{title} ({len(names)}): {", ".join(names[:3])}'
+        + (', ...' if len(names) > 3 else '')
+        for title, names in ways.items()
+        if names
+    ]
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else 'no tensor'
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_floating_point() or value.is_complex():
+        return 'real'
+    return 'integer'
+
+
+def _is_finite(value: Any) -> bool:
+    return (
+        not isinstance(value, Tensor)
+        or not value.is_floating_point()
+        or bool(torch.isfinite(value).all())
+    )

@@ -1,0 +1,128 @@
+"""mmengine's CheckpointHook in an order that a kill cannot hurt."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import Runner
+
+from era_mm.engine.whole_files import parts_in, write_whole
+from era_mm.registry import HOOKS
+
+
+class _RemovesLater:
+    """A file backend that keeps what it shall remove for a while."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._outdated: list[tuple[Any, str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self._outdated.append((self._backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self._outdated.append((self._backend.rmtree, path))
+
+    def remove_now(self, wanted: Collection[str | None]) -> None:
+        """Remove it, but for what has been written anew in the meantime."""
+        while self._outdated:
+            remove, path = self._outdated.pop(0)
+            if path not in wanted and self._backend.exists(path):
+                remove(path)
+
+
+@HOOKS.register_module()
+class WholeCheckpointHook(CheckpointHook):
+    """First the new file, then what points to it, last the old one's removal.
+
+    mmengine's hook removes the old file before it writes the new one, and
+    writes ``last_checkpoint`` in place. With ``max_keep_ckpts=1`` a kill
+    between the two loses all; a kill while ``best_*.pth`` is written leaves
+    no best. ``train`` takes this one where a config has mmengine's; what is
+    written, and under which names, is the same.
+
+    Source: ours.
+
+    Args: As of ``mmengine.hooks.CheckpointHook``.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Take in what a former run has left, in the folder where it is now.
+
+        Files that were being written when it was killed are removed. A best
+        file is looked for beside the checkpoints: the work dir may have been
+        moved, or copied, and a copy must leave the original's alone.
+        """
+        super().before_train(runner)
+        backend: Any = self.file_backend  # type: ignore[has-type]
+        self.file_backend = _RemovesLater(backend)
+        if '://' in str(self.out_dir):
+            return
+        if is_main_process() and Path(self.out_dir).is_dir():
+            for part in parts_in(self.out_dir):
+                part.unlink(missing_ok=True)
+        if not self.save_best:
+            return
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._beside(
+                self.best_ckpt_path  # type: ignore[has-type]
+            )
+        else:
+            paths = self.best_ckpt_path_dict
+            for key in paths:
+                paths[key] = self._beside(paths[key])
+
+    def _beside(self, path: str | None) -> str | None:
+        return path and str(Path(self.out_dir, Path(path).name))
+
+    def _save_checkpoint_with_step(
+        self, runner: Runner, step: int, meta: dict
+    ) -> None:
+        if self.max_keep_ckpts > 0:
+            kept = self.keep_ckpt_ids
+            if step not in list(kept)[-1:]:
+                if len(kept) == self.max_keep_ckpts:
+                    old = self.filename_tmpl.format(kept.popleft())
+                    if is_main_process():
+                        path = self.file_backend.join_path(self.out_dir, old)
+                        if self.file_backend.isdir(path):
+                            self.file_backend.rmtree(path)
+                        else:
+                            self.file_backend.remove(path)
+                kept.append(step)
+                runner.message_hub.update_info('keep_ckpt_ids', list(kept))
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            pointer = Path(runner.work_dir, 'last_checkpoint')
+            write_whole(pointer, self.last_ckpt.encode())
+            self._remove_outdated()
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        if is_main_process():
+            self._remove_outdated()
+
+    def _remove_outdated(self) -> None:
+        best = (
+            getattr(self, 'best_ckpt_path', None),
+            *getattr(self, 'best_ckpt_path_dict', {}).values(),
+        )
+        self.file_backend.remove_now((self.last_ckpt, *best))

@@ -1,0 +1,172 @@
+"""Looks at a config's own words before anything is built from it."""
+
+import difflib
+import inspect
+import numbers
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mmengine.registry
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from era_mm.engine.finite_hook import FiniteHook
+from era_mm.engine.preflight_hook import PreflightHook
+from era_mm.errors import UserError
+from era_mm.validation import problems_of
+
+#: Top-level keys of ours, and of the hosts beside mmengine's.
+OURS = ('preflight', 'check_finite', 'strict_load')
+HOSTS = (
+    'auto_scale_lr',
+    'find_unused_parameters',
+    'custom_imports',
+    'tta_model',
+    'tta_pipeline',
+    'data_preprocessor',
+    'runner_type',
+    'model_wrapper_cfg',
+    'efficient_conv_bn_eval',
+    'activation_checkpointing',
+    'compile',
+    # Names that the hosts' configs have for parts of others.
+    'train_pipeline',
+    'val_pipeline',
+    'test_pipeline',
+)
+
+
+def check_config(cfg: Config) -> None:
+    """Refuse what our classes cannot take, and misspelt top-level keys.
+
+    Every dict whose ``type`` is one of era_mm is compared with the signature
+    of its class, as are ``preflight`` and ``check_finite``.
+
+    Args:
+        cfg: A whole config.
+
+    Raises:
+        UserError: All problems, each with its key.
+    """
+    problems = [*_misspelt(cfg), *_wrong_arguments(cfg.to_dict())]
+    for key, hook in (
+        ('preflight', PreflightHook),
+        ('check_finite', FiniteHook),
+    ):
+        value = cfg.get(key, True)
+        if isinstance(value, Mapping):
+            problems += _of_class(hook, value, key)
+        elif not isinstance(value, bool):
+            problems.append(
+                f'{key}: expected True, False, or a dict with arguments of '
+                f'era_mm.{hook.__name__}, but got {value!r}'
+            )
+    if problems:
+        raise UserError(
+            'the config has values that cannot be used:\n'
+            + '\n'.join(f'  {problem}' for problem in problems)
+        )
+
+
+def _misspelt(cfg: Config) -> Iterator[str]:
+    """Keys that nothing reads and that look like one that is read.
+
+    A config may have names of its own at the top, so others are left alone.
+    """
+    known = {
+        *list(inspect.signature(Runner.__init__).parameters)[1:],
+        *OURS,
+        *HOSTS,
+    }
+    for key in cfg:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.87)
+        if near and near[0] not in cfg:
+            yield f'{key}: no such key, did you mean {near[0]}?'
+
+
+def _wrong_arguments(node: Any, key: str = '') -> Iterator[str]:
+    if isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _wrong_arguments(value, f'{key}[{index}]')
+    if not isinstance(node, Mapping):
+        return
+    kind = node.get('type')
+    if isinstance(kind, str) and kind.startswith('era_mm.'):
+        cls = _class_of(kind)
+        if cls is not None:
+            yield from _of_class(cls, node, key)
+    for part, value in node.items():
+        yield from _wrong_arguments(value, f'{key}.{part}'.lstrip('.'))
+
+
+def _class_of(kind: str) -> type | None:
+    for name in ('MODELS', 'HOOKS'):
+        found = getattr(mmengine.registry, name).get(kind)
+        if inspect.isclass(found):
+            return found
+    return None
+
+
+def _of_class(cls: type, node: Mapping, key: str) -> Iterator[str]:
+    init: Any = cls.__init__  # type: ignore[misc]
+    # Not of classes that only inherit a host's signature.
+    module = getattr(inspect.unwrap(init), '__module__', '')
+    if not module.startswith('era_mm'):
+        return
+    parameters = inspect.signature(init).parameters
+    arguments = {k: v for k, v in node.items() if k != 'type'}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = list(parameters)[1:]
+    for name in arguments:
+        if name in names or open_ended or name in ('_scope_', '_delete_'):
+            continue
+        near = difflib.get_close_matches(name, names, n=1)
+        yield f'{key}.{name}: {cls.__name__} has no such key' + (
+            f', did you mean {near[0]!r}?'
+            if near
+            else f' ({", ".join(names)})'
+        )
+    for name, text in problems_of(cls, init, arguments).items():
+        yield f'{key}.{name}: {text}'
+
+
+def remarks_on(cfg: Config) -> list[str]:
+    """What of the host's keys makes a run pointless, a sentence each."""
+    found = []
+    train = cfg.get('train_cfg') or {}
+    for key in ('max_epochs', 'max_iters'):
+        value = train.get(key)
+        if isinstance(value, numbers.Real) and float(value) < 1:
+            found.append(f'train_cfg.{key} is {value}: nothing is trained.')
+    clip = (cfg.get('optim_wrapper') or {}).get('clip_grad') or {}
+    norm = clip.get('max_norm')
+    if isinstance(norm, numbers.Real) and not float(norm) > 0:
+        found.append(
+            f'optim_wrapper.clip_grad.max_norm is {norm}: no gradient is left '
+            'as it is. Expected a positive number.'
+        )
+    for key, node in _preprocessors(cfg.to_dict()):
+        std = node.get('std')
+        if isinstance(std, list | tuple) and any(
+            not isinstance(value, numbers.Real) or not float(value) > 0
+            for value in std
+        ):
+            found.append(
+                f'{key}.std is {list(std)}: images are divided by it. '
+                'Expected positive numbers.'
+            )
+    return found
+
+
+def _preprocessors(node: Any, key: str = '') -> Iterator[tuple[str, Mapping]]:
+    if isinstance(node, Mapping):
+        for part, value in node.items():
+            dotted = f'{key}.{part}'.lstrip('.')
+            if part == 'data_preprocessor' and isinstance(value, Mapping):
+                yield dotted, value
+            yield from _preprocessors(value, dotted)
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _preprocessors(value, f'{key}[{index}]')

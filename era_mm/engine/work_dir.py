@@ -1,0 +1,206 @@
+"""What lies in a work dir: checkpoints to resume from, and another's lock."""
+
+import contextlib
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from era_mm.core.safe_files import load_file
+from era_mm.errors import UserError
+
+#: Names under which mmengine's CheckpointHook writes.
+TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')
+LOCK = '.era_mm.lock'
+
+
+def checkpoints_in(
+    folder: str | Path, templates: Collection[str] = TEMPLATES
+) -> list[list[Path]]:
+    """A run's checkpoints by template, the highest number first."""
+    found = []
+    for template in templates:
+        start, _, end = template.partition('{}')
+        pattern = re.compile(rf'{re.escape(start)}(\d+){re.escape(end)}')
+        numbered = [
+            (int(match[1]), path)
+            for path in Path(folder).glob('*')
+            if (match := pattern.fullmatch(path.name))
+        ]
+        found.append([path for _, path in sorted(numbered, reverse=True)])
+    return found
+
+
+def newest_whole(
+    folder: str | Path, templates: Collection[str] = TEMPLATES
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the latest iteration that a run can go on from.
+
+    By the names and what is in the files, not by ``last_checkpoint``, which
+    may name a file that was moved, or one that is older or broken.
+
+    Args:
+        folder: Where to look.
+        templates: How checkpoints are called.
+
+    Returns:
+        It, or None; and for each later file why it was passed over.
+    """
+    whole: list[tuple[int, Path]] = []
+    passed = []
+    for paths in checkpoints_in(folder, templates):
+        for path in paths:
+            try:
+                whole.append((_iteration_of(path), path))
+                break
+            except UserError as error:
+                passed.append(f'{path}: {error}')
+    return max(whole, default=(0, None))[1], passed
+
+
+def _iteration_of(path: Path) -> int:
+    content = load_file(path)
+    fault = fault_in(content)
+    if fault:
+        raise UserError(fault)
+    return content['meta']['iter']
+
+
+def fault_in(content: Any) -> str:
+    """Why a run cannot go on from what a file holds; '' if it can."""
+    if not isinstance(content, Mapping):
+        return f'expected a dict, got {type(content).__name__}'
+    lacking = [
+        key
+        for key in ('meta', 'state_dict', 'message_hub', 'optimizer')
+        if not isinstance(content.get(key), Mapping) or not content[key]
+    ]
+    if lacking:
+        return (
+            f'it has no {", ".join(lacking)}, so it is not one that a run '
+            'goes on from (best_*.pth and published files hold weights alone)'
+        )
+    for key in ('epoch', 'iter'):
+        value = content['meta'].get(key)
+        if type(value) is not int or value < 0:
+            return f'meta.{key}: expected a number from 0, got {value!r}'
+    return ''
+
+
+def _places(cfg: Config) -> tuple[Path | None, Collection[str]]:
+    """The folder of a run's checkpoints, None if remote, and their names."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    template = hook.get('filename_tmpl') if isinstance(hook, dict) else None
+    out_dir = hook.get('out_dir') if isinstance(hook, dict) else None
+    folder = Path(cfg.work_dir)
+    if out_dir and '://' in str(out_dir):
+        return None, TEMPLATES
+    if out_dir:
+        # As mmengine's hook joins them.
+        folder = Path(out_dir, folder.name)
+    # A run that was stopped by a signal has one of the latter in any case.
+    return folder, dict.fromkeys([template or TEMPLATES[0], *TEMPLATES])
+
+
+def find_to_resume(cfg: Config) -> tuple[str | None, list[str]]:
+    """What ``--resume`` goes on from, and what it passes over.
+
+    Args:
+        cfg: A whole config, ``work_dir`` included.
+
+    Returns:
+        See :func:`newest_whole`. None, too, where checkpoints lie in a remote
+        ``out_dir``: mmengine then looks into ``last_checkpoint``.
+
+    Raises:
+        UserError: There is nothing whole.
+    """
+    folder, templates = _places(cfg)
+    if folder is None:
+        return None, []
+    newest, passed = newest_whole(folder, templates)
+    if newest is None:
+        raise UserError(
+            f'--resume: expected a whole checkpoint in {folder.absolute()}, '
+            + (
+                'but none can be gone on from:\n'
+                + '\n'.join(f'  {line}' for line in passed)
+                if passed
+                else 'but there is none.'
+            )
+            + '\nWhat to do: correct --work-dir, give a file (--resume FILE), '
+            'or leave --resume out to begin anew.'
+        )
+    return str(newest), passed
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Stop if a run would mix with another one, or has nothing to go on from.
+
+    Looks at names only, so it takes no time; rank 0 alone looks.
+
+    Args:
+        cfg: A whole config, ``work_dir`` included.
+
+    Raises:
+        UserError: ``resume`` and no checkpoint; or no ``resume`` and those
+            of a former run.
+    """
+    folder, templates = _places(cfg)
+    if folder is None or not _is_first():
+        return
+    found = [
+        path for paths in checkpoints_in(folder, templates) for path in paths
+    ]
+    if cfg.get('resume'):
+        if cfg.get('load_from') is None and not found:
+            find_to_resume(cfg)
+    elif found:
+        raise UserError(
+            f'work_dir: {folder.absolute()} holds checkpoints of a former '
+            f'run ({", ".join(path.name for path in found[:3])}'
+            + (', ...' if len(found) > 3 else '')
+            + '), and this one would mix its own with them. Go on with that '
+            'run (--resume), give another --work-dir, or remove it.'
+        )
+
+
+def _is_first() -> bool:
+    """Whether this process is rank 0, before any group exists."""
+    names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+    return all(os.environ.get(name, '0') == '0' for name in names)
+
+
+@contextlib.contextmanager
+def held(work_dir: str | Path) -> Iterator[None]:
+    """Keep other runs out of a work dir; the system frees it with a kill.
+
+    Where a file system knows no locks, nothing is kept out.
+
+    Raises:
+        UserError: Another run is in it.
+    """
+    if not _is_first():
+        yield
+        return
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    Path(work_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(work_dir, LOCK), 'a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f'work_dir: another run is at work in '
+                f'{Path(work_dir).absolute()}. Wait for it, stop it, or give '
+                'another --work-dir.'
+            ) from None
+        except OSError:
+            pass
+        yield

@@ -1,0 +1,597 @@
+"""Runs that are killed in the midst of writing, and go on."""
+
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
+from mmengine.registry import HOOKS, METRICS
+from PIL import Image
+
+from era_mm import cli
+from era_mm.core.safe_files import load_file
+from era_mm.core.utils import run_seed
+from era_mm.engine import whole_files, work_dir
+from era_mm.engine.whole_files import WholeFileBackend, write_whole
+from era_mm.engine.work_dir import held, newest_whole
+from era_mm.testing import classifier_config, run_config, save_teacher
+
+NUMBERS = itertools.count()
+STRIDE = int(os.environ.get('ERA_MM_SOAK_STRIDE', '7'))
+
+
+@METRICS.register_module(force=True)
+class RisingMetric(BaseMetric):
+    """Each validation is better than the one before."""
+
+    def process(self, data_batch, data_samples):
+        self.results += [0] * len(data_samples)
+
+    def compute_metrics(self, results):
+        hub = MessageHub.get_current_instance()
+        return dict(score=float(hub.get_info('iter')))
+
+
+class Killed(BaseException):
+    """What no `except Exception` catches, as a kill."""
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '0')
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+    """A distillation of three epochs of three steps, in a file."""
+    folder = tmp_path_factory.mktemp('survival')
+    rng = np.random.default_rng(0)
+    for name in ('a', 'b', 'c'):
+        (folder / 'data' / name).mkdir(parents=True)
+        for index in range(2):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(
+                folder / 'data' / name / f'{index}.png'
+            )
+    teacher = classifier_config(width=16)
+    loader = dict(
+        batch_size=2,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        collate_fn=dict(type='default_collate'),
+        dataset=dict(
+            type='CustomDataset',
+            data_root=str(folder / 'data'),
+            pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+        ),
+    )
+    cfg = run_config(
+        dict(
+            type='era_mm.Distillation',
+            student=classifier_config(),
+            teacher=dict(
+                config=teacher,
+                checkpoint=save_teacher(
+                    teacher, folder / 't.pth', 'mmpretrain'
+                ),
+            ),
+            distiller=dict(type='era_mm.ERADistiller'),
+        ),
+        '',
+        'unset',
+        default_scope='mmpretrain',
+        train_dataloader=loader,
+        val_dataloader=loader,
+        val_evaluator=dict(type='RisingMetric'),
+        test_cfg=None,
+        test_dataloader=None,
+        test_evaluator=None,
+        train_cfg=dict(by_epoch=True, max_epochs=3, val_interval=1),
+        default_hooks=dict(
+            checkpoint=dict(
+                type='CheckpointHook',
+                interval=1,
+                max_keep_ckpts=1,
+                save_best='score',
+                rule='greater',
+            )
+        ),
+        preflight=False,
+    )
+    Config(cfg.to_dict()).dump(folder / 'toy.py')
+    return str(folder / 'toy.py')
+
+
+def train(config, folder, *arguments, **options):
+    """The command's status; runs of one second must not share their log."""
+    options['experiment_name'] = f'survival{next(NUMBERS)}'
+    return cli.run_train(
+        [
+            *(config, '--work-dir', str(folder), *arguments, '--cfg-options'),
+            *(f'{key}={value}' for key, value in options.items()),
+        ]
+    )
+
+
+def go_on(config, folder, **options):
+    """Resume, or begin where nothing was written yet."""
+    begun = any(p for p in work_dir.checkpoints_in(folder))
+    return train(config, folder, *(['--resume'] if begun else []), **options)
+
+
+@pytest.fixture(scope='module')
+def whole(config, tmp_path_factory):
+    os.environ['LOCAL_RANK'] = '0'
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    assert train(config, folder) == 0
+    return folder
+
+
+def check_same(folder, whole):
+    """The same files with the same weights and states, and no parts."""
+    names = {p.name for p in folder.iterdir() if p.suffix == '.pth'}
+    assert {'epoch_3.pth', 'best_score_epoch_3.pth'} <= names
+    assert not list(whole_files.parts_in(folder))
+    for name in ('epoch_3.pth', 'best_score_epoch_3.pth'):
+        own, other = load_file(folder / name), load_file(whole / name)
+        for key, value in other['state_dict'].items():
+            assert torch.equal(own['state_dict'][key], value), (name, key)
+        assert own['meta']['iter'] == other['meta']['iter'] == 9
+    own = load_file(folder / 'epoch_3.pth')
+    other = load_file(whole / 'epoch_3.pth')
+    for number, state in other['optimizer']['state'].items():
+        momentum = own['optimizer']['state'][number]['momentum_buffer']
+        assert torch.equal(momentum, state['momentum_buffer'])
+    pointer = (folder / 'last_checkpoint').read_text()
+    assert Path(pointer).name == 'epoch_3.pth'
+
+
+class KillAt:
+    """Kills at the n-th moment around a write or a removal."""
+
+    def __init__(self, monkeypatch, moment):
+        self.left = moment
+        self.where = ''
+        monkeypatch.setattr(whole_files, 'open', self._open, raising=False)
+        monkeypatch.setattr(whole_files, 'os', self)
+        remove = WholeFileBackend.remove
+
+        def removing(backend, path):
+            self._pass(f'before removing {path}')
+            remove(backend, path)
+            self._pass(f'after removing {path}')
+
+        monkeypatch.setattr(WholeFileBackend, 'remove', removing)
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def _pass(self, where):
+        self.left -= 1
+        if self.left < 0 and not self.where:
+            self.where = where
+            raise Killed(where)
+
+    def _open(self, path, mode):
+        file = open(path, mode)
+        write = file.write
+        outer = self
+
+        class Half:
+            def write(self, content):
+                write(content[: len(content) // 2])
+                file.flush()
+                outer._pass(f'half-way through {path}')
+                write(content[len(content) // 2 :])
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *args):
+                file.close()
+
+        return Half()
+
+    def replace(self, part, path):
+        self._pass(f'before renaming {path}')
+        os.replace(part, path)
+        self._pass(f'after renaming {path}')
+
+
+def boundaries(config, folder, monkeypatch):
+    """How many moments a whole run has."""
+    with monkeypatch.context() as patch:
+        killer = KillAt(patch, 10_000)
+        assert train(config, folder) == 0
+        return 10_000 - killer.left
+
+
+@pytest.mark.slow
+def test_kills__at_every_write_boundary_resume_as_the_whole_run(
+    config, whole, tmp_path, monkeypatch
+):
+    total = boundaries(config, tmp_path / 'counted', monkeypatch)
+    # Config, and by epoch: file, pointer, best, file, pointer; removals.
+    assert total >= 3 * (1 + 3 * 5) + 2 * 2 * 2
+    # All of them, one after the other, are tried by `make soak`.
+    for moment in range(0, total, STRIDE):
+        folder = tmp_path / str(moment)
+        with monkeypatch.context() as patch:
+            killer = KillAt(patch, moment)
+            with pytest.raises(Killed):
+                train(config, folder)
+        assert go_on(config, folder) == 0, killer.where
+        check_same(folder, whole)
+        shutil.rmtree(folder)
+
+
+def test_checkpoints__are_those_of_mmengines_hook(whole):
+    names = {p.name for p in whole.iterdir() if p.suffix == '.pth'}
+    assert names == {'epoch_3.pth', 'best_score_epoch_3.pth'}
+
+
+def test_write_whole__leaves_the_old_content_on_an_error(
+    tmp_path, monkeypatch
+):
+    file = tmp_path / 'f'
+    write_whole(file, b'old')
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(whole_files.os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'):
+        write_whole(file, b'new')
+    assert file.read_bytes() == b'old'
+    assert [p.name for p in tmp_path.iterdir()] == ['f']
+
+
+def test_full_disk__names_the_file_and_what_is_left(
+    config, whole, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(whole, tmp_path / 'run')
+    fsync = os.fsync
+
+    def full(descriptor):
+        if 'epoch_4' in os.readlink(f'/proc/self/fd/{descriptor}'):
+            raise OSError(28, 'No space left on device')
+        fsync(descriptor)
+
+    monkeypatch.setattr(whole_files.os, 'fsync', full)
+    options = {'train_cfg.max_epochs': 4}
+    assert train(config, folder, '--resume', **options) == 1
+    printed = capsys.readouterr().err
+    assert 'epoch_4.pth' in printed
+    assert 'No space left' in printed
+    assert f'{folder}/epoch_3.pth is whole' in printed
+
+
+# -- what --resume takes -----------------------------------------------------
+
+
+def test_resume__takes_the_newest_whole_file_and_names_the_others(
+    config, tmp_path, caplog
+):
+    folder = tmp_path / 'run'
+    keep = {'default_hooks.checkpoint.max_keep_ckpts': -1}
+    assert train(config, folder, **keep) == 0
+    newest = folder / 'epoch_3.pth'
+    newest.write_bytes(newest.read_bytes()[:5000])
+    (folder / 'epoch_7.pth').write_bytes(b'')
+    (folder / 'last_checkpoint').write_text('')
+    found, passed = newest_whole(folder)
+    assert found == folder / 'epoch_2.pth'
+    assert [line.split(':')[0] for line in passed] == [
+        str(folder / 'epoch_7.pth'),
+        str(folder / 'epoch_3.pth'),
+    ]
+    with caplog.at_level(logging.WARNING):
+        assert train(config, folder, '--resume', **keep) == 0
+    assert load_file(newest)['meta']['iter'] == 9
+
+
+def test_resume__finds_a_moved_work_dir(config, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / 'moved')
+    options = {'train_cfg.max_epochs': 4}
+    assert train(config, folder, '--resume', **options) == 0
+    names = {p.name for p in folder.iterdir() if p.suffix == '.pth'}
+    assert names == {'epoch_4.pth', 'best_score_epoch_4.pth'}
+    # The copy has removed its own best file, not the original's.
+    assert (whole / 'best_score_epoch_3.pth').is_file()
+
+
+@pytest.mark.parametrize('empty', [True, False])
+def test_resume__with_nothing_to_resume_is_refused(
+    config, empty, tmp_path, capsys
+):
+    if not empty:
+        (tmp_path / 'run').mkdir()
+        (tmp_path / 'run' / 'epoch_1.pth').write_bytes(b'PK')
+    assert train(config, tmp_path / 'run', '--resume') == 1
+    printed = capsys.readouterr().err
+    assert '--resume: expected a whole checkpoint' in printed
+    assert str(tmp_path / 'run') in printed
+    assert ('epoch_1.pth' in printed) != empty
+
+
+def test_train__over_a_former_run_is_refused(config, whole, capsys):
+    before = sorted(p.name for p in whole.iterdir())
+    assert train(config, whole) == 1
+    assert 'former run (epoch_3.pth)' in capsys.readouterr().err
+    assert sorted(p.name for p in whole.iterdir()) == before
+
+
+def test_train__in_a_work_dir_in_use_is_refused(config, tmp_path, capsys):
+    with held(tmp_path / 'run'):
+        assert train(config, tmp_path / 'run') == 1
+    assert 'another run is at work' in capsys.readouterr().err
+    with held(tmp_path / 'run'):
+        pass
+
+
+def test_resume__inside_an_epoch_goes_on_where_it_was(
+    config, whole, tmp_path, monkeypatch
+):
+    options = {
+        'default_hooks.checkpoint.by_epoch': False,
+        'default_hooks.checkpoint.save_best': None,
+        'train_cfg.val_interval': 9,
+    }
+    for stop in (4, 5, 6):
+        folder = tmp_path / str(stop)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            kill_after(patch, stop)
+            train(config, folder, **options)
+        assert (folder / f'iter_{stop}.pth').is_file()
+        assert train(config, folder, '--resume', **options) == 0
+        own = load_file(folder / 'iter_9.pth')
+        other = load_file(whole / 'epoch_3.pth')
+        for key, value in other['state_dict'].items():
+            assert torch.equal(own['state_dict'][key], value), (stop, key)
+        assert own['meta']['iter'] == 9
+
+
+def kill_after(patch, iterations):
+    """Kill when the file of an iteration is whole, before what follows."""
+
+    def killing(path, content):
+        write_whole(path, content)
+        if Path(path).name == 'last_checkpoint' and (
+            content.decode().endswith(f'iter_{iterations}.pth')
+        ):
+            raise Killed
+
+    patch.setattr('era_mm.engine.checkpoint_hook.write_whole', killing)
+
+
+def test_resume__inside_an_epoch_of_another_length_is_refused(
+    config, tmp_path, monkeypatch, capsys
+):
+    options = {
+        'default_hooks.checkpoint.by_epoch': False,
+        'default_hooks.checkpoint.save_best': None,
+    }
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        kill_after(patch, 4)
+        train(config, tmp_path, **options)
+    options['train_dataloader.batch_size'] = 3
+    assert train(config, tmp_path, '--resume', **options) == 1
+    printed = capsys.readouterr().err
+    assert 'epoch 2, after 1 of 3 iterations, but now an epoch has 2' in (
+        printed
+    )
+
+
+# -- strictness --------------------------------------------------------------
+
+
+def spoil(file, change):
+    content = load_file(file)
+    change(content)
+    torch.save(content, file)
+
+
+def drop(*keys):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+
+    return change
+
+
+def put(value, *keys):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+def without_extras(content):
+    del content['state_dict']._metadata['']['era_mm']
+
+
+def of_another_method(content):
+    extras = content['state_dict']._metadata['']['era_mm']
+    extras['distiller']['type'] = 'SoKDDistiller'
+
+
+WEIGHT = ('state_dict', 'head.fc.weight')
+SPOILT = {
+    'other shapes': (put(torch.ones(3, 5), *WEIGHT), 'other shapes'),
+    'missing': (drop(*WEIGHT), 'missing in the file (1): head.fc.weight'),
+    'unknown': (
+        put(torch.ones(1), 'state_dict', 'head.more'),
+        'not in the model (1): head.more',
+    ),
+    'empty': (put({}, 'state_dict'), 'no state_dict'),
+    'integers': (
+        put(torch.ones(3, 64, dtype=torch.int64), *WEIGHT),
+        'other kinds of numbers',
+    ),
+    'nan': (put(torch.full((3, 64), torch.nan), *WEIGHT), 'not finite'),
+    'extras gone': (without_extras, 'what the distillers have learnt'),
+    'another method': (of_another_method, 'what the distillers have learnt'),
+    'no optimiser': (drop('optimizer'), 'no optimizer'),
+    'no hub': (drop('message_hub'), 'no message_hub'),
+    'no iteration': (drop('meta', 'iter'), 'meta.iter'),
+    'negative': (put(-1, 'meta', 'epoch'), 'meta.epoch'),
+    'schedules': (put([{}, {}], 'param_schedulers'), 'schedules'),
+}
+
+
+@pytest.mark.parametrize('name', SPOILT)
+def test_resume__refuses_what_is_not_the_runs(
+    name, config, whole, tmp_path, capsys
+):
+    change, said = SPOILT[name]
+    folder = shutil.copytree(whole, tmp_path / 'run')
+    options = {'train_cfg.max_epochs': 4}
+    if name == 'schedules':
+        options['param_scheduler.type'] = 'ConstantLR'
+        options['param_scheduler.factor'] = 1.0
+    spoil(folder / 'epoch_3.pth', change)
+    file = str(folder / 'epoch_3.pth')
+    assert train(config, folder, '--resume', file, **options) == 1
+    printed = capsys.readouterr().err.split('error: ')[-1]
+    assert said in printed
+    assert 'epoch_3.pth' in printed
+    assert 'Traceback' not in printed
+
+
+def test_load_from__refuses_what_does_not_fit_unless_asked(
+    config, whole, tmp_path, capsys
+):
+    file = shutil.copy(whole / 'best_score_epoch_3.pth', tmp_path / 'f.pth')
+    spoil(file, put(torch.ones(5, 64), *WEIGHT))
+    options = {'load_from': file, 'train_cfg.max_epochs': 1}
+    assert train(config, tmp_path / 'a', **options) == 1
+    printed = capsys.readouterr().err
+    assert 'head.fc.weight: file (5, 64), model (3, 64)' in printed
+    assert 'strict_load=False' in printed
+    assert train(config, tmp_path / 'b', strict_load=False, **options) == 0
+
+
+def test_load_from__takes_a_plain_student(config, whole, tmp_path):
+    file = shutil.copy(whole / 'best_score_epoch_3.pth', tmp_path / 'f.pth')
+    spoil(file, without_extras)
+    options = {'load_from': file, 'train_cfg.max_epochs': 1}
+    assert train(config, tmp_path / 'run', **options) == 0
+
+
+def test_newest_whole__of_an_empty_folder_is_none(tmp_path):
+    assert newest_whole(tmp_path) == (None, [])
+
+
+# -- signals and numbers -----------------------------------------------------
+
+
+@HOOKS.register_module(force=True)
+class AtIterationHook(Hook):
+    """Does something before an iteration, counted from 0."""
+
+    def __init__(self, iteration, what):
+        self.iteration, self.what = iteration, what
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter != self.iteration:
+            return
+        if self.what == 'nan':
+            next(runner.model.student.parameters()).data.fill_(torch.nan)
+        else:
+            os.kill(os.getpid(), getattr(signal, self.what))
+
+
+@pytest.fixture
+def at_iteration(config, tmp_path):
+    """A config that does something in its fifth step."""
+
+    def write(what):
+        cfg = Config.fromfile(config)
+        cfg.custom_hooks = [
+            dict(type='AtIterationHook', iteration=4, what=what)
+        ]
+        cfg.dump(tmp_path / 'at.py')
+        return str(tmp_path / 'at.py')
+
+    return write
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_signal__writes_a_checkpoint_from_which_the_run_goes_on(
+    name, config, whole, at_iteration, tmp_path, capsys
+):
+    folder = tmp_path / 'run'
+    before = signal.getsignal(getattr(signal, name))
+    status = train(at_iteration(name), folder)
+    assert status == 128 + getattr(signal, name)
+    assert signal.getsignal(getattr(signal, name)) == before
+    printed = capsys.readouterr().err
+    assert f'stopped by {name}; --resume goes on from' in printed
+    assert 'Traceback' not in printed
+    # The step under way was ended.
+    assert load_file(folder / 'iter_5.pth')['meta']['iter'] == 5
+    pointer = (folder / 'last_checkpoint').read_text()
+    assert Path(pointer).name == 'iter_5.pth'
+    assert train(config, folder, '--resume') == 0
+    check_same(folder, whole)
+
+
+def test_ctrl_c__is_said_in_one_line(at_iteration, tmp_path, capsys):
+    assert train(at_iteration('SIGINT'), tmp_path / 'run') == 130
+    printed = capsys.readouterr().err
+    assert 'stopped by Ctrl-C; --resume goes on' in printed
+    assert 'Traceback' not in printed
+
+
+def test_nan__is_named_and_no_file_has_it(at_iteration, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    assert train(at_iteration('nan'), folder) == 1
+    printed = capsys.readouterr().err.split('error: ')[-1]
+    assert 'in iteration 5 loss_' in printed
+    assert ' is nan' in printed
+    assert printed.count('.png') == 2
+    assert 'Traceback' not in printed
+    # The file of the second epoch would have held it.
+    newest, passed = newest_whole(folder)
+    assert (newest.name, passed) == ('epoch_1.pth', [])
+
+
+def test_teacher_of_nan__is_refused_before_the_first_step(
+    config, tmp_path, capsys
+):
+    cfg = Config.fromfile(config)
+    file = shutil.copy(cfg.model.teacher.checkpoint, tmp_path / 't.pth')
+    spoil(
+        file,
+        lambda content: content['state_dict']['head.fc.weight'].fill_(
+            torch.nan
+        ),
+    )
+    options = {'model.teacher.checkpoint': file}
+    assert train(config, tmp_path / 'run', **options) == 1
+    printed = capsys.readouterr().err
+    assert 'not finite (1): head.fc.weight' in printed
+
+
+def test_run_seed__is_kept_with_the_run():
+    torch.manual_seed(3)
+    assert run_seed() == 3
+    torch.manual_seed(4)
+    assert run_seed() == 3
+    assert MessageHub.get_current_instance().get_info('era_mm_seed') == 3
