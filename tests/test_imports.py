@@ -22,8 +22,8 @@ ROOMS = {
     'student_model': {'base_distiller', 'checkpoint', 'teacher'},
     'build': {'base_distiller', 'host_models', 'teacher', 'utils'},
     'wiring': {
-        *('base_distiller', 'connections', 'host_models', 'recorder'),
-        *('teacher', 'utils'),
+        *('base_distiller', 'connections', 'dry_run', 'host_models'),
+        *('recorder', 'teacher', 'utils'),
     },
 }
 

@@ -109,7 +109,7 @@ def test_registered_class__takes_what_is_right():
         ('ERALoss', 'align_weight'),
         ('ERALoss', 'residual_weight'),
         ('ERALoss', 'twi_weight'),
-        ('FeatureImitationDistiller', 'loss_weight'),
+        ('CWDDistiller', 'loss_weight'),
         ('ResidualKDDistiller', 'student_weight'),
         ('IEKDDistiller', 'pretrain_iters'),
         ('SoKDDistiller', 'adapter_weight'),

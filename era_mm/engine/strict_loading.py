@@ -8,7 +8,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from era_mm.core import Distillation
+from era_mm.core import DistilledStudent
 from era_mm.core.fit import find_misfits
 from era_mm.engine.work_dir import fault_in
 from era_mm.errors import UserError
@@ -152,7 +152,7 @@ class StrictLoading(Runner):
 
     def _check_extras(self) -> None:
         for module in self._bare_model.modules():
-            if isinstance(module, Distillation) and not module._has_extras:
+            if isinstance(module, DistilledStudent) and not module.has_extras:
                 self._refuse(
                     [
                         'what the distillers have learnt is missing, or that '

@@ -31,7 +31,8 @@ def test_main__hands_the_options_to_the_command(monkeypatch) -> None:
 
 def test_main__has_every_command_that_mim_has() -> None:
     tools = Path(cli.__file__).parents[1] / 'tools'
-    assert set(cli.COMMANDS) == {
+    # A suite needs a checkout.
+    assert set(cli.COMMANDS) - {'suite'} == {
         file.stem
         for file in tools.glob('*.py')
         if 'from era_mm.cli import run_' in file.read_text()
