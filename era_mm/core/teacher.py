@@ -141,7 +141,8 @@ class Teacher(BaseTeacher):
         self,
         config: str | Mapping,
         checkpoint: str | Sequence[str] | None = None,
-        sha256: str | None = None,
+        # Not `str | None`: the check below says how to quote digits.
+        sha256: Any = None,
         dtype: str | None = None,
         name: str = 'teacher',
     ) -> None:
