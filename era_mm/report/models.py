@@ -123,7 +123,7 @@ def build_pair(run: Run) -> Any:
     return model.eval()
 
 
-def _find_config(teacher: dict) -> None:
+def _find_config(teacher: Any) -> None:
     """Where a teacher's config has moved away: the one beside its weights."""
     config = teacher.get('config')
     if not isinstance(config, str) or '::' in config or Path(config).is_file():
