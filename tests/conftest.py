@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
@@ -22,6 +22,8 @@ def _one_thread_and_a_fresh_hub(request):
     init_default_scope('mmdet')
     # A run before would leave its iteration in the current hub.
     MessageHub.get_instance(f'{request.node.nodeid}-fresh')
+    # And its logger would write to what is closed by now.
+    MMLogger.get_instance(f'{request.node.nodeid}-fresh')
 
 
 @pytest.fixture(scope='session')

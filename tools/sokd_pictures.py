@@ -60,7 +60,7 @@ def areas_of_batch(model: torch.nn.Module, batch: dict) -> list[list[Panel]]:
         teacher_inputs.get(distiller.teacher, inputs), samples
     )
     areas = distiller.areas_of(
-        **distiller.connect(
+        **distiller.connections.connect(
             student_feats=student_feats,
             teacher_feats={
                 key: feats[key] for key in distiller.teacher_sources

@@ -96,6 +96,7 @@ class LogitTerm:
             )
         self.kind, self.weight = kind, weight
         self.standardise = standardise
+        self.temperature = temperature
         self._settings: dict[str, Any] = dict(temperature=temperature) | shares
         self.sources: tuple[str, ...] = (source,)
 

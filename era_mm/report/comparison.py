@@ -229,6 +229,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
             'differences are shown: train its own config and give its work '
             'dir too'
         )
+    remarks += _unlike(plain, groups)
     if not any(g.role == 'teacher' for g in groups) and any(
         g.role == 'distilled' for g in groups
     ):
@@ -247,6 +248,29 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
             f'recipe reach {percent * usual:.1f}. It counts in every mean'
         )
     return comparison
+
+
+def _unlike(plain: Group | None, groups: Sequence[Group]) -> list[str]:
+    """Where differences to plain are not those of the distillation alone."""
+    if plain is None:
+        return []
+    base, remarks = plain.runs[0], []
+    for group in groups:
+        run = group.runs[0]
+        if group.role != 'distilled':
+            continue
+        if not is_same_student(base, run):
+            remarks.append(
+                f'{group.name} has another student than {plain.name}, so '
+                'their difference is not that of the distillation alone'
+            )
+        if base.length != run.length:
+            remarks.append(
+                f'{group.name} is {run.length} long and {plain.name} '
+                f'{base.length} (epochs or iterations), so their difference '
+                'is not that of the distillation alone'
+            )
+    return remarks
 
 
 def _teacher_folders(runs: Sequence[Run]) -> Iterator[Path]:

@@ -462,6 +462,3 @@ def _judge_length(run: Run) -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines() or ['no details']
     return f'{type(error).__name__}: {lines[0][:160]}'
-
-
-# -- several runs ------------------------------------------------------------

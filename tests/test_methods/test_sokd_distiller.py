@@ -600,7 +600,7 @@ def test_search__of_small_features_is_the_losss_and_no_decays(tmp_path):
     assert len(policy.policies) == 29
     generator = torch.Generator().manual_seed(0)
     for step in range(450):
-        distiller.step = step
+        distiller.begin_step(step)
         feat = 0.02**0.5 * torch.randn(4, 6, 5, 5, generator=generator)
         distiller.inner_step(
             student_feats={'neck': (torch.zeros_like(feat),)},

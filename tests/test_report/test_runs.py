@@ -202,6 +202,25 @@ def test_compare_runs__without_common_seeds_to_the_mean(five):
     assert found.differences(era, AP) == [pytest.approx(0.44 - 0.31)]
 
 
+def test_compare_runs__says_what_is_not_alike(five):
+    longer = write_run(
+        five / 'longer',
+        epochs=4,
+        metrics=[{AP: 0.4, 'step': 4}],
+        train=train_lines(40),
+    )
+    found = compare_runs([five / 'era_s1', longer])
+    assert any('era_s1 is 2 long' in remark for remark in found.remarks)
+    other = write_run(
+        five / 'other',
+        model="dict(type='FCOS')",
+        metrics=[{AP: 0.4, 'step': 2}],
+        train=train_lines(20),
+    )
+    found = compare_runs([five / 'era_s1', other])
+    assert any('another student' in remark for remark in found.remarks)
+
+
 def test_compare_runs__alone_says_what_is_missing(five):
     shutil.rmtree(five / 'big')
     found = compare_runs(folders(five, 'era_s1'))

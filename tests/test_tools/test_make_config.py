@@ -15,6 +15,7 @@ from mmdet.apis import init_detector
 from mmdet.models import RetinaNet
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
+from mmpretrain.datasets import CIFAR10  # noqa: F401  # prints, once
 from mmpretrain.structures import DataSample
 
 from era_mm import cli
