@@ -30,14 +30,9 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    noise,
     save_teacher,
 )
-
-
-def vectors(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
 
 # -- decomposition ------------------------------------------------------------
 
@@ -58,8 +53,8 @@ def test_decomposition__by_hand():
 @pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (4, 3, 5, 2)])
 def test_decomposition__branch_error_is_estimate_error(shape):
     # d_i - r_i = e_i - f_t, on vectors, sequences and maps.
-    aligned, teacher = vectors(*shape), vectors(*shape, seed=1)
-    residuals = [vectors(*shape, seed=seed) for seed in (2, 3, 4)]
+    aligned, teacher = noise(*shape), noise(*shape, seed=1)
+    residuals = [noise(*shape, seed=seed) for seed in (2, 3, 4)]
     estimates = estimates_of(aligned=aligned, residuals=residuals)
     targets = residual_targets(estimates=estimates, teacher_feat=teacher)
     for d, r, e in zip(residuals, targets, estimates[1:], strict=True):
@@ -163,8 +158,8 @@ def test_loss__gradients_are_right():
         )
         return losses['loss_era_align'] + losses['loss_era_residual']
 
-    u, d1, d2 = (vectors(2, 3, seed=s).requires_grad_() for s in (0, 1, 2))
-    t = vectors(2, 3, seed=3)
+    u, d1, d2 = (noise(2, 3, seed=s).requires_grad_() for s in (0, 1, 2))
+    t = noise(2, 3, seed=3)
     total(u, d1, d2, t).backward()
     # d/du: 5 * 2 (u - t) / 6 and nothing from the branches (targets are
     # constants); d/dd_i: s_i / n * 2 (d_i - r_i) / 6 with n = 2.

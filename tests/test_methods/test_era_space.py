@@ -31,17 +31,13 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    noise,
     save_teacher,
     two_stage_config,
 )
 
 HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
 CLOSE = dict(rtol=1e-10, atol=1e-12)
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=dtype)
 
 
 def step_to(step):
@@ -75,7 +71,7 @@ def test_space__statistics_by_hand(dims, batches):
 
 
 def test_space__batches_of_other_sizes_count_by_their_positions():
-    feats = [draw(n, 3, h, 2, seed=n).float() for n, h in ((1, 5), (3, 2))]
+    feats = [noise(n, 3, h, 2, seed=n).float() for n, h in ((1, 5), (3, 2))]
     space = FeatureSpace([3], num_batches=2)
     for feat in feats:
         space.update([1000 + feat])
@@ -90,7 +86,7 @@ def test_space__batches_of_other_sizes_count_by_their_positions():
 
 def test_space__levels_have_statistics_of_their_own():
     space = FeatureSpace([2, 3])
-    feats = [draw(4, 2, 5, 5).float(), 10 * draw(4, 3, 2, 2, seed=1).float()]
+    feats = [noise(4, 2, 5, 5).float(), 10 * noise(4, 3, 2, 2, seed=1).float()]
     space.update(feats)
     for level, feat in enumerate(feats):
         dims = (0, 2, 3)
@@ -118,7 +114,7 @@ def test_space__is_fixed_after_its_batches():
 
 
 def test_space__is_resumed_where_it_was():
-    batches = [draw(4, 3, 2, 2, seed=seed).float() for seed in range(5)]
+    batches = [noise(4, 3, 2, 2, seed=seed).float() for seed in range(5)]
     whole = FeatureSpace([3], num_batches=3)
     for batch in batches:
         whole.update([batch])
@@ -139,7 +135,7 @@ def test_space__is_resumed_where_it_was():
 
 def test_space__ranks_add_up(monkeypatch):
     """Two ranks with other images have the statistics of all of them."""
-    parts = [draw(2, 3, 4, 4, seed=seed).float() for seed in range(2)]
+    parts = [noise(2, 3, 4, 4, seed=seed).float() for seed in range(2)]
     whole = FeatureSpace([3])
     whole.update([torch.cat(parts)])
     other = FeatureSpace([3])
@@ -205,7 +201,7 @@ def test_unexplained__is_1_for_the_mean_and_0_for_the_feature(weak):
     space = FeatureSpace([2, 3])
     feats = [
         FEAT * torch.tensor([weak, 1.0]),
-        7 + draw(5, 3, 4).float() * torch.tensor([1.0, 9.0, weak])[:, None],
+        7 + noise(5, 3, 4).float() * torch.tensor([1.0, 9.0, weak])[:, None],
     ]
     space.update(feats)
     means = [
@@ -227,7 +223,7 @@ def test_unexplained__is_1_for_the_mean_and_0_for_the_feature(weak):
 @pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (4, 3, 5, 2)])
 def test_space__restores_what_it_normalises(shape):
     space = FeatureSpace([3]).double()
-    feat = 3 + 5 * draw(*shape)
+    feat = 3 + 5 * noise(*shape)
     # Before it has measured anything, it is the identity.
     assert torch.equal(space.normalize([feat])[0], feat)
     assert torch.equal(space.restore([feat])[0], feat)
@@ -251,8 +247,8 @@ def test_space__needs_a_batch():
 
 @pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (2, 3, 5, 2)])
 def test_step_errors__are_those_of_the_definition(shape):
-    aligned, target = (draw(*shape, seed=s).requires_grad_() for s in (0, 1))
-    residuals = draw(shape[0], 4, *shape[1:], seed=2).requires_grad_()
+    aligned, target = (noise(*shape, seed=s).requires_grad_() for s in (0, 1))
+    residuals = noise(shape[0], 4, *shape[1:], seed=2).requires_grad_()
     inputs = [aligned, residuals, target]
     found = step_errors(aligned=aligned, residuals=residuals, target=target)
     d = residuals.unbind(1)
@@ -303,7 +299,7 @@ SHAPES = {0: (6,), 1: (3, 5), 2: (3, 5, 4)}
 
 def feature(dims, channels, seed=0):
     number, *space = SHAPES[dims]
-    return draw(number, channels, *space, seed=seed)
+    return noise(number, channels, *space, seed=seed)
 
 
 def seasoned(*args, **kwargs):
@@ -1064,7 +1060,7 @@ def dense_head(kind, **changes):
     give_opinions(model.bbox_head)
     head = find_head(model)
     steps = [
-        [draw(3, 16, size, size, seed=10 * k + size) for size in (8, 4)]
+        [noise(3, 16, size, size, seed=10 * k + size) for size in (8, 4)]
         for k in range(4)
     ]
     samples = detection_batch(3)['data_samples']
@@ -1191,7 +1187,7 @@ def test_judge__assigns_anew_where_it_depends_on_predictions():
     head = find_head(model)
     steps = [
         [
-            draw(2, 16, size, size, seed=10 * k + size).float()
+            noise(2, 16, size, size, seed=10 * k + size).float()
             for size in (8, 4, 2)
         ]
         for k in range(3)
@@ -1229,8 +1225,8 @@ def said_of(scores, boxes, number=None):
 
 def test_units__make_a_guess_by_frequency_cost_one():
     """Logits that are the log of the mean score, and so for the boxes."""
-    sure = draw(12, 3).sigmoid()
-    bins = draw(12, 4, 9).softmax(dim=2)
+    sure = noise(12, 3).sigmoid()
+    bins = noise(12, 4, 9).softmax(dim=2)
     term = DenseTerm(weight=2.0, box_weight=0.5)
     term.bins = 9
     term._set_up_units(3, 36)
@@ -1254,7 +1250,7 @@ def test_units__make_a_guess_by_frequency_cost_one():
     term = RoITerm(weight=2.0, box_weight=0.0)
     term._set_up_units(4, 4)
     term.double()
-    scores = draw(12, 4, seed=3).softmax(dim=1)
+    scores = noise(12, 4, seed=3).softmax(dim=1)
     said = said_of(scores, None)
     term.measure(said)
     found = term._compare(scores.mean(0).log().expand(12, 4), None, said)
@@ -1284,8 +1280,8 @@ def test_units__of_sides_are_deviations_where_the_teacher_is_sure():
 
 def test_units__rows_that_are_missing_count():
     # Of four rows two were found: the terms are halved, not the same.
-    scores = draw(2, 3).sigmoid()
-    boxes = draw(2, 4)
+    scores = noise(2, 3).sigmoid()
+    boxes = noise(2, 4)
     terms = []
     for number in (2, 4):
         term = DenseTerm()
@@ -1293,7 +1289,7 @@ def test_units__rows_that_are_missing_count():
         term.double()
         said = said_of(scores, boxes, number)
         term.measure(said)
-        terms.append(term._compare(draw(2, 3, seed=1), boxes + 1, said))
+        terms.append(term._compare(noise(2, 3, seed=1), boxes + 1, said))
     for name in ('logit', 'box'):
         torch.testing.assert_close(terms[0][name] / 2, terms[1][name], **CLOSE)
 

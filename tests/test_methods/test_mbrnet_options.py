@@ -17,6 +17,7 @@ from era_mm.testing import (
     classifier_config,
     detection_batch,
     detector_config,
+    noise,
     save_teacher,
 )
 
@@ -28,10 +29,7 @@ CLOSE = dict(rtol=1e-9, atol=1e-11)
 
 def feature(dims, seed=0, channels=4):
     n, _, *space = SHAPES[dims]
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(
-        n, channels, *space, generator=generator, dtype=torch.float64
-    )
+    return noise(n, channels, *space, seed=seed)
 
 
 def make(dims, out=5, seed=0, **kwargs):

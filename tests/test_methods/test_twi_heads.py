@@ -1,7 +1,6 @@
 """TWI on every head family: mmdet's own configs, shrunk, as pairs."""
 
 import copy
-import functools
 import re
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import ConfigDict
-from mmengine.hub import get_config
 from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
@@ -24,18 +22,13 @@ from era_mm.testing import (
     distillation_config,
     save_teacher,
 )
+from era_mm.testing.host_families import (
+    DENSE,
+    DETR_LIKE,
+    TWO_STAGE,
+    host_config,
+)
 
-DENSE = {
-    'retinanet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
-    'fcos': 'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-'
-    'giou_1x_coco.py',
-    'atss': 'atss/atss_r50_fpn_1x_coco.py',
-    'gfl': 'gfl/gfl_r50_fpn_1x_coco.py',
-    'reppoints': 'reppoints/reppoints-moment_r50_fpn_1x_coco.py',
-    'rtmdet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
-    'yolox': 'yolox/yolox_tiny_8xb8-300e_coco.py',
-}
-TIMED = {'tood': 'tood/tood_r50_fpn_1x_coco.py'}
 RPN_TRAIN_CFG = dict(
     assigner=dict(
         type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0
@@ -51,21 +44,6 @@ RPN_TRAIN_CFG = dict(
     pos_weight=-1,
     debug=False,
 )
-TWO_STAGE = {
-    'faster_rcnn': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    'mask_rcnn': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    'cascade_rcnn': 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
-    'cascade_mask': 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
-}
-DETR_LIKE = {
-    'detr': 'detr/detr_r50_8xb2-150e_coco.py',
-    'conditional_detr': 'conditional_detr/conditional-detr_r50_8xb2-50e_coco'
-    '.py',
-    'deformable_detr': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
-    'dino': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
-}
-MASKS_APART = {'yolact': 'yolact/yolact_r50_1xb8-55e_coco.py'}
-CONFIGS = {**DENSE, **TWO_STAGE, **DETR_LIKE, **MASKS_APART, **TIMED}
 FAMILIES = [*DENSE, *TWO_STAGE]
 each_family = pytest.mark.parametrize('family', FAMILIES)
 #: Every family with all of its head, the dense ones with predictors as well.
@@ -77,111 +55,6 @@ each_place = pytest.mark.parametrize(
 
 
 # -- tiny pairs of the hosts' own configs -------------------------------------
-
-
-def replace(config, changes):
-    """Set the keys that a nested dict has, wherever they are."""
-    if isinstance(config, list):
-        for item in config:
-            replace(item, changes)
-    elif isinstance(config, dict):
-        for key, value in config.items():
-            if key in changes:
-                config[key] = changes[key]
-            else:
-                replace(value, changes)
-
-
-@functools.cache
-def installed(family):
-    return get_config(f'mmdet::{CONFIGS[family]}').model.to_dict()
-
-
-def host_config(family, width=8, num_classes=3):
-    """An installed config with all widths cut down."""
-    config = copy.deepcopy(installed(family))
-    config['data_preprocessor']['batch_augments'] = None
-    config['backbone']['init_cfg'] = None
-    # Conditional DETR's code encodes positions in 256 numbers.
-    channels = 256 if family == 'conditional_detr' else 2 * width
-    replace(
-        {k: v for k, v in config.items() if k.endswith('head')},
-        dict(
-            num_classes=num_classes,
-            in_channels=channels,
-            feat_channels=channels,
-            point_feat_channels=channels,
-            conv_out_channels=channels,
-            out_channels=channels,
-            fc_out_channels=32,
-            stacked_convs=2,
-            num_convs=1,
-        ),
-    )
-    if family in ('fcos', 'atss', 'gfl', 'reppoints', 'tood'):
-        config['bbox_head']['norm_cfg'] = dict(type='GN', num_groups=4)
-    if config['backbone']['type'] == 'ResNet':
-        config['backbone'] |= dict(
-            depth=18,
-            base_channels=width,
-            stem_channels=width,
-            frozen_stages=-1,
-            norm_cfg=dict(type='BN'),
-            norm_eval=False,
-            style='pytorch',
-        )
-        outs = config['backbone']['out_indices']
-        config['neck'] |= dict(
-            in_channels=[width * 2**i for i in outs], out_channels=channels
-        )
-    else:
-        # width 8: channels 8, 16, 32, 64 after the stem's 4.
-        config['backbone'] |= dict(
-            widen_factor=width / 64 / 2, deepen_factor=0.1
-        )
-        config['neck'] |= dict(
-            in_channels=[2 * width, 4 * width, 8 * width],
-            out_channels=channels,
-        )
-    replace(config['test_cfg'], dict(score_thr=0.001))
-    if 'encoder' in config:
-        shrink_transformer(config, channels)
-    if 'rpn_head' in config:
-        shrink_two_stage(config)
-    return config
-
-
-def shrink_transformer(config, channels):
-    replace(
-        config,
-        dict(
-            embed_dims=channels,
-            num_heads=2,
-            feedforward_channels=16,
-            num_layers=1,
-            num_feats=channels // 2,
-            num_queries=5,
-            num_groups=4,
-            num_dn_queries=2,
-        ),
-    )
-    config['bbox_head']['embed_dims'] = channels
-    config['encoder']['layer_cfg']['self_attn_cfg']['num_heads'] = 2
-    config['decoder']['layer_cfg']['cross_attn_cfg']['num_heads'] = 2
-
-
-def shrink_two_stage(config):
-    # Few enough that the samplers have to choose.
-    replace(
-        config['train_cfg'],
-        dict(nms_pre=50, max_per_img=20),
-    )
-    config['train_cfg']['rpn']['sampler']['num'] = 12
-    stages = config['train_cfg']['rcnn']
-    for stage in stages if isinstance(stages, list) else [stages]:
-        stage['sampler']['num'] = 8
-    config['test_cfg']['rpn'] |= dict(nms_pre=50, max_per_img=10)
-    config['test_cfg']['rcnn'] |= dict(max_per_img=10)
 
 
 def pair_of(family, tmp_path, student=None, width=12, **kwargs):
