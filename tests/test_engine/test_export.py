@@ -30,6 +30,7 @@ from era_mm.testing import (
     detector_config,
     distillation_config,
     run_config,
+    two_stage_config,
 )
 
 ERA = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=2))
@@ -60,81 +61,10 @@ def detector(head='RetinaHead', width=8, channels=CHANNELS, **neck):
 
 def faster_rcnn(width=8):
     """A toy two-stage detector with a subsampled last level."""
-    config = copy.deepcopy(detector_config(width))
-    del config['bbox_head']
-    coder = dict(type='DeltaXYWHBBoxCoder')
-    assigner = dict(
-        type='MaxIoUAssigner',
-        pos_iou_thr=0.5,
-        neg_iou_thr=0.3,
-        min_pos_iou=0.3,
-        ignore_iof_thr=-1,
-    )
-    sampler = dict(
-        type='RandomSampler',
-        num=16,
-        pos_fraction=0.5,
-        neg_pos_ub=-1,
-        add_gt_as_proposals=True,
-    )
-    nms = dict(type='nms', iou_threshold=0.7)
-    return config | dict(
-        type='mmdet.FasterRCNN',
-        neck=config['neck'] | dict(num_outs=3),
-        rpn_head=dict(
-            type='RPNHead',
-            in_channels=CHANNELS,
-            feat_channels=CHANNELS,
-            anchor_generator=dict(
-                type='AnchorGenerator',
-                scales=[2],
-                ratios=[1.0],
-                strides=[8, 16, 32],
-            ),
-            bbox_coder=coder,
-            loss_bbox=dict(type='L1Loss'),
-        ),
-        roi_head=dict(
-            type='StandardRoIHead',
-            bbox_roi_extractor=dict(
-                type='SingleRoIExtractor',
-                roi_layer=dict(
-                    type='RoIAlign', output_size=3, sampling_ratio=0
-                ),
-                out_channels=CHANNELS,
-                featmap_strides=[8, 16],
-            ),
-            bbox_head=dict(
-                type='Shared2FCBBoxHead',
-                in_channels=CHANNELS,
-                fc_out_channels=32,
-                roi_feat_size=3,
-                num_classes=3,
-                bbox_coder=coder,
-                reg_class_agnostic=False,
-                loss_bbox=dict(type='L1Loss'),
-            ),
-        ),
-        train_cfg=dict(
-            rpn=dict(
-                assigner=assigner,
-                sampler=sampler | dict(add_gt_as_proposals=False),
-                allowed_border=-1,
-                pos_weight=-1,
-                debug=False,
-            ),
-            rpn_proposal=dict(
-                nms_pre=50, max_per_img=20, nms=nms, min_bbox_size=0
-            ),
-            rcnn=dict(
-                assigner=assigner, sampler=sampler, pos_weight=-1, debug=False
-            ),
-        ),
-        test_cfg=dict(
-            rpn=dict(nms_pre=50, max_per_img=20, nms=nms, min_bbox_size=0),
-            rcnn=dict(score_thr=0.05, nms=nms, max_per_img=20),
-        ),
-    )
+    config = two_stage_config(width)
+    config['neck'] |= dict(num_outs=3)
+    config['rpn_head']['anchor_generator'] |= dict(strides=[8, 16, 32])
+    return config
 
 
 def season(model, forward):

@@ -1,7 +1,5 @@
 """How a run is started."""
 
-from pathlib import Path
-
 import pytest
 from mmengine.config import Config
 
@@ -10,8 +8,7 @@ from era_mm.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('LOCAL_RANK', '0')
 
 

@@ -7,19 +7,16 @@ import numpy as np
 import pytest
 import torch
 from mmdet.structures.mask import BitmapMasks
-from mmengine.config import ConfigDict
-from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from era_mm.heads.twi import find_head
-from era_mm.heads.two_stage import StudentProposals, TwoStageTWIHead
+from era_mm.heads.two_stage import StudentProposals
 from era_mm.testing import (
     classifier_config,
     detection_batch,
-    detector_config,
     distillation_config,
+    era_model,
     save_teacher,
 )
 from era_mm.testing.host_families import (
@@ -29,23 +26,9 @@ from era_mm.testing.host_families import (
     host_config,
 )
 
-RPN_TRAIN_CFG = dict(
-    assigner=dict(
-        type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0
-    ),
-    sampler=dict(
-        type='RandomSampler',
-        num=64,
-        pos_fraction=0.5,
-        neg_pos_ub=-1,
-        add_gt_as_proposals=False,
-    ),
-    allowed_border=-1,
-    pos_weight=-1,
-    debug=False,
-)
 FAMILIES = [*DENSE, *TWO_STAGE]
-each_family = pytest.mark.parametrize('family', FAMILIES)
+
+
 #: Every family with all of its head, the dense ones with predictors as well.
 each_place = pytest.mark.parametrize(
     ('family', 'place'),
@@ -182,49 +165,6 @@ def teacher_losses(model, data):
         for key, value in losses.items()
         if 'loss' in key
     }
-
-
-def test_trial__is_on_noise_that_costs_no_draw(monkeypatch):
-    head = find_head(MODELS.build(host_config('retinanet')).eval())
-    seen = []
-    monkeypatch.setattr(head, 'judge', lambda steps, _: seen.extend(steps))
-    # As an empty image has them.
-    blank = [torch.zeros(1, 16, size, size) for size in (16, 8, 4, 2, 1)]
-    before = torch.get_rng_state()
-    for _ in range(2):
-        assert head.problem(blank, training=True) is None
-    for once, again, flat in zip(*seen, blank, strict=True):
-        assert once.shape == flat.shape
-        assert once[0, 0].unique().numel() == once[0, 0].numel()
-        assert torch.equal(once, again)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_trial__of_a_head_that_asks_the_run_where_it_stands():
-    model = MODELS.build(host_config('tood')).eval()
-    head = find_head(model)
-    seen = []
-    get_targets = head.head.get_targets
-
-    def spy(*args, **kwargs):
-        hub = MessageHub.get_current_instance()
-        seen.append((hub.get_info('iter'), hub.get_info('epoch')))
-        return get_targets(*args, **kwargs)
-
-    head.head.get_targets = spy
-    feats = model.extract_feat(torch.randn(1, 3, 256, 256))
-    # The newest is the current one.
-    hub = MessageHub.get_instance('before any run')
-    assert hub.get_info('epoch') is None
-    assert head.problem(feats, training=True) is None
-    # Nothing is left that a run would take for its own.
-    assert not hub.runtime_info
-    # And in a run nothing is taken away.
-    hub.update_info('epoch', 7)
-    assert head.problem(feats, training=True) is None
-    assert seen == [(0, 0), (0, 7)]
-    assert hub.runtime_info == dict(epoch=7)
-    hub.pop_info('epoch')
 
 
 # -- every family -------------------------------------------------------------
@@ -627,16 +567,11 @@ def said(monkeypatch):
 
 
 def build(student, teacher, **kwargs):
-    return MODELS.build(
-        distillation_config(
-            dict(
-                type='era_mm.ERADistiller',
-                mbrnet=dict(num_branches=1),
-                **kwargs,
-            ),
-            student=student,
-            teacher=teacher,
-        )
+    return era_model(
+        student=student,
+        teacher=teacher,
+        mbrnet=dict(num_branches=1),
+        **kwargs,
     )
 
 
@@ -844,76 +779,9 @@ def test_pair__head_whose_losses_need_more_than_boxes_is_refused(said):
     assert model.distillers['distiller'].twi_steps == 'none'
 
 
-def test_proposals__of_a_detector_of_their_own_have_one_class():
-    head = find_head(
-        MODELS.build(
-            ConfigDict(
-                detector_config(),
-                type='RPN',
-                bbox_head=None,
-                rpn_head=dict(
-                    type='RPNHead',
-                    in_channels=16,
-                    feat_channels=16,
-                    anchor_generator=dict(
-                        type='AnchorGenerator',
-                        scales=[2],
-                        ratios=[1.0],
-                        strides=[8, 16],
-                    ),
-                ),
-                train_cfg=dict(rpn=RPN_TRAIN_CFG),
-                test_cfg=dict(rpn=dict()),
-            )
-        )
-    )
-    generator = torch.Generator().manual_seed(0)
-    feats = [
-        torch.randn(2, 16, size, size, generator=generator) for size in (8, 4)
-    ]
-    losses = []
-    for label in (0, 2):
-        samples = detection_batch()['data_samples']
-        for sample in samples:
-            sample.set_metainfo(dict(batch_input_shape=(64, 64)))
-            sample.gt_instances.labels[:] = label
-        losses.append(head.loss(feats, samples))
-        assert (samples[0].gt_instances.labels == label).all()
-    # Objects of any class are objects.
-    assert losses[0]['loss_rpn_cls'] == losses[1]['loss_rpn_cls'] > 0
-    # A trial has all that pipelines give.
-    trial = head.trial_sample(feats)
-    assert trial.ignored_instances.bboxes.shape == (0, 4)
-
-
-def test_pair__head_of_learnt_proposals_is_no_rpn():
-    # It has no priors to count and no losses of its own.
-    teacher = MODELS.build(ConfigDict(host_config('faster_rcnn', 12)))
-    learnt = MODELS.build(
-        dict(
-            type='EmbeddingRPNHead',
-            num_proposals=4,
-            proposal_feature_channel=24,
-        )
-    )
-    head = TwoStageTWIHead(learnt, teacher.roi_head)
-    feats = [torch.zeros(1, 24, 2, 2)] * 5
-    assert 'NotImplementedError' in head.problem(feats, training=True)
-
-
 def test_predictors__of_a_classifier_are_refused():
     with pytest.raises(ValueError, match='head is a LinearClsHead'):
         build(classifier_config(), classifier_config(), twi_place='predictors')
-
-
-def test_find_head__kind_by_kind():
-    def kind(config):
-        return type(find_head(MODELS.build(ConfigDict(config)))).__name__
-
-    assert kind(classifier_config()) == 'TWIHead'
-    assert kind(host_config('fcos')) == 'DenseTWIHead'
-    assert kind(host_config('cascade_rcnn')) == 'TwoStageTWIHead'
-    assert kind(host_config('detr')) == 'NoneType'
 
 
 @pytest.mark.parametrize('logit', ['auto', None])
