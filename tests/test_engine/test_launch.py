@@ -7,11 +7,6 @@ from era_mm.engine import launch
 from era_mm.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def _first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('LOCAL_RANK', '0')
-
-
 def test_use_amp__picks_the_wrapper_of_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
