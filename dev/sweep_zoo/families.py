@@ -1,10 +1,11 @@
 """Which config stands for each family of the hosts' zoos."""
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+from era_mm.hosts import shipped
 
 #: What each family is paired with.
 PARTNERS = {
@@ -138,10 +139,7 @@ LEFT_OUT = {
 @cache
 def config_folder(host: str) -> Path:
     """The configs that an installed host brings along."""
-    spec = importlib.util.find_spec(host)
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0], '.mim', 'configs')
+    return shipped(host, 'configs')[0]
 
 
 def folders(host: str) -> list[str]:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..core import Unregistered
 from ..core.host_models import blank_sample
 from ..core.utils import preserve_rng
-from ..registry import MODELS
 from .twi_blend import blend_raw, can_blend_raw, merge
 
 
@@ -69,7 +68,6 @@ def _summed(losses: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@MODELS.register_module()
 class TWIHead(BaseModule):
     """The teacher's head, applied to estimates of the teacher's features.
 

@@ -1,11 +1,14 @@
 """Toy models, toy data and assertions, for our tests and for others'."""
 
+from .checks import checksums, differ, noise, run_ranks
 from .runs import recorded_run
 from .toy import (
     classifier_config,
     detection_batch,
     detector_config,
     distillation_config,
+    era_model,
+    give_opinions,
     run_config,
     save_teacher,
     two_stage_config,
@@ -13,12 +16,18 @@ from .toy import (
 )
 
 __all__ = [
+    'checksums',
     'classifier_config',
     'detection_batch',
     'detector_config',
+    'differ',
     'distillation_config',
+    'era_model',
+    'give_opinions',
+    'noise',
     'recorded_run',
     'run_config',
+    'run_ranks',
     'save_teacher',
     'two_stage_config',
     'write_coco',

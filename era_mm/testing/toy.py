@@ -285,6 +285,42 @@ def save_teacher(
     return str(filename)
 
 
+def era_model(
+    checkpoint: str = 'random',
+    student: dict | None = None,
+    teacher: dict | None = None,
+    **options: Any,
+) -> nn.Module:
+    """ERA between toy detectors, built.
+
+    Args:
+        checkpoint: The teacher's weights.
+        student: Its config; None: the toy's.
+        teacher: Likewise.
+        options: Of ``ERADistiller``.
+    """
+    return MODELS.build(
+        distillation_config(
+            dict(type='era_mm.ERADistiller', **options),
+            student=student,
+            teacher=teacher,
+            checkpoint=checkpoint,
+        )
+    )
+
+
+@torch.no_grad()
+def give_opinions(head: nn.Module) -> None:
+    """Scores other than 0.01, which a fresh dense head gives all.
+
+    Args:
+        head: Changed in place.
+    """
+    for name, parameter in head.named_parameters():
+        if name.endswith(('_cls.weight', '_reg.weight')):
+            parameter.mul_(30)
+
+
 def distillation_config(
     distiller: dict,
     student: dict | None = None,

@@ -1,17 +1,18 @@
 """From configs to students, teachers and distillers."""
 
+import copy
+
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from era_mm.core import Distillation, distillation_kind
-from era_mm.core.build import (
-    as_named_configs,
-    build_distillers,
-    build_student,
+from era_mm.core.build import as_named_configs, build_distillers, build_student
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    distillation_config,
 )
-from era_mm.core.host_models import whole_model
-from era_mm.testing import detector_config
 
 
 @pytest.mark.parametrize(
@@ -70,16 +71,149 @@ def test_student__draws_what_the_plain_model_does():
     assert built.config == plain.config
 
 
-def test_whole_model__has_the_preprocessor_that_lies_beside_it():
-    cfg = Config(
-        dict(
-            model=dict(type='A'),
-            data_preprocessor=dict(type='Pre', mean=[1.0]),
-        )
+ERA = dict(type='era_mm.ERADistiller')
+
+
+@pytest.mark.parametrize('name', ['feat_loss', 'a.b'])
+def test_distiller__name_that_would_enter_the_loss_is_refused(name):
+    config = distillation_config({}) | dict(distiller={name: ERA})
+    with pytest.raises(ValueError, match='must not be named'):
+        MODELS.build(config)
+
+
+def build(inherit, distiller=ERA, **kwargs):
+    # The head as wide as the teacher's, the neck's inputs narrower.
+    config = distillation_config(
+        distiller, student=detector_config(channels=24), **kwargs
     )
-    assert whole_model(cfg) == dict(
-        type='A', data_preprocessor=dict(type='Pre', mean=[1.0])
+    model = MODELS.build(dict(config, inherit=inherit))
+    model.init_weights()
+    return model
+
+
+def parts(model, module):
+    return {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if key.startswith(f'{module}.')
+    }
+
+
+def batch_for(model):
+    data = model.data_preprocessor(detection_batch(), True)
+    return data['inputs'], data['data_samples']
+
+
+def test_inherit__only_what_has_the_same_shape_is_taken():
+    model = build(['neck'])
+    theirs = model.teachers['teacher'].model.state_dict()
+    for key, value in parts(model, 'neck').items():
+        taken = value.shape == theirs[key].shape and value.dim() > 1
+        if value.dim() > 1:
+            assert ('fpn_convs' in key) == taken, key
+            assert taken == (taken and torch.equal(value, theirs[key]))
+
+
+def test_inherit__named_modules_start_as_the_teachers_and_no_other():
+    torch.manual_seed(0)
+    plain = build(None)
+    torch.manual_seed(0)
+    model = build(['bbox_head'])
+    theirs = model.teachers['teacher'].model.state_dict()
+    head = parts(model, 'bbox_head')
+    same = {
+        key
+        for key, value in head.items()
+        if value.shape == theirs[key].shape and torch.equal(value, theirs[key])
+    }
+    assert same == {
+        key for key in head if head[key].shape == theirs[key].shape
+    }
+    assert same
+    before = plain.state_dict()
+    for key, value in model.state_dict().items():
+        if key not in same:
+            assert torch.equal(value, before[key]), key
+    assert not torch.equal(
+        head['bbox_head.retina_cls.weight'],
+        before['bbox_head.retina_cls.weight'],
     )
-    assert 'data_preprocessor' not in cfg.model
-    cfg.model.data_preprocessor = dict(type='Own')
-    assert whole_model(cfg).data_preprocessor == dict(type='Own')
+
+
+def test_inherit__trains_the_student_and_leaves_the_teacher_alone():
+    model = build(['bbox_head'])
+    teacher = copy.deepcopy(model.teachers['teacher'].model.state_dict())
+    inputs, samples = batch_for(model)
+    losses = model(inputs, samples, mode='loss')
+    sum(
+        value if torch.is_tensor(value) else sum(value)
+        for key, value in losses.items()
+        if 'loss' in key
+    ).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad
+    for key, value in model.teachers['teacher'].model.state_dict().items():
+        assert torch.equal(value, teacher[key]), key
+
+
+def test_inherit__without_a_distiller_is_a_plain_run_from_that_start():
+    model = build(['bbox_head'], distiller=None)
+    inputs, samples = batch_for(model)
+    calls = []
+    model.teachers['teacher'].model.register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    losses = model(inputs, samples, mode='loss')
+    expected = model.student(inputs, samples, mode='loss')
+    assert set(losses) == set(expected) == {'loss_cls', 'loss_bbox'}
+    for key, value in expected.items():
+        assert torch.equal(sum(losses[key]), sum(value))
+    assert not calls
+    assert not list(model.distillers.parameters())
+
+
+def test_inherit__loading_a_file_comes_after_it(tmp_path):
+    model = build(['bbox_head'])
+    with torch.no_grad():
+        for value in model.student.state_dict().values():
+            value.zero_()
+    state = copy.deepcopy(model.state_dict())
+    fresh = build(['bbox_head'])
+    fresh.load_state_dict(state)
+    assert not any(v.any() for v in parts(fresh, 'bbox_head').values())
+
+
+@pytest.mark.parametrize(
+    ('inherit', 'message'),
+    [
+        (['neckk'], "nothing of 'neckk' from 'teacher'.*its 0 tensors"),
+        ({'bbox_head': 'other'}, "from a teacher 'other'.*'teacher'"),
+    ],
+)
+def test_inherit__what_cannot_be_inherited_is_refused(inherit, message):
+    with pytest.raises(ValueError, match=message):
+        build(inherit)
+
+
+def test_inherit__several_teachers_need_names():
+    config = distillation_config(ERA, student=detector_config(channels=24))
+    teacher = config['teacher']
+    config['teacher'] = dict(a=teacher, b=copy.deepcopy(teacher))
+    config['distiller'] = dict(ERA, teacher='a')
+    with pytest.raises(ValueError, match='does not say from which teacher'):
+        MODELS.build(dict(config, inherit=['bbox_head']))
+    model = MODELS.build(dict(config, inherit={'bbox_head': 'b'}))
+    # Teachers of one config with random weights are alike.
+    model.teachers['b'].model.bbox_head.retina_cls.weight.add_(1)
+    model.init_weights()
+    key = 'bbox_head.retina_cls.weight'
+    own = model.state_dict()[key]
+    for name, same in (('a', False), ('b', True)):
+        theirs = model.teachers[name].model.state_dict()[key]
+        assert torch.equal(own, theirs) == same
+
+
+def test_inherit__no_distiller_and_nothing_to_inherit_is_refused():
+    with pytest.raises(ValueError, match='`distiller` is empty'):
+        build(None, distiller=None)

@@ -1,11 +1,11 @@
 """Invariant 6: DDP with find_unused_parameters=False, on two CPU ranks."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from era_mm.testing import run_ranks
 
 WORKER = Path(__file__).with_name('ddp_worker.py')
 
@@ -14,12 +14,7 @@ WORKER = Path(__file__).with_name('ddp_worker.py')
 def out(coco, teacher_file, tmp_path_factory):
     """Where two ranks have trained every variant of ERA."""
     out = tmp_path_factory.mktemp('ddp')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node=2', str(WORKER), coco, teacher_file]
-    result = subprocess.run(
-        [*command, str(out)], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(WORKER, coco, teacher_file, str(out), timeout=300)
     return out
 
 

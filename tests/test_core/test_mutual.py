@@ -1,8 +1,6 @@
 """MutualDistillation: two students in turns; with IE-KD it is IE-DML."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     run_config,
+    run_ranks,
 )
 
 OPTIM = dict(
@@ -556,12 +555,7 @@ def ranks(coco, tmp_path_factory):
     """What two ranks have: weights and losses, by the epoch they begin at."""
     out = tmp_path_factory.mktemp('mutual_ddp')
     worker = Path(__file__).with_name('mutual_ddp_worker.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node=2', str(worker), coco, str(out)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=500
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(worker, coco, str(out))
     return [
         [torch.load(out / f'from_{b}_rank{r}.pth') for b in (0, 1)]
         for r in (0, 1)

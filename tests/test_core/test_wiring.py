@@ -1,10 +1,17 @@
 """Which source of whom reaches which distiller."""
 
+import re
+
+import pytest
 import torch
 from mmengine.registry import MODELS
 
 from era_mm.core import BaseDistiller
-from era_mm.testing import distillation_config
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    distillation_config,
+)
 
 
 class Reading(BaseDistiller):
@@ -87,3 +94,129 @@ def test_feats__of_a_distiller_are_of_its_own_sources_and_teacher():
             teacher_feats={'backbone': 'backbone of b'},
         ),
     )
+
+
+ERA = dict(type='era_mm.ERADistiller')
+
+
+def message_of(error):
+    return re.sub(r'\s+', ' ', str(error.value))
+
+
+def test_source__unknown_shows_the_nearest_names():
+    with pytest.raises(ValueError) as error:
+        MODELS.build(distillation_config(ERA | dict(source='nekc')))
+    assert "'nekc' is not a module of the student" in message_of(error)
+    assert 'neck' in message_of(error).partition('Nearest names:')[2]
+    with pytest.raises(ValueError) as error:
+        MODELS.build(
+            distillation_config(
+                ERA
+                | dict(source=dict(student='neck', teacher='neck.fpn_conv.0'))
+            )
+        )
+    assert 'of the teacher' in message_of(error)
+    assert 'neck.fpn_convs.0' in message_of(error)
+
+
+def test_source__must_name_both_roles():
+    with pytest.raises(ValueError, match='dict\\(student='):
+        MODELS.build(
+            distillation_config(ERA | dict(source=dict(student='neck')))
+        )
+
+
+@pytest.mark.parametrize(
+    ('form', 'logit', 'terms'),
+    [('released', False, 4), ('normalised', True, 6)],
+)
+def test_two_teachers__at_half_weight_are_one(
+    form, logit, terms, teacher_file
+):
+    def era(teacher, factor):
+        return dict(
+            type='era_mm.ERADistiller',
+            form=form,
+            teacher=teacher,
+            loss=dict(
+                align_weight=5 * factor,
+                residual_weight=factor,
+                twi_weight=factor,
+            ),
+            **(
+                {'logit': dict(weight=factor, box_weight=factor)}
+                if logit
+                else {}
+            ),
+        )
+
+    entry = dict(
+        config=detector_config(width=16, channels=24), checkpoint=teacher_file
+    )
+    config = dict(type='era_mm.Distillation', student=detector_config())
+    one = MODELS.build(
+        {**config, 'teacher': entry, 'distiller': era('teacher', 1.0)}
+    )
+    two = MODELS.build(
+        {
+            **config,
+            'teacher': {'a': entry, 'b': entry},
+            'distiller': {'first': era('a', 0.5), 'second': era('b', 0.5)},
+        }
+    )
+    two.student.load_state_dict(one.student.state_dict())
+    for distiller in two.distillers.values():
+        distiller.load_state_dict(one.distillers['distiller'].state_dict())
+    data = one.data_preprocessor(detection_batch(), True)
+    found = {}
+    for key, value in two(**data, mode='loss').items():
+        name = key.rpartition('.')[2]
+        if 'loss_era' in name:
+            found[name] = found.get(name, 0) + value
+    expected = one(**data, mode='loss')
+    assert len(found) == terms
+    for key, value in found.items():
+        # Halves are exact in binary: no rounding to allow for.
+        assert torch.equal(value, expected[key]), key
+
+
+def test_two_teachers__each_distiller_hears_its_own():
+    config = distillation_config({})
+    entry = config['teacher']
+    config['teacher'] = {
+        name: dict(entry, config=detector_config(width=16, channels=channels))
+        for name, channels in (('a', 24), ('b', 40))
+    }
+    config['distiller'] = {
+        f'of_{name}': dict(type='era_mm.ERADistiller', teacher=name)
+        for name in 'ab'
+    }
+    model = MODELS.build(config).train()
+    heard = {}
+    for name, distiller in model.distillers.items():
+
+        def spy(*, teacher_feats, name=name, loss=distiller.loss, **kwargs):
+            heard[name] = teacher_feats['neck']
+            return loss(teacher_feats=teacher_feats, **kwargs)
+
+        distiller.loss = spy
+    data = model.data_preprocessor(detection_batch(), True)
+    losses = model(**data, mode='loss')
+    for name in 'ab':
+        assert f'of_{name}.loss_era_align' in losses
+        expected = model.teachers[name].extract(data['inputs'])['neck']
+        for found, feat in zip(heard[f'of_{name}'], expected, strict=True):
+            assert torch.equal(found, feat)
+
+
+@pytest.mark.parametrize('owner', ['student', 'teacher'])
+def test_dry_run__says_whose_parts_do_not_fit(owner):
+    wrong = detector_config()
+    wrong['neck']['in_channels'] = [7, 9]
+    with pytest.raises(ValueError, match=f'The {owner} cannot run') as caught:
+        MODELS.build(
+            distillation_config(
+                dict(type='era_mm.FeatureImitationDistiller'), **{owner: wrong}
+            )
+        )
+    assert '`in_channels` of neck and head' in str(caught.value)

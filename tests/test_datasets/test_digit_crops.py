@@ -1,4 +1,3 @@
-import hashlib
 import json
 from itertools import combinations
 
@@ -24,6 +23,7 @@ from era_mm.datasets.digit_drawing import (
     Layer,
     split_material,
 )
+from era_mm.testing import checksums
 
 PARAMS = CropParams(seed=3, num_train=60, num_val=20, num_test=20)
 
@@ -45,14 +45,6 @@ def sources(root):
     return {
         split: json.loads((root / 'sources' / f'{split}.json').read_text())
         for split in SPLITS
-    }
-
-
-def checksums(folder):
-    return {
-        path.relative_to(folder): hashlib.sha256(path.read_bytes()).digest()
-        for path in sorted(folder.rglob('*'))
-        if path.is_file()
     }
 
 

@@ -1,5 +1,4 @@
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from era_mm.datasets.digit_scenes import (
     make_digit_scenes,
     split_material,
 )
+from era_mm.testing import checksums
 
 PARAMS = SceneParams(seed=3, num_train=30, num_val=12, num_test=12)
 
@@ -39,14 +39,6 @@ def annotations(root):
     return {
         split: json.loads((root / 'annotations' / f'{split}.json').read_text())
         for split in SPLITS
-    }
-
-
-def checksums(folder):
-    return {
-        path.relative_to(folder): hashlib.sha256(path.read_bytes()).digest()
-        for path in sorted(folder.rglob('*'))
-        if path.is_file()
     }
 
 

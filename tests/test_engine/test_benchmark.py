@@ -16,14 +16,8 @@ from era_mm.core import BaseDistiller, Distillation
 from era_mm.engine import benchmark
 from era_mm.engine.benchmark import Options, Rounds, Row, measure
 from era_mm.engine.benchmark_models import Distilled, Student
-from era_mm.engine.benchmark_report import (
-    check_out,
-    spread,
-    step_memory,
-    step_times,
-)
-from era_mm.engine.host_configs import image_size
-from era_mm.engine.peak_memory import bytes_of, peak_of, running_peak
+from era_mm.engine.benchmark_report import check_out
+from era_mm.engine.peak_memory import peak_of
 from era_mm.engine.random_batch import random_batch
 from era_mm.errors import UserError
 from era_mm.registry import MODELS as ERA_MODELS
@@ -34,15 +28,27 @@ from era_mm.testing import (
 )
 
 FITNET = dict(type='era_mm.FeatureImitationDistiller')
+
+
 PKD = dict(FITNET, measure='pearson')
+
+
 SGD = dict(
     type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9)
 )
+
+
 CPU = torch.device('cpu')
+
+
 QUICK = dict(
     batch_size=2, size=(64, 64), iters=3, warmup=1, threads=1, device='cpu'
 )
+
+
 FLAGS = ['--batch-size', '2', '--size', '64', '64', '--iters', '2']
+
+
 FLAGS += ['--warmup', '0', '--device', 'cpu']
 
 
@@ -81,194 +87,6 @@ def load(config):
         return Config.fromfile(config(*args, **kwargs))
 
     return load
-
-
-# -- statistics -------------------------------------------------------------
-
-
-def test_spread__is_the_median_and_the_tenths():
-    # Of 0, 10, ..., 100 the percentiles are their own names.
-    values = [100, 0, 20, 10, 40, 30, 60, 50, 80, 70, 90]
-    assert spread(values) == dict(median=50, p10=10, p90=90)
-    # Between 1 and 2: 1 + 0.1, 1 + 0.9.
-    assert spread([2, 1]) == pytest.approx(dict(median=1.5, p10=1.1, p90=1.9))
-
-
-def test_step_times__compares_within_each_round():
-    # Floors 4 and 40; the machine was ten times as slow in the second round.
-    found = step_times(plain=[3, 30], teacher=[1, 10], step=[6, 60])
-    assert found['ratio'] == dict(median=1.5, p10=1.5, p90=1.5)
-    assert found['floor_ms']['median'] == 22
-    assert found['step_ms']['rounds'] == [6, 60]
-
-
-def test_step_memory__adds_the_floor_up():
-    found = step_memory(
-        peak=300,
-        plain_peak=100,
-        teacher_weights=50,
-        teacher_feats=20,
-        extras=30,
-    )
-    assert found['floor'] == 200
-    assert found['ratio'] == 1.5
-
-
-# -- memory -----------------------------------------------------------------
-
-
-def test_running_peak__by_hand():
-    # 1, 3, 2, 6 is the peak, 4; then what was there before goes: still 4.
-    events = [(1, 1), (2, 2), (1, -1), (3, 4), (2, -2), (9, -100)]
-    assert running_peak(events) == 6
-    # An address that is used again.
-    assert running_peak([(1, 5), (1, -5), (1, 3), (2, 1)]) == 5
-    assert running_peak([]) == 0
-
-
-def test_peak_of__counts_what_is_alive_on_a_cpu():
-    def step():
-        first = torch.zeros(256, 1024)  # 1 MiB
-        second = torch.zeros(512, 1024)  # 2 MiB: 3
-        del first
-        third = torch.zeros(1024, 1024)  # 4 MiB: 6, the peak
-        del second
-        return third, torch.zeros(128, 1024)
-
-    before = [torch.zeros(2048, 1024)]
-
-    def step_that_frees():
-        before.clear()
-        return torch.zeros(256, 1024)
-
-    assert peak_of(step, CPU) == 6 * 2**20
-    # What was there before does not count, and neither does its end.
-    assert peak_of(step_that_frees, CPU) == 2**20
-    # What an earlier call has left behind is none of a later one's.
-    left = []
-    peak_of(lambda: left.append(torch.zeros(512, 1024)), CPU)
-    left.clear()
-    assert peak_of(step, CPU) == 6 * 2**20
-
-
-def test_peak_of__sees_the_backward_pass():
-    layer = nn.Linear(1024, 1024, bias=False)
-    inputs = torch.zeros(256, 1024)
-
-    def step():
-        layer(inputs).sum().backward()
-        layer.zero_grad()
-
-    # Beside two scalars: the output, 1 MiB, is gone by the time of the
-    # weight's gradient, 4 MiB; the output's is an expanded scalar, which the
-    # product may copy.
-    found = peak_of(step, CPU) / 2**20
-    assert 4 <= found <= 6.1
-
-
-def test_bytes_of__counts_what_is_shared_once():
-    tensor = torch.zeros(10, 10)
-    assert bytes_of([tensor, tensor[0], tensor.T]) == 400
-    assert bytes_of([tensor, tensor.clone()]) == 800
-    assert bytes_of([]) == 0
-
-
-# -- random batches ---------------------------------------------------------
-
-
-def test_random_batch__has_boxes_inside_the_image():
-    model = MODELS.build(detector_config())
-    generator = torch.Generator().manual_seed(0)
-    batch = random_batch(model, 3, (40, 100), 50, generator)
-    assert [tuple(i.shape) for i in batch['inputs']] == [(3, 40, 100)] * 3
-    assert all(image.dtype == torch.uint8 for image in batch['inputs'])
-    for sample in batch['data_samples']:
-        boxes, labels = sample.gt_instances.bboxes, sample.gt_instances.labels
-        assert len(boxes) == len(labels) == 50
-        assert (boxes >= 0).all()
-        assert (boxes <= torch.tensor([100, 40, 100, 40])).all()
-        extents = (boxes[:, 2:] - boxes[:, :2]) / torch.tensor([100, 40])
-        assert extents.min() >= 0.099
-        assert extents.max() <= 0.401
-        assert set(labels.tolist()) == {0, 1, 2}
-        assert 'masks' not in sample.gt_instances
-    again = random_batch(
-        model, 3, (40, 100), 50, torch.Generator().manual_seed(0)
-    )
-    assert torch.equal(again['inputs'][2], batch['inputs'][2])
-
-
-def test_random_batch__has_rectangles_for_a_mask_head():
-    model = MODELS.build(detector_config())
-    type(model).with_mask = property(lambda self: True)
-    try:
-        batch = random_batch(model, 1, (64, 80), 4, torch.Generator())
-    finally:
-        del type(model).with_mask
-    instances = batch['data_samples'][0].gt_instances
-    for box, mask in zip(
-        instances.bboxes.round().int().tolist(),
-        instances.masks.masks,
-        strict=True,
-    ):
-        x1, y1, x2, y2 = box
-        assert mask.shape == (64, 80)
-        assert mask[y1:y2, x1:x2].all()
-        assert mask.sum() == (x2 - x1) * (y2 - y1) > 0
-
-
-def test_random_batch__has_a_label_for_a_classifier():
-    model = MODELS.build(classifier_config(num_classes=7))
-    batch = random_batch(model, 64, (32, 32), 5, torch.Generator())
-    labels = [sample.gt_label for sample in batch['data_samples']]
-    assert all(label.shape == (1,) for label in labels)
-    assert {label.item() for label in labels} == set(range(7))
-
-
-def test_random_batch__refuses_other_models():
-    with pytest.raises(UserError, match='but it is a Linear'):
-        random_batch(nn.Linear(1, 1), 1, (8, 8), 1, torch.Generator())
-
-
-@pytest.mark.parametrize(
-    ('train', 'test', 'expected'),
-    [
-        # mmdet's sizes are width and height.
-        (dict(type='Resize', scale=(1333, 800)), None, (800, 1333, 'train')),
-        (
-            dict(type='mmdet.RandomChoiceResize', scales=[(1333, 640)]),
-            dict(type='mmdet.Resize', scale=(1333, 800)),
-            (800, 1333, 'test'),
-        ),
-        (dict(type='RandomResizedCrop', scale=224), None, (224, 224, 'train')),
-        (dict(type='RandomCrop', crop_size=32), None, (32, 32, 'train')),
-        (dict(type='Resize', scale_factor=0.5), None, None),
-        (None, None, None),
-    ],
-)
-def test_image_size__is_what_the_pipeline_ends_with(train, test, expected):
-    steps = {'train': train, 'test': test}
-    cfg = Config(
-        {
-            f'{name}_dataloader': dict(
-                dataset=dict(
-                    type='RepeatDataset',
-                    dataset=dict(
-                        pipeline=[
-                            dict(type='Load'),
-                            step,
-                            dict(type='PackDetInputs'),
-                        ]
-                    ),
-                )
-            )
-            for name, step in steps.items()
-            if step is not None
-        }
-    )
-    if expected is not None:
-        expected = (*expected[:2], f'{expected[2]}_dataloader')
-    assert image_size(cfg) == expected
 
 
 # -- rounds -----------------------------------------------------------------

@@ -216,3 +216,18 @@ def test_check_checkpoints__lets_a_random_teacher_pass() -> None:
     check_checkpoints(
         Config(dict(model=dict(teacher=dict(checkpoint='random'))))
     )
+
+
+def test_preflight__one_place_that_is_there_is_enough(tmp_path):
+    file = tmp_path / 't.pth'
+    torch.save({'w': torch.ones(2)}, file)
+
+    def check(places):
+        check_checkpoints(
+            Config(dict(model=dict(teacher=dict(checkpoint=places))))
+        )
+
+    check(['none.pth', str(file)])
+    check(['none.pth', 'https://example.org/t.pth'])
+    with pytest.raises(UserError, match=r'none\.pth.*; .*other\.pth'):
+        check(['none.pth', 'other.pth'])

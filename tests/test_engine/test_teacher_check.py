@@ -19,11 +19,7 @@ from era_mm.engine.teacher_check import (
     is_near_chance,
 )
 from era_mm.errors import UserError
-from era_mm.testing import (
-    distillation_config,
-    run_config,
-    write_coco,
-)
+from era_mm.testing import distillation_config, run_config
 
 ERA = dict(type='era_mm.ERADistiller')
 
@@ -155,15 +151,6 @@ def test_fault__of_metrics():
     assert not fault({'coco/bbox_mAP_50': -1.0})
     # What is not known is not judged.
     assert not fault({'multi-label/mAP_x': 0.0, 'coco/AR@100': 0.0})
-
-
-# -- the evaluation ---------------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def many(tmp_path_factory):
-    """Images with one object each."""
-    return write_coco(tmp_path_factory.mktemp('many'), num_images=24)
 
 
 def knows(teacher, which=lambda img_id: True):

@@ -15,11 +15,7 @@ from era_mm.layers import (
     standardise_logits,
     top_rows,
 )
-
-
-def logits(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+from era_mm.testing import noise
 
 
 def test_kl__by_hand():
@@ -39,7 +35,7 @@ def test_kl__by_hand():
 
 
 def test_kl__temperature_and_batch_mean():
-    student, teacher = logits(3, 5), logits(3, 5, seed=1)
+    student, teacher = noise(3, 5), noise(3, 5, seed=1)
     total = 0.0
     for s, t in zip(student / 4, teacher / 4, strict=True):
         p, q = t.softmax(0), s.softmax(0)
@@ -60,7 +56,7 @@ def pearson(a, b):
 
 
 def test_dist__against_a_loop():
-    student, teacher = logits(4, 6), logits(4, 6, seed=1)
+    student, teacher = noise(4, 6), noise(4, 6, seed=1)
     s = (student / 2).softmax(1).tolist()
     t = (teacher / 2).softmax(1).tolist()
     rows = sum(pearson(a, b) for a, b in zip(s, t, strict=True)) / 4
@@ -123,7 +119,7 @@ def test_dist__gradient_of_confident_logits_is_the_released_ones():
 
 @pytest.mark.parametrize('loss', [kl_loss, dist_loss])
 def test_loss__is_zero_for_equal_logits_and_has_right_gradients(loss):
-    teacher = logits(4, 6)
+    teacher = noise(4, 6)
     same = loss(student_logits=teacher, teacher_logits=teacher)
     # DIST's 1e-8 beside the norms' product leaves a little.
     slack = 1e-9 if loss is kl_loss else 1e-6
@@ -132,7 +128,7 @@ def test_loss__is_zero_for_equal_logits_and_has_right_gradients(loss):
         lambda z: loss(
             student_logits=z, teacher_logits=teacher, temperature=1.5
         ),
-        logits(4, 6, seed=1).requires_grad_(),
+        noise(4, 6, seed=1).requires_grad_(),
     )
 
 
@@ -172,8 +168,8 @@ def test_rows__are_anchors_of_places_and_the_best_are_taken():
 def test_best_rows__are_those_of_the_copied_maps_whatever_lies_beyond():
     # Two anchors, three classes, boxes of four numbers, on three levels.
     sizes = [(3, 4), (2, 2), (1, 1)]
-    scores = [logits(2, 6, *size, seed=i) for i, size in enumerate(sizes)]
-    boxes = [logits(2, 8, *size, seed=9 + i) for i, size in enumerate(sizes)]
+    scores = [noise(2, 6, *size, seed=i) for i, size in enumerate(sizes)]
+    boxes = [noise(2, 8, *size, seed=9 + i) for i, size in enumerate(sizes)]
     for topk in (5, 99):
         rows = best_rows(scores, 3, topk)
         index = top_rows(rows_of_levels(scores, 3), topk)
@@ -189,7 +185,7 @@ def test_best_rows__are_those_of_the_copied_maps_whatever_lies_beyond():
 
 
 def test_best_rows__gradients_reach_the_chosen_values_alone():
-    scores = [logits(1, 4, 2, 2).requires_grad_()]
+    scores = [noise(1, 4, 2, 2).requires_grad_()]
     rows = best_rows(scores, 2, 1)
     rows.of(scores).sum().backward()
     best = scores[0].detach().flatten().argmax()
@@ -221,7 +217,7 @@ def test_dkd__by_hand():
 
 def test_dkd__with_the_teachers_own_weight_is_kl():
     # KL = TCKD + (1 - p_t) NCKD of each image, eq. 6 of the paper.
-    student, teacher = logits(1, 5), logits(1, 5, seed=1)
+    student, teacher = noise(1, 5), noise(1, 5, seed=1)
     share = 1 - (teacher / 4).softmax(1)[0, 2].item()
     found = dkd_loss(
         student_logits=student,
@@ -235,7 +231,7 @@ def test_dkd__with_the_teachers_own_weight_is_kl():
     )
     torch.testing.assert_close(found, expected)
     # The mean over images, each with its own class.
-    student, teacher = logits(3, 5), logits(3, 5, seed=1)
+    student, teacher = noise(3, 5), noise(3, 5, seed=1)
     labels = torch.tensor([4, 0, 2])
     found = dkd_loss(
         student_logits=student, teacher_logits=teacher, labels=labels
@@ -269,7 +265,7 @@ def test_standardise__by_hand():
     expected = torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     # Neither scale nor shift of the logits matters.
-    one = logits(4, 6)
+    one = noise(4, 6)
     torch.testing.assert_close(
         standardise_logits(one), standardise_logits(3 * one - 2)
     )

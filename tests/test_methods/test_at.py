@@ -6,14 +6,9 @@ from mmengine.registry import MODELS
 from torch.nn.functional import adaptive_avg_pool2d
 
 from era_mm.methods.at import attention, attention_loss
-from era_mm.testing import detection_batch, distillation_config
+from era_mm.testing import detection_batch, distillation_config, noise
 
 STAGES = [f'backbone.layer{index}' for index in range(1, 5)]
-
-
-def noise(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def test_loss__by_hand():

@@ -11,12 +11,8 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    noise,
 )
-
-
-def noise(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def test_loss__by_hand():

@@ -9,19 +9,15 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
-from mmengine.structures import InstanceData
 from torch.nn.functional import conv2d
 
 from era_mm.core import Distillation
 from era_mm.heads.detector_terms import DenseTerm, RoITerm
-from era_mm.heads.twi_blend import can_blend_raw, merge
 from era_mm.heads.twi_heads import DenseTWIHead
-from era_mm.hooks.modes import for_mode
 from era_mm.methods.era import (
     ERADistiller,
     ERALoss,
     MBRNet,
-    TWIHead,
     estimates_of,
     residual_targets,
 )
@@ -30,14 +26,11 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    era_model,
+    give_opinions,
+    noise,
     save_teacher,
 )
-
-
-def vectors(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
 
 # -- decomposition ------------------------------------------------------------
 
@@ -58,8 +51,8 @@ def test_decomposition__by_hand():
 @pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (4, 3, 5, 2)])
 def test_decomposition__branch_error_is_estimate_error(shape):
     # d_i - r_i = e_i - f_t, on vectors, sequences and maps.
-    aligned, teacher = vectors(*shape), vectors(*shape, seed=1)
-    residuals = [vectors(*shape, seed=seed) for seed in (2, 3, 4)]
+    aligned, teacher = noise(*shape), noise(*shape, seed=1)
+    residuals = [noise(*shape, seed=seed) for seed in (2, 3, 4)]
     estimates = estimates_of(aligned=aligned, residuals=residuals)
     targets = residual_targets(estimates=estimates, teacher_feat=teacher)
     for d, r, e in zip(residuals, targets, estimates[1:], strict=True):
@@ -163,8 +156,8 @@ def test_loss__gradients_are_right():
         )
         return losses['loss_era_align'] + losses['loss_era_residual']
 
-    u, d1, d2 = (vectors(2, 3, seed=s).requires_grad_() for s in (0, 1, 2))
-    t = vectors(2, 3, seed=3)
+    u, d1, d2 = (noise(2, 3, seed=s).requires_grad_() for s in (0, 1, 2))
+    t = noise(2, 3, seed=3)
     total(u, d1, d2, t).backward()
     # d/du: 5 * 2 (u - t) / 6 and nothing from the branches (targets are
     # constants); d/dd_i: s_i / n * 2 (d_i - r_i) / 6 with n = 2.
@@ -292,14 +285,7 @@ def _config_dict(config):
 
 
 def build(checkpoint='random', student=None, teacher=None, **kwargs):
-    model = MODELS.build(
-        distillation_config(
-            dict(type='era_mm.ERADistiller', **kwargs),
-            student=student,
-            teacher=teacher,
-            checkpoint=checkpoint,
-        )
-    )
+    model = era_model(checkpoint, student, teacher, **kwargs)
     assert isinstance(model, Distillation)
     return model
 
@@ -550,6 +536,7 @@ def test_distiller__refuses(kwargs, error, message):
 
 # -- the scores and boxes of dense heads --------------------------------------
 
+
 HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
 
 
@@ -563,15 +550,6 @@ def dense_config(head, **kwargs):
     return config
 
 
-@torch.no_grad()
-def give_opinions(model):
-    """Scores other than 0.01, which a fresh head of a teacher gives all."""
-    head = model.teachers['teacher'].model.bbox_head
-    for name, parameter in head.named_parameters():
-        if name.endswith(('_cls.weight', '_reg.weight')):
-            parameter.mul_(30)
-
-
 def dense_pair(head, folder, **kwargs):
     """A pair in double precision, whose teacher is of some opinion."""
     config = dense_config(head, width=16, channels=24)
@@ -583,12 +561,8 @@ def dense_pair(head, folder, **kwargs):
         **kwargs,
     )
     model.init_weights()
-    give_opinions(model)
+    give_opinions(model.teachers['teacher'].model.bbox_head)
     return model.double()
-
-
-def entropy_of(probabilities):
-    return -sum(p * math.log(p) for p in probabilities if p > 0)
 
 
 def kl_of(target, prediction):
@@ -774,7 +748,7 @@ def test_dense__of_what_the_teacher_says_alike_has_the_least_unit():
 def test_dense__units_are_those_of_the_first_batches():
     model = build(twi_steps='none')
     model.init_weights()
-    give_opinions(model)
+    give_opinions(model.teachers['teacher'].model.bbox_head)
     term = model.distillers['distiller'].logit
     batches = term.first_batches
     assert batches.number == 20
@@ -1267,13 +1241,6 @@ def test_twi_head__asked_for_by_name_must_be_there(steps):
         distiller._find_head(Headless(), Headless())
 
 
-def test_twi_head__holds_no_parameters():
-    head = MODELS.build(_config_dict(detector_config())).bbox_head
-    twi = TWIHead(head)
-    assert not list(twi.parameters())
-    assert not twi.state_dict()
-
-
 # -- details that a mutation once survived ------------------------------------
 
 
@@ -1344,74 +1311,6 @@ def test_modes__boxes_are_in_the_original_images_pixels(head, tmp_path):
             torch.testing.assert_close(
                 a.pred_instances.bboxes, 2 * b.pred_instances.bboxes
             )
-
-
-def test_blend__is_raw_only_on_the_same_priors_and_coder():
-    def head(**changes):
-        config = detector_config()
-        config['bbox_head'] = {**config['bbox_head'], **changes}
-        return MODELS.build(ConfigDict(copy.deepcopy(config))).bbox_head.eval()
-
-    feats = (torch.randn(1, 16, 8, 8), torch.randn(1, 16, 4, 4))
-    anchors = detector_config()['bbox_head']['anchor_generator']
-    one = head()
-    for other, expected in (
-        (head(), True),
-        (head(anchor_generator={**anchors, 'octave_base_scale': 4}), False),
-        (
-            head(
-                bbox_coder=dict(
-                    type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]
-                )
-            ),
-            False,
-        ),
-    ):
-        assert can_blend_raw(one, one(feats), other, other(feats)) is expected
-
-
-def test_blend__merged_boxes_are_suppressed_and_capped():
-    def instances(boxes, scores):
-        return InstanceData(
-            bboxes=torch.tensor(boxes, dtype=torch.float32),
-            scores=torch.tensor(scores),
-            labels=torch.zeros(len(boxes), dtype=torch.long),
-        )
-
-    student = instances([[0, 0, 10, 10], [50, 50, 60, 60]], [0.6, 0.3])
-    teacher = instances([[0, 0, 10, 11], [20, 20, 30, 30]], [0.9, 0.5])
-    cfg = ConfigDict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=2)
-    # 10x10 in 10x11: IoU 0.91, so the student's 0.6 goes; 0.3 is third.
-    torch.testing.assert_close(
-        merge((student, teacher), 0.5, cfg).scores, torch.tensor([0.9, 0.5])
-    )
-
-
-def test_blend__merging_weighs_the_scores_by_alpha():
-    def one(x, score):
-        return InstanceData(
-            bboxes=torch.tensor([[x, 0.0, x + 10, 10.0]]),
-            scores=torch.tensor([score]),
-            labels=torch.zeros(1, dtype=torch.long),
-        )
-
-    cfg = ConfigDict(nms=dict(type='nms', iou_threshold=0.5))
-    # alpha 0.2: the student keeps 0.6, the teacher gets 0.8 * 0.2 / 0.8.
-    merged = merge((one(0.0, 0.6), one(50.0, 0.8)), 0.2, cfg)
-    torch.testing.assert_close(merged.scores, torch.tensor([0.6, 0.2]))
-    merged = merge((one(0.0, 0.6), one(50.0, 0.8)), 0.0, cfg)
-    torch.testing.assert_close(merged.scores, torch.tensor([0.6]))
-
-
-def test_modes__files_of_an_evaluator_get_the_modes_name():
-    config = [
-        dict(type='CocoMetric', outfile_prefix='out/res'),
-        dict(type='DumpResults', out_file_path='out/res.pkl'),
-    ]
-    found = for_mode(config, 'T')
-    assert found[0]['outfile_prefix'] == 'out/res.T'
-    assert found[1]['out_file_path'] == 'out/res.T.pkl'
-    assert config[0]['outfile_prefix'] == 'out/res'
 
 
 def test_twi__counting_losses_leave_the_teachers_buffers(tmp_path):

@@ -6,39 +6,24 @@ from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 from torch.nn.functional import cross_entropy, log_softmax, relu, softmax
 
-from era_mm.heads.logit import LogitTerm
-from era_mm.heads.twi import find_head, mismatch
-from era_mm.heads.twi_heads import TWIHead
 from era_mm.testing import (
     classifier_config,
     detector_config,
     distillation_config,
-    save_teacher,
 )
 
 CLASSES = 3
 
 
 @pytest.fixture
-def build(tmp_path):
-    init_default_scope('mmpretrain')
-
+def build(classifiers):
     def make(width=16, student_head=None, teacher_head=None, **kwargs):
         teacher = classifier_config(width=width, num_classes=CLASSES)
         teacher['head'] |= teacher_head or {}
-        file = save_teacher(teacher, tmp_path / 't.pth', scope='mmpretrain')
         student = classifier_config(num_classes=CLASSES)
         student['head'] |= student_head or {}
-        model = MODELS.build(
-            dict(
-                type='era_mm.Distillation',
-                student=student,
-                teacher=dict(config=teacher, checkpoint=file),
-                distiller=dict(type='era_mm.ERADistiller', **kwargs),
-            )
-        )
-        model.init_weights()
-        return model.double()
+        era = dict(type='era_mm.ERADistiller', **kwargs)
+        return classifiers(era, teacher, student).double()
 
     return make
 
@@ -308,23 +293,6 @@ def test_targets__of_the_teacher_are_its_logits_alone(build):
     assert relative(again['loss_era_twi_logit'], expected) < 1e-10
 
 
-def test_logit__of_a_head_that_gives_no_logits_is_left_out():
-    class Several(torch.nn.Module):
-        def forward(self, feats):
-            return dict(one=feats[0], two=feats[0])
-
-    feats = [torch.zeros(1, CLASSES)]
-    reason = LogitTerm().prepare(
-        head=TWIHead(Several()),
-        student=torch.nn.Identity(),
-        student_feats={'head': feats},
-        teacher_feats=feats,
-    )
-    assert reason == (
-        "the teacher's Several gives a dict, not the logits of classes"
-    )
-
-
 def test_logit__of_several_labels_is_left_out():
     # A softmax over classes that may hold together would teach nonsense.
     init_default_scope('mmpretrain')
@@ -349,20 +317,3 @@ def test_logit__of_several_labels_is_left_out():
     assert pair().distillers['distiller'].logit is None
     with pytest.raises(ValueError, match='may be several'):
         pair(logit=dict())
-
-
-def test_head__without_weights_judges_nothing():
-    init_default_scope('mmpretrain')
-    # LeNet, VGG and Inception v3 classify at the end of their backbones.
-    model = MODELS.build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(type='LeNet5', num_classes=10),
-            head=dict(type='ClsHead'),
-        )
-    )
-    assert find_head(model) is not None
-    assert mismatch(model, model) == (
-        "the teacher's head (ClsHead) has no weights: what classifies is the "
-        'end of its backbone, behind the features that are approximated'
-    )

@@ -1,13 +1,10 @@
 """ERA's normalised form: space, bottlenecks, gates, the teacher as target."""
 
 import copy
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
@@ -15,9 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from era_mm.heads.detector_terms import DenseTerm, RoITerm, Said
-from era_mm.heads.twi import find_head
-from era_mm.heads.twi_heads import DenseTWIHead
+from era_mm.heads.detector_terms import DenseTerm, RoITerm
 from era_mm.methods.era import ERADistiller, ERALoss, MBRNet, TWIHook
 from era_mm.methods.era import distiller as distiller_module
 from era_mm.methods.era.losses import (
@@ -31,6 +26,9 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    era_model,
+    give_opinions,
+    noise,
     save_teacher,
     two_stage_config,
 )
@@ -39,17 +37,13 @@ HEADS = ['RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead']
 CLOSE = dict(rtol=1e-10, atol=1e-12)
 
 
-def draw(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=dtype)
-
-
 def step_to(step):
     """The run's iteration."""
     MessageHub.get_current_instance().update_info('iter', step)
 
 
 # -- the space ----------------------------------------------------------------
+
 
 #: Two channels of four samples: mean 2 and deviation 1, mean 2 and 2.
 FEAT = torch.tensor([[1.0, 0.0], [3.0, 0.0], [1.0, 4.0], [3.0, 4.0]])
@@ -75,7 +69,7 @@ def test_space__statistics_by_hand(dims, batches):
 
 
 def test_space__batches_of_other_sizes_count_by_their_positions():
-    feats = [draw(n, 3, h, 2, seed=n).float() for n, h in ((1, 5), (3, 2))]
+    feats = [noise(n, 3, h, 2, seed=n).float() for n, h in ((1, 5), (3, 2))]
     space = FeatureSpace([3], num_batches=2)
     for feat in feats:
         space.update([1000 + feat])
@@ -90,7 +84,7 @@ def test_space__batches_of_other_sizes_count_by_their_positions():
 
 def test_space__levels_have_statistics_of_their_own():
     space = FeatureSpace([2, 3])
-    feats = [draw(4, 2, 5, 5).float(), 10 * draw(4, 3, 2, 2, seed=1).float()]
+    feats = [noise(4, 2, 5, 5).float(), 10 * noise(4, 3, 2, 2, seed=1).float()]
     space.update(feats)
     for level, feat in enumerate(feats):
         dims = (0, 2, 3)
@@ -118,7 +112,7 @@ def test_space__is_fixed_after_its_batches():
 
 
 def test_space__is_resumed_where_it_was():
-    batches = [draw(4, 3, 2, 2, seed=seed).float() for seed in range(5)]
+    batches = [noise(4, 3, 2, 2, seed=seed).float() for seed in range(5)]
     whole = FeatureSpace([3], num_batches=3)
     for batch in batches:
         whole.update([batch])
@@ -139,7 +133,7 @@ def test_space__is_resumed_where_it_was():
 
 def test_space__ranks_add_up(monkeypatch):
     """Two ranks with other images have the statistics of all of them."""
-    parts = [draw(2, 3, 4, 4, seed=seed).float() for seed in range(2)]
+    parts = [noise(2, 3, 4, 4, seed=seed).float() for seed in range(2)]
     whole = FeatureSpace([3])
     whole.update([torch.cat(parts)])
     other = FeatureSpace([3])
@@ -205,7 +199,7 @@ def test_unexplained__is_1_for_the_mean_and_0_for_the_feature(weak):
     space = FeatureSpace([2, 3])
     feats = [
         FEAT * torch.tensor([weak, 1.0]),
-        7 + draw(5, 3, 4).float() * torch.tensor([1.0, 9.0, weak])[:, None],
+        7 + noise(5, 3, 4).float() * torch.tensor([1.0, 9.0, weak])[:, None],
     ]
     space.update(feats)
     means = [
@@ -227,7 +221,7 @@ def test_unexplained__is_1_for_the_mean_and_0_for_the_feature(weak):
 @pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (4, 3, 5, 2)])
 def test_space__restores_what_it_normalises(shape):
     space = FeatureSpace([3]).double()
-    feat = 3 + 5 * draw(*shape)
+    feat = 3 + 5 * noise(*shape)
     # Before it has measured anything, it is the identity.
     assert torch.equal(space.normalize([feat])[0], feat)
     assert torch.equal(space.restore([feat])[0], feat)
@@ -251,8 +245,8 @@ def test_space__needs_a_batch():
 
 @pytest.mark.parametrize('shape', [(4, 3), (4, 3, 5), (2, 3, 5, 2)])
 def test_step_errors__are_those_of_the_definition(shape):
-    aligned, target = (draw(*shape, seed=s).requires_grad_() for s in (0, 1))
-    residuals = draw(shape[0], 4, *shape[1:], seed=2).requires_grad_()
+    aligned, target = (noise(*shape, seed=s).requires_grad_() for s in (0, 1))
+    residuals = noise(shape[0], 4, *shape[1:], seed=2).requires_grad_()
     inputs = [aligned, residuals, target]
     found = step_errors(aligned=aligned, residuals=residuals, target=target)
     d = residuals.unbind(1)
@@ -298,12 +292,13 @@ def test_step_errors__of_half_precision_are_those_of_float32():
 
 # -- bottlenecks --------------------------------------------------------------
 
+
 SHAPES = {0: (6,), 1: (3, 5), 2: (3, 5, 4)}
 
 
 def feature(dims, channels, seed=0):
     number, *space = SHAPES[dims]
-    return draw(number, channels, *space, seed=seed)
+    return noise(number, channels, *space, seed=seed)
 
 
 def seasoned(*args, **kwargs):
@@ -417,6 +412,7 @@ def test_bottleneck__first_layers_have_hes_size():
 
 # -- folding ------------------------------------------------------------------
 
+
 NETS = {
     'bottleneck': dict(branch='bottleneck', branch_width=2),
     'bottleneck-norm': dict(
@@ -500,14 +496,7 @@ def test_folded__without_a_space_is_a_copy():
 
 
 def build(checkpoint='random', student=None, teacher=None, **kwargs):
-    model = MODELS.build(
-        distillation_config(
-            dict(type='era_mm.ERADistiller', **kwargs),
-            student=student,
-            teacher=teacher,
-            checkpoint=checkpoint,
-        )
-    )
+    model = era_model(checkpoint, student, teacher, **kwargs)
     model.init_weights()
     return model
 
@@ -516,14 +505,6 @@ def batch_of(model, seed=0, num=4):
     data = model.data_preprocessor(detection_batch(num, seed=seed), True)
     data['inputs'] = data['inputs'].to(next(model.student.parameters()).dtype)
     return data
-
-
-@torch.no_grad()
-def give_opinions(head):
-    """Scores other than 0.01, which a fresh head gives all."""
-    for name, parameter in head.named_parameters():
-        if name.endswith(('_cls.weight', '_reg.weight')):
-            parameter.mul_(30)
 
 
 def test_default__is_the_recipe():
@@ -1052,250 +1033,6 @@ def test_twin__predicts_as_the_teacher_in_every_mode(tmp_path):
                     rtol=1e-4,
                     atol=1e-3,
                 )
-
-
-def dense_head(kind, **changes):
-    """A head of a teacher in double precision, and features for it."""
-    config = detector_config(head=kind)
-    config['bbox_head'] |= changes
-    torch.manual_seed(0)
-    model = MODELS.build(ConfigDict(copy.deepcopy(config))).double().eval()
-    model.init_weights()
-    give_opinions(model.bbox_head)
-    head = find_head(model)
-    steps = [
-        [draw(3, 16, size, size, seed=10 * k + size) for size in (8, 4)]
-        for k in range(4)
-    ]
-    samples = detection_batch(3)['data_samples']
-    for sample in samples:
-        sample.set_metainfo(dict(batch_input_shape=(64, 64)))
-    return head, steps, samples
-
-
-@pytest.mark.parametrize(
-    ('kind', 'changes'),
-    [
-        *((kind, dict()) for kind in HEADS),
-        # It counts examples in a buffer; boxes are decoded.
-        (
-            'RetinaHead',
-            dict(loss_cls=dict(type='GHMC', bins=5, momentum=0.75)),
-        ),
-        (
-            'RetinaHead',
-            dict(reg_decoded_bbox=True, loss_bbox=dict(type='GIoULoss')),
-        ),
-    ],
-    ids=[*HEADS, 'counting', 'decoded'],
-)
-@pytest.mark.parametrize('by', ['labels', 'teacher', 'both'])
-def test_judge__of_several_is_that_of_each(kind, changes, by, monkeypatch):
-    head, steps, samples = dense_head(kind, **changes)
-    assert type(head) is DenseTWIHead
-    term = said = None
-    if by != 'labels':
-        term = DenseTerm()
-        assert (
-            term.prepare(
-                head=head,
-                student=nn.ModuleDict(dict(bbox_head=head.head)),
-                student_feats={
-                    'bbox_head': tuple(
-                        level
-                        for kind in head.training_forward(steps[0])
-                        for level in kind
-                    )
-                },
-                teacher_feats=steps[0],
-            )
-            is None
-        )
-        term.double()
-        said = term.target(head, steps[0], samples)
-        term.measure(said)
-    options = dict(by_labels=by != 'teacher', term=term, said=said)
-    before = copy.deepcopy(head.head.state_dict())
-    found = head.judge(steps, samples, **options)
-    assert len(found) == 4
-    for step, terms in zip(steps, found, strict=True):
-        (alone,) = head.judge([step], samples, **options)
-        assert set(terms) == set(alone)
-        expected = {}
-        if by != 'teacher':
-            expected |= head.loss(step, samples)
-        if by != 'labels':
-            expected |= term.of_estimate(head, step, said)
-        assert set(terms) == set(expected)
-        for key, value in expected.items():
-            assert value.isfinite(), key
-            torch.testing.assert_close(alone[key], value, **CLOSE)
-            torch.testing.assert_close(terms[key], value, **CLOSE)
-    # The steps differ, or it would say nothing.
-    assert len({float(next(iter(terms.values()))) for terms in found}) == 4
-    if by != 'labels':
-        # The first is what the teacher has said itself.
-        assert abs(found[0]['logit']) < 1e-12
-    # The head is as it was.
-    assert not any(module.training for module in head.head.modules())
-    for key, value in head.head.state_dict().items():
-        assert torch.equal(value, before[key]), key
-    assert 'get_targets' not in vars(head.head)
-
-
-@pytest.mark.parametrize(
-    ('kind', 'assigning', 'calls'),
-    [
-        # Once for each of the three images; FCOS has no assigner.
-        ('RetinaHead', 'assigner.assign', 3),
-        ('ATSSHead', 'assigner.assign', 3),
-        ('GFLHead', 'assigner.assign', 3),
-        ('FCOSHead', '_get_targets_single', 3),
-    ],
-)
-def test_judge__assigns_the_truth_once(kind, assigning, calls, monkeypatch):
-    head, steps, samples = dense_head(kind)
-    owner, _, name = assigning.rpartition('.')
-    owner = getattr(head.head, owner) if owner else head.head
-    original, seen = getattr(owner, name), []
-
-    def spy(*args, **kwargs):
-        seen.append(name)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, spy)
-    head.judge(steps, samples)
-    assert len(seen) == calls
-    # The next batch's is another.
-    head.judge(steps[:2], samples)
-    assert len(seen) == 2 * calls
-    # By the teacher alone there is no truth to assign.
-    term = DenseTerm(box_weight=0.0)
-    term.num_classes, term.num_levels = 3, 2
-    term._set_up_units(3, 4)
-    term.double()
-    said = term.target(head, steps[0], samples)
-    head.judge(steps, samples, by_labels=False, term=term, said=said)
-    assert len(seen) == 2 * calls
-
-
-def test_judge__assigns_anew_where_it_depends_on_predictions():
-    # YOLOX's assigner costs what a prediction gets wrong.
-    spec = importlib.util.spec_from_file_location(
-        'twi_heads_tests', Path(__file__).with_name('test_twi_heads.py')
-    )
-    tests = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tests)
-    torch.manual_seed(0)
-    model = MODELS.build(ConfigDict(tests.host_config('yolox'))).eval()
-    head = find_head(model)
-    steps = [
-        [
-            draw(2, 16, size, size, seed=10 * k + size).float()
-            for size in (8, 4, 2)
-        ]
-        for k in range(3)
-    ]
-    samples = detection_batch(2)['data_samples']
-    for sample in samples:
-        sample.set_metainfo(dict(batch_input_shape=(64, 64)))
-    calls = []
-    assign = head.head.assigner.assign
-
-    def spy(*args, **kwargs):
-        calls.append(1)
-        return assign(*args, **kwargs)
-
-    head.head.assigner.assign = spy
-    found = head.judge(steps, samples)
-    assert len(calls) == 3 * 2
-    for step, terms in zip(steps, found, strict=True):
-        for key, value in head.loss(step, samples).items():
-            torch.testing.assert_close(terms[key], value)
-
-
-# -- units --------------------------------------------------------------------
-
-
-def said_of(scores, boxes, number=None):
-    return Said(
-        None,
-        scores,
-        boxes,
-        scores.amax(dim=1),
-        number or len(scores),
-    )
-
-
-def test_units__make_a_guess_by_frequency_cost_one():
-    """Logits that are the log of the mean score, and so for the boxes."""
-    sure = draw(12, 3).sigmoid()
-    bins = draw(12, 4, 9).softmax(dim=2)
-    term = DenseTerm(weight=2.0, box_weight=0.5)
-    term.bins = 9
-    term._set_up_units(3, 36)
-    term.double()
-    said = said_of(sure, bins)
-    term.measure(said)
-    weight = said.sure[:, None, None]
-    mean = (weight * bins).sum(0) / weight.sum()
-    found = term._compare(
-        sure.mean(0).logit().expand(12, 3),
-        mean.log().expand(12, 4, 9),
-        said,
-    )
-    assert found['logit'].item() == pytest.approx(2.0, rel=1e-12)
-    assert found['box'].item() == pytest.approx(0.5, rel=1e-12)
-    # Without a constant added to a softmax's logits, and at the target, 0.
-    found = term._compare(sure.logit(), 3 + bins.log(), said)
-    assert abs(found['logit']) < 1e-12
-    assert abs(found['box']) < 1e-12
-
-    term = RoITerm(weight=2.0, box_weight=0.0)
-    term._set_up_units(4, 4)
-    term.double()
-    scores = draw(12, 4, seed=3).softmax(dim=1)
-    said = said_of(scores, None)
-    term.measure(said)
-    found = term._compare(scores.mean(0).log().expand(12, 4), None, said)
-    assert found['logit'].item() == pytest.approx(2.0, rel=1e-12)
-    found = term._compare(scores.log(), None, said)
-    assert abs(found['logit']) < 1e-12
-
-
-def test_units__of_sides_are_deviations_where_the_teacher_is_sure():
-    # Sureness 1 and 3 at the sides 0 and 4: mean 3, deviation sqrt(3); with
-    # the mean sureness 2 the unit is 2 sqrt(3).
-    boxes = torch.tensor([[0.0] * 4, [4.0] * 4]).double()
-    scores = torch.tensor([[0.1], [0.3]], dtype=torch.float64)
-    term = DenseTerm()
-    term._set_up_units(1, 4)
-    term.double()
-    said = said_of(scores, boxes)
-    term.measure(said)
-    unit = 0.2 * math.sqrt(3)
-    assert term.box_unit.value.tolist() == pytest.approx([unit] * 4, rel=1e-12)
-    # Off by 1 at the first and by 2 at the second row.
-    off = boxes + torch.tensor([[1.0], [-2.0]]).double()
-    found = term._compare(scores.logit(), off, said)
-    expected = (0.1 * 1 + 0.3 * 2) / 2 / unit
-    assert found['box'].item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_units__rows_that_are_missing_count():
-    # Of four rows two were found: the terms are halved, not the same.
-    scores = draw(2, 3).sigmoid()
-    boxes = draw(2, 4)
-    terms = []
-    for number in (2, 4):
-        term = DenseTerm()
-        term._set_up_units(3, 4)
-        term.double()
-        said = said_of(scores, boxes, number)
-        term.measure(said)
-        terms.append(term._compare(draw(2, 3, seed=1), boxes + 1, said))
-    for name in ('logit', 'box'):
-        torch.testing.assert_close(terms[0][name] / 2, terms[1][name], **CLOSE)
 
 
 # -- two stages ---------------------------------------------------------------

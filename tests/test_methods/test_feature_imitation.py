@@ -5,14 +5,9 @@ import torch
 from mmengine.registry import MODELS
 
 from era_mm.methods.feature_imitation import imitation_loss, standardise
-from era_mm.testing import detection_batch, distillation_config
+from era_mm.testing import detection_batch, distillation_config, noise
 
 ROLES = ('student', 'teacher')
-
-
-def noise(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def test_mse__by_hand():

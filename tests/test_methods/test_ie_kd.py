@@ -27,6 +27,7 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    noise,
     save_teacher,
 )
 
@@ -34,11 +35,6 @@ from era_mm.testing import (
 def factor(*values):
     """One sample with as many channels as values, on a 1x1 map."""
     return torch.tensor([values], dtype=torch.float64)[..., None, None]
-
-
-def noise(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def build(teacher_file, **kwargs):

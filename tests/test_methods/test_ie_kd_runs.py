@@ -1,14 +1,12 @@
 """IE-KD in whole runs: phases, interruption and resumption."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from era_mm.testing import distillation_config, run_config
+from era_mm.testing import differ, distillation_config, run_config, run_ranks
 
 # 12 iterations, four per epoch; the seventh is the student's first.
 PRETRAIN = 6
@@ -63,10 +61,6 @@ def train(make_runner, coco, teacher_file, tmp_path):
     return run
 
 
-def differ(before, after):
-    return any(not torch.equal(v, after[k]) for k, v in before.items())
-
-
 def test_run__phases_and_resumption_in_each(train, tmp_path):
     whole, expected = train('whole')
     assert list(expected) == list(range(12))
@@ -103,12 +97,7 @@ def ranks(coco, teacher_file, tmp_path_factory):
     """What a rank has: extras and losses, by phase and first epoch."""
     out = tmp_path_factory.mktemp('ie_kd_ddp')
     worker = Path(__file__).with_name('ie_kd_ddp_worker.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node=2', str(worker), coco, teacher_file]
-    result = subprocess.run(
-        [*command, str(out)], capture_output=True, text=True, timeout=500
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(worker, coco, teacher_file, str(out))
     return lambda pretrain, epoch, rank: torch.load(
         out / f'pretrain_{pretrain}_from_{epoch}_{rank}.pth'
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -14,10 +14,10 @@ from era_mm.engine.pairing import Pair
 from era_mm.methods.era import ERADistiller, ERALoss, MBRNet, mbrnet
 from era_mm.methods.era.building import ChannelLayerNorm
 from era_mm.testing import (
-    classifier_config,
     detection_batch,
     detector_config,
-    save_teacher,
+    era_model,
+    noise,
 )
 
 # One level's feature of each rank: vectors, sequences, maps.
@@ -28,10 +28,7 @@ CLOSE = dict(rtol=1e-9, atol=1e-11)
 
 def feature(dims, seed=0, channels=4):
     n, _, *space = SHAPES[dims]
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(
-        n, channels, *space, generator=generator, dtype=torch.float64
-    )
+    return noise(n, channels, *space, seed=seed)
 
 
 def make(dims, out=5, seed=0, **kwargs):
@@ -452,24 +449,13 @@ def test_reduction__by_hand(dims):
 
 
 @pytest.fixture
-def build(tmp_path):
+def build(classifiers):
     """A classifier pair in float64."""
-    init_default_scope('mmpretrain')
 
     def built(**kwargs):
-        teacher = classifier_config(width=16)
-        file = save_teacher(teacher, tmp_path / 't.pth', scope='mmpretrain')
         torch.manual_seed(0)
-        model = MODELS.build(
-            dict(
-                type='era_mm.Distillation',
-                student=classifier_config(),
-                teacher=dict(config=teacher, checkpoint=file),
-                distiller=dict(type='era_mm.ERADistiller', **kwargs),
-            )
-        )
-        model.init_weights()
-        return model.double()
+        era = dict(type='era_mm.ERADistiller', **kwargs)
+        return classifiers(era).double()
 
     return built
 
@@ -822,17 +808,7 @@ def test_no_head__needs_nothing_but_features(dims):
 def detector(**kwargs):
     """A pair of toy detectors."""
     init_default_scope('mmdet')
-    model = MODELS.build(
-        dict(
-            type='era_mm.Distillation',
-            student=detector_config(),
-            teacher=dict(
-                config=detector_config(width=16, channels=24),
-                checkpoint='random',
-            ),
-            distiller=dict(type='era_mm.ERADistiller', **kwargs),
-        )
-    )
+    model = era_model(**kwargs)
     model.init_weights()
     return model
 

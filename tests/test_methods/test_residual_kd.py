@@ -1,8 +1,6 @@
 """Residual KD: values, routing, phases, and the pair as a host model."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +37,7 @@ from era_mm.testing import (
     detector_config,
     distillation_config,
     run_config,
+    run_ranks,
     save_teacher,
 )
 
@@ -813,12 +812,7 @@ WORKER = Path(__file__).with_name('residual_kd_ddp_worker.py')
 def ranks(coco, teacher_file, tmp_path_factory):
     """What two ranks have: weights and losses, by the epoch they begin at."""
     out = tmp_path_factory.mktemp('rkd_ddp')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node=2', str(WORKER), coco, teacher_file]
-    result = subprocess.run(
-        [*command, str(out)], capture_output=True, text=True, timeout=500
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(WORKER, coco, teacher_file, str(out))
     return [
         {b: torch.load(out / f'from_{b}_rank{r}.pth') for b in (0, 2, 4)}
         for r in (0, 1)

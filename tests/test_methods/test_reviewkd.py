@@ -1,5 +1,7 @@
 """ReviewKD: HCL by hand, fusion against its formula, routing."""
 
+import functools
+
 import pytest
 import torch
 from mmengine.registry import MODELS
@@ -7,13 +9,12 @@ from torch.nn.functional import batch_norm, conv2d
 
 from era_mm.methods.reviewkd import AttentionFusion, hierarchical_loss
 from era_mm.testing import detection_batch, distillation_config
+from era_mm.testing import noise as double_noise
 
 STAGES = [f'backbone.layer{index}' for index in range(1, 5)]
 
 
-def noise(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator)
+noise = functools.partial(double_noise, dtype=torch.float32)
 
 
 def test_hcl__by_hand():

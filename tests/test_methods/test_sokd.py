@@ -1,5 +1,6 @@
 """SoKD's parts: the dossier's numbers, slow references, what may not learn."""
 
+import functools
 import math
 
 import pytest
@@ -25,6 +26,7 @@ from era_mm.methods.sokd import (
 )
 from era_mm.methods.sokd.areas import Targets, find_peaks, spatial_attention
 from era_mm.methods.sokd.ops import build_op
+from era_mm.testing import noise as double_noise
 
 OPS = [
     'ChannelMask',
@@ -45,9 +47,7 @@ class ToZero(FeatureOp):
         return feat * 0
 
 
-def noise(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator)
+noise = functools.partial(double_noise, dtype=torch.float32)
 
 
 def run_op(name, feat, magnitude, seed=0):

@@ -2,18 +2,12 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from era_mm.testing import distillation_config, run_config
-
-
-def differ(before, after):
-    return any(not torch.equal(v, after[k]) for k, v in before.items())
+from era_mm.testing import differ, distillation_config, run_config, run_ranks
 
 
 @pytest.fixture
@@ -125,12 +119,7 @@ def test_ddp__all_ranks_sample_and_learn_the_same_policy(
     coco, teacher_file, tmp_path
 ):
     worker = Path(__file__).with_name('sokd_ddp_worker.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node=2', str(worker), coco, teacher_file]
-    result = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(worker, coco, teacher_file, str(tmp_path), timeout=300)
     for order in ('first', 'second'):
         first, second = (
             torch.load(tmp_path / f'{order}_rank{rank}.pth') for rank in (0, 1)

@@ -26,12 +26,12 @@ from era_mm.methods.trunk_to_branch import (
     stage_names,
 )
 from era_mm.methods.trunk_to_branch.stages import as_feature
-from era_mm.testing import classifier_config, detection_batch, detector_config
-
-
-def noise(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+from era_mm.testing import (
+    classifier_config,
+    detection_batch,
+    detector_config,
+    noise,
+)
 
 
 def build(student, **kwargs):

@@ -1,15 +1,12 @@
 """Trunk-to-Branch in whole runs, on one rank and on two."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from era_mm.core import extras_of
-from era_mm.testing import detector_config
+from era_mm.testing import detector_config, run_ranks
 
 WORKER = Path(__file__).with_name('trunk_to_branch_ddp_worker.py')
 
@@ -67,16 +64,7 @@ def test_run__shows_the_correlation_and_goes_on(make_runner, tmp_path):
 def ranks(coco, tmp_path_factory):
     """What two gloo ranks found."""
     out = tmp_path_factory.mktemp('t2b_ddp')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += ['--nproc_per_node=2', str(WORKER), coco, str(out)]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(WORKER, coco, str(out), timeout=300)
     return [torch.load(out / f'rank{rank}.pth') for rank in (0, 1)]
 
 

@@ -5,7 +5,6 @@ and weights), ``era_mm.heads`` (which head of the teacher is reused, and how),
 ``twi_hook`` (the modes reported), ``distiller`` (all of it put together).
 """
 
-from ...heads import TWIHead
 from .distiller import ERADistiller
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
@@ -15,7 +14,6 @@ __all__ = [
     'ERADistiller',
     'ERALoss',
     'MBRNet',
-    'TWIHead',
     'TWIHook',
     'estimates_of',
     'residual_targets',

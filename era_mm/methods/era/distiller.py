@@ -21,7 +21,7 @@ from ...heads import (
     find_head,
     tower_sources,
 )
-from ...layers import check_alike, full_precision
+from ...layers import check_alike, full_precision, levels_of
 from ...registry import MODELS
 from .approximation import (
     Parts,
@@ -252,7 +252,7 @@ class ERADistiller(HeadUser):
         self, feats: Features, sources: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
         """The features of some sources in a row, channels in dimension 1."""
-        maps = tuple(feat for source in sources for feat in feats[source])
+        maps = tuple(levels_of(feats, sources))
         # Encoders of DETR-like detectors give (N, L, C).
         return tuple(m.mT for m in maps) if self._tokens else maps
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from ...registry import MODELS
+from ...layers import full_precision
+from ...registry import explain_unknown_keys
 
 REDUCTIONS = ('sum', 'mean')
 
@@ -68,8 +69,14 @@ def residual_targets(
 
 def _mse(prediction: Tensor, target: Tensor) -> Tensor:
     # Half precision loses the small last residuals.
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    return mse_loss(prediction.to(dtype), target.to(dtype))
+    prediction = full_precision(prediction)
+    return mse_loss(prediction, target.to(prediction.dtype))
+
+
+def _error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The difference, in float32 at least."""
+    prediction = full_precision(prediction)
+    return prediction - target.to(prediction.dtype)
 
 
 class _StepErrors(torch.autograd.Function):
@@ -84,8 +91,7 @@ class _StepErrors(torch.autograd.Function):
         ctx: Any, aligned: Tensor, residuals: Tensor, target: Tensor
     ) -> Tensor:
         ctx.save_for_backward(aligned, residuals, target)
-        dtype = torch.promote_types(aligned.dtype, torch.float32)
-        error = aligned.to(dtype) - target.to(dtype)
+        error = _error(aligned, target)
         errors = [error.square().mean()]
         for residual in residuals.unbind(dim=1):
             error += residual
@@ -98,8 +104,7 @@ class _StepErrors(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         aligned, residuals, target = ctx.saved_tensors
-        dtype = torch.promote_types(aligned.dtype, torch.float32)
-        error = aligned.to(dtype) - target.to(dtype)
+        error = _error(aligned, target)
         scales = (2 / error.numel() * grad).unbind()
         of_first = scales[0] * error
         of_later = torch.empty_like(residuals)
@@ -135,7 +140,7 @@ def step_errors(
     return _StepErrors.apply(aligned, residuals, target)
 
 
-@MODELS.register_module()
+@explain_unknown_keys
 class ERALoss(nn.Module):
     """ERA's losses; head losses come in from outside.
 

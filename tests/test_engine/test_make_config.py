@@ -6,14 +6,12 @@ The pairs are mmdet's and mmpretrain's own configs, cut down in width.
 import errno
 import io
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from mmdet.apis import init_detector
-from mmdet.models import RetinaNet
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.datasets import CIFAR10  # noqa: F401  # prints, once
 from mmpretrain.structures import DataSample
@@ -21,13 +19,8 @@ from mmpretrain.structures import DataSample
 from era_mm import cli
 from era_mm.core import Distillation
 from era_mm.engine import make_config
-from era_mm.engine.host_configs import (
-    class_names,
-    published_checkpoint,
-    read_host_config,
-)
+from era_mm.engine.host_configs import read_host_config
 from era_mm.engine.make_config import LINE_LENGTH
-from era_mm.engine.measure import Member
 from era_mm.testing import (
     detection_batch,
     detector_config,
@@ -36,141 +29,6 @@ from era_mm.testing import (
 )
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-RESNET = (
-    'backbone=dict(depth=18, base_channels=8, stem_channels=8, '
-    'frozen_stages=-1, norm_eval=False, init_cfg=None, '
-    "norm_cfg=dict(type='BN', requires_grad=True), style='pytorch'), "
-    'neck=dict(in_channels=[8, 16, 32, 64], out_channels=16{neck})'
-)
-DENSE = (
-    'bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, '
-    'num_classes={classes}{head})'
-)
-ROI = (
-    'rpn_head=dict(in_channels=16, feat_channels=16), roi_head=dict('
-    'bbox_roi_extractor=dict(out_channels=16), bbox_head=dict('
-    'in_channels=16, fc_out_channels=16, num_classes=3){masks})'
-)
-MASKS = (
-    ', mask_roi_extractor=dict(out_channels=16), mask_head=dict('
-    'in_channels=16, conv_out_channels=16, num_convs=1, num_classes=3)'
-)
-SWIN_DETECTOR = (
-    'backbone=dict(embed_dims=8, depths=[1, 1, 1, 1], '
-    'num_heads=[1, 1, 2, 2], init_cfg=None), '
-    'neck=dict(in_channels=[8, 16, 32, 64], out_channels=16)'
-)
-
-
-def dense(neck='', head='', classes=3):
-    return f'{RESNET.format(neck=neck)}, ' + DENSE.format(
-        classes=classes, head=head
-    )
-
-
-def retina(strides, neck, classes=3):
-    return dense(
-        f', num_outs={len(strides)}{neck}',
-        f', anchor_generator=dict(strides={strides})',
-        classes,
-    )
-
-
-MODELS_OF = {
-    'retinanet': ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', dense()),
-    'retinanet_3_levels': (
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        retina([8, 16, 32], ''),
-    ),
-    'retinanet_from_4': (
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        retina([4, 8, 16, 32], ', start_level=0'),
-    ),
-    'retinanet_coarse': (
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        retina([32, 64, 128], ', start_level=3'),
-    ),
-    'retinanet_5_classes': (
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        dense(classes=5),
-    ),
-    'retinanet_unpadded': (
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        f'data_preprocessor=dict(pad_size_divisor=1), {dense()}',
-    ),
-    'fcos': (
-        'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-        dense(head=", norm_cfg=dict(type='BN')"),
-    ),
-    'faster_rcnn': (
-        'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-        f'{RESNET.format(neck="")}, {ROI.format(masks="")}',
-    ),
-    'mask_rcnn_swin': (
-        'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
-        f'{SWIN_DETECTOR}, {ROI.format(masks=MASKS)}',
-    ),
-    'resnet': (
-        'mmpretrain::resnet/resnet18_8xb32_in1k.py',
-        'backbone=dict(base_channels=8, stem_channels=8), '
-        'head=dict(in_channels=64, num_classes=3, topk=(1,))',
-    ),
-    'resnet_wide': (
-        'mmpretrain::resnet/resnet18_8xb32_in1k.py',
-        'backbone=dict(base_channels=16, stem_channels=16), '
-        'head=dict(in_channels=128, num_classes=3, topk=(1,))',
-    ),
-    'vit': (
-        'mmpretrain::vision_transformer/vit-base-p16_32xb128-mae_in1k.py',
-        'backbone=dict(arch=dict(_delete_=True, embed_dims=24, num_layers=2, '
-        'num_heads=2, feedforward_channels=32), init_cfg=None), '
-        'head=dict(in_channels=24, num_classes=3, loss=dict(num_classes=3)), '
-        'data_preprocessor=dict(num_classes=3)',
-    ),
-    'swin': (
-        'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
-        'backbone=dict(arch=dict(_delete_=True, embed_dims=8, '
-        'depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])), '
-        'head=dict(in_channels=64, num_classes=3), '
-        'data_preprocessor=dict(num_classes=3)',
-    ),
-}
-
-
-@pytest.fixture
-def host(tmp_path):
-    """Writes a user's own config that inherits a host's."""
-
-    def write(name):
-        base, model = MODELS_OF[name]
-        # By its path: 'mmdet::...' reads all metafiles of the host.
-        base = str(read_host_config(base).path)
-        path = tmp_path / 'own' / f'{name}.py'
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f'_base_ = {base!r}\nmodel = dict({model})\n')
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def make(host, tmp_path, capsys):
-    """Runs the command; gives the written config and what was printed."""
-
-    def run(student, teacher, *args):
-        out = tmp_path / 'made' / f'{student}_{teacher}.py'
-        status = cli.run_make_config(
-            [
-                *('--student', host(student), '--teacher', host(teacher)),
-                *('--teacher-checkpoint', 'random', '--out', str(out), *args),
-            ]
-        )
-        printed = capsys.readouterr()
-        assert status == 0, printed.err
-        assert len(out.read_text().splitlines()) <= 30
-        return Config.fromfile(out), printed.out
-
-    return run
 
 
 def build(config):
@@ -606,50 +464,6 @@ def test_train__runs_the_file_at_once(tmp_path, coco, monkeypatch, capsys):
     assert set(state) == set(plain.state_dict())
 
 
-# -- sources ------------------------------------------------------------------
-
-
-def test_print_sources__of_a_host_config(host, capsys):
-    assert cli.run_print_sources([host('retinanet')]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith('model: RetinaNet, ')
-    assert lines[0].endswith('on 256x256')
-    rows = {line.split()[0]: line.split(None, 2)[1:] for line in lines[1:]}
-    assert rows['neck'] == [
-        'FPN',
-        '16x32x32 /8, 16x16x16 /16, 16x8x8 /32, 16x4x4 /64, 16x2x2 /128',
-    ]
-    assert rows['backbone.layer3'] == ['ResLayer', '32x16x16 /16']
-    # Containers are not called themselves.
-    assert 'neck.fpn_convs' not in rows
-    assert all(name.count('.') < 2 for name in rows)
-    assert cli.run_print_sources([host('retinanet'), '--depth', '1']) == 0
-    shallow = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in shallow[1:]] == ['backbone', 'neck']
-
-
-def test_print_sources__of_a_distillation(make, tmp_path, capsys):
-    make('resnet', 'vit')
-    out = tmp_path / 'made' / 'resnet_vit.py'
-    assert cli.run_print_sources([str(out), '--input-size', '64']) == 0
-    student, teacher = capsys.readouterr().out.split('\n\n')
-    assert student.startswith('student: ImageClassifier')
-    assert 'on 64x64' in student
-    assert '64x2x2 /32' in student
-    assert teacher.startswith('teacher: ImageClassifier')
-    # A class token and 4 x 4 patches of 16 pixels.
-    assert re.search(r'backbone.ln1 +LayerNorm +17x24\n', teacher)
-
-
-def test_print_sources__says_what_it_cannot_run(host, capsys):
-    assert cli.run_print_sources(['mmdet::retinanet/retinanet_r50']) == 1
-    assert 'Nearest names' in capsys.readouterr().err
-    for flag in ('--depth', '--input-size'):
-        assert cli.run_print_sources([host('retinanet'), flag, '0']) == 1
-        error = capsys.readouterr().err
-        assert f'{flag}: expected a number of 1 or more, but got 0' in error
-
-
 # -- bad input ----------------------------------------------------------------
 
 
@@ -763,13 +577,6 @@ def test_refused__a_student_that_trains_on_more_than_it_predicts_from(
     assert 'got [(6, 1024, 16, 16)]' in error
 
 
-def test_member__need_not_return_itself_from_train(monkeypatch):
-    # As mmdet's LAD and LD do not.
-    monkeypatch.setattr(RetinaNet, 'train', lambda self, mode=True: None)
-    config = ConfigDict(detector_config())
-    assert Member('student', 'own', config, 'mmdet').kind == 'detector'
-
-
 def test_refused__the_students_own_file(refused, host, tmp_path):
     error = refused(teacher=host('retinanet'))
     assert "is the student's own config" in error
@@ -873,33 +680,3 @@ def test_refused__weights_of_another_model(refused, host, tmp_path):
     url = 'https://example.org/t.pth'
     error = refused(teacher_checkpoint=url, student_checkpoint=url)
     assert "is the student's own file" in error
-
-
-# -- configs of the hosts -----------------------------------------------------
-
-
-def test_published_checkpoint__is_the_metafiles():
-    config = read_host_config('mmdet::retinanet/retinanet_r101_fpn_2x_coco')
-    assert published_checkpoint(config).endswith(
-        'retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth'
-    )
-
-
-def test_class_names__of_config_data_set_and_wrappers(host, tmp_path):
-    coco = class_names(read_host_config(host('retinanet')))
-    assert len(coco) == 80
-    assert coco[0] == 'person'
-    own = tmp_path / 'classes.py'
-    own.write_text(
-        textwrap.dedent("""
-        default_scope = 'mmdet'
-        model = dict(type='RetinaNet')
-        inner = dict(type='CocoDataset', metainfo=dict(classes=('a', 'b')))
-        train_dataloader = dict(
-            dataset=dict(type='RepeatDataset', times=2, dataset=inner)
-        )
-        """)
-    )
-    assert class_names(read_host_config(str(own))) == ('a', 'b')
-    own.write_text("model = dict(type='RetinaNet')\n")
-    assert class_names(read_host_config(str(own))) is None

@@ -1,11 +1,10 @@
+"""The command line."""
+
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
 
 from era_mm import cli
-from era_mm.engine import launch
-from era_mm.engine.testing_options import add_show, use_tta
 from era_mm.errors import UserError
 
 # mmengine refuses it when the Runner is built: the train loop is missing.
@@ -114,73 +113,3 @@ def test_train__takes_both_spellings_of_the_rank(spelling: str) -> None:
 def test_help__has_no_gpus_flag() -> None:
     # mim reads the help and would pass --gpus or --device on.
     assert '--gpus' not in cli._train_parser().format_help()
-
-
-def test_use_amp__picks_the_wrapper_of_the_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for device, expected in (
-        ('cpu', 'CPUAmpOptimWrapper'),
-        ('cuda', 'AmpOptimWrapper'),
-    ):
-        monkeypatch.setattr(launch, 'get_device', lambda device=device: device)
-        cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
-        launch.use_amp(cfg)
-        assert cfg.optim_wrapper.type == expected
-
-
-def test_use_amp__refuses_another_wrapper() -> None:
-    cfg = Config(dict(optim_wrapper=dict(type='ApexOptimWrapper')))
-    with pytest.raises(UserError, match='ApexOptimWrapper'):
-        launch.use_amp(cfg)
-
-
-def test_prepare_launch__explains_missing_variables(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
-    for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match='RANK, WORLD_SIZE'):
-        launch.prepare_launch(Config(dict(launcher='pytorch')))
-    with pytest.raises(UserError, match='--launcher slurm'):
-        launch.prepare_launch(Config(dict(launcher='slurm')))
-
-
-def test_add_show__speaks_both_hosts_words() -> None:
-    for kind, switch, folder in (
-        ('DetVisualizationHook', 'draw', 'test_out_dir'),
-        ('VisualizationHook', 'enable', 'out_dir'),
-    ):
-        hook = dict(type=kind)
-        cfg = Config(dict(default_hooks=dict(visualization=hook)))
-        add_show(cfg, show=False, show_dir='painted', wait_time=1)
-        assert cfg.default_hooks.visualization[switch] is True
-        assert cfg.default_hooks.visualization[folder] == 'painted'
-    with pytest.raises(UserError, match=r'default_hooks\.visualization'):
-        add_show(Config(dict()), show=True, show_dir=None, wait_time=1)
-
-
-def test_use_tta__flips_a_detector_by_default() -> None:
-    load, pack = dict(type='LoadImageFromFile'), dict(type='PackDetInputs')
-    cfg = Config(
-        dict(
-            default_scope='mmdet',
-            model=dict(type='RetinaNet'),
-            test_dataloader=dict(dataset=dict(pipeline=[load, pack])),
-        )
-    )
-    use_tta(cfg)
-    assert cfg.model.type == 'DetTTAModel'
-    assert cfg.model.module.type == 'RetinaNet'
-    pipeline = cfg.test_dataloader.dataset.pipeline
-    assert [step.type for step in pipeline] == [
-        'LoadImageFromFile',
-        'TestTimeAug',
-    ]
-
-
-def test_use_tta__sends_a_distillation_to_its_student() -> None:
-    cfg = Config(dict(model=dict(type='era_mm.Distillation')))
-    with pytest.raises(UserError, match="student's own config"):
-        use_tta(cfg)

@@ -8,7 +8,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
 from torch import nn
 
-from era_mm.core import BaseDistiller, extras_of
+from era_mm.core import BaseDistiller, extras_of, utils
 from era_mm.engine.ddp import DistillationDataParallel
 from era_mm.registry import MODELS as ERA_MODELS
 from era_mm.testing import (
@@ -373,89 +373,6 @@ def test_schedule__of_an_unknown_term_is_refused(teacher_file):
         model(**data, mode='loss')
 
 
-@pytest.mark.parametrize(
-    ('form', 'logit', 'terms'),
-    [('released', False, 4), ('normalised', True, 6)],
-)
-def test_two_teachers__at_half_weight_are_one(
-    form, logit, terms, teacher_file
-):
-    def era(teacher, factor):
-        return dict(
-            type='era_mm.ERADistiller',
-            form=form,
-            teacher=teacher,
-            loss=dict(
-                align_weight=5 * factor,
-                residual_weight=factor,
-                twi_weight=factor,
-            ),
-            **(
-                {'logit': dict(weight=factor, box_weight=factor)}
-                if logit
-                else {}
-            ),
-        )
-
-    entry = dict(
-        config=detector_config(width=16, channels=24), checkpoint=teacher_file
-    )
-    config = dict(type='era_mm.Distillation', student=detector_config())
-    one = MODELS.build(
-        {**config, 'teacher': entry, 'distiller': era('teacher', 1.0)}
-    )
-    two = MODELS.build(
-        {
-            **config,
-            'teacher': {'a': entry, 'b': entry},
-            'distiller': {'first': era('a', 0.5), 'second': era('b', 0.5)},
-        }
-    )
-    two.student.load_state_dict(one.student.state_dict())
-    for distiller in two.distillers.values():
-        distiller.load_state_dict(one.distillers['distiller'].state_dict())
-    data = one.data_preprocessor(detection_batch(), True)
-    found = {}
-    for key, value in two(**data, mode='loss').items():
-        name = key.rpartition('.')[2]
-        if 'loss_era' in name:
-            found[name] = found.get(name, 0) + value
-    expected = one(**data, mode='loss')
-    assert len(found) == terms
-    for key, value in found.items():
-        # Halves are exact in binary: no rounding to allow for.
-        assert torch.equal(value, expected[key]), key
-
-
-def test_two_teachers__each_distiller_hears_its_own():
-    config = distillation_config({})
-    entry = config['teacher']
-    config['teacher'] = {
-        name: dict(entry, config=detector_config(width=16, channels=channels))
-        for name, channels in (('a', 24), ('b', 40))
-    }
-    config['distiller'] = {
-        f'of_{name}': dict(type='era_mm.ERADistiller', teacher=name)
-        for name in 'ab'
-    }
-    model = MODELS.build(config).train()
-    heard = {}
-    for name, distiller in model.distillers.items():
-
-        def spy(*, teacher_feats, name=name, loss=distiller.loss, **kwargs):
-            heard[name] = teacher_feats['neck']
-            return loss(teacher_feats=teacher_feats, **kwargs)
-
-        distiller.loss = spy
-    data = model.data_preprocessor(detection_batch(), True)
-    losses = model(**data, mode='loss')
-    for name in 'ab':
-        assert f'of_{name}.loss_era_align' in losses
-        expected = model.teachers[name].extract(data['inputs'])['neck']
-        for found, feat in zip(heard[f'of_{name}'], expected, strict=True):
-            assert torch.equal(found, feat)
-
-
 def test_loss_name__that_the_student_has_is_refused(teacher_file):
     config = coder_config(teacher_file)
     model = MODELS.build(config)
@@ -465,3 +382,80 @@ def test_loss_name__that_the_student_has_is_refused(teacher_file):
     data = model.data_preprocessor(detection_batch(), True)
     with pytest.raises(ValueError, match='loss_<method>_<term>'):
         model(**data, mode='loss')
+
+
+@ERA_MODELS.register_module(name='_SGDCoder', force=True)
+class SGDCoder(BaseDistiller):
+    needs_teacher = False
+
+    def prepare(self, *, student_feats, **pair):
+        self.channels = student_feats['neck'][0].shape[1]
+
+    def build_inner(self):
+        coder = nn.Conv2d(self.channels, self.channels, 1)
+        return coder, torch.optim.SGD(coder.parameters(), lr=0.1)
+
+    def inner_loss(self, *, student_feats, teacher_feats, data_samples):
+        return (self.inner(student_feats['neck'][0]) - 1).square().mean()
+
+    def loss(self, *, student_feats, teacher_feats, data_samples):
+        return {'loss_toy': student_feats['neck'][0].mean()}
+
+
+def test_inner__gradients_are_averaged_over_the_ranks(monkeypatch):
+    config = dict(
+        type='era_mm.Distillation',
+        student=detector_config(),
+        distiller=dict(type='era_mm._SGDCoder'),
+    )
+
+    def weight_after_a_step():
+        torch.manual_seed(0)
+        model = MODELS.build(config)
+        model(**model.data_preprocessor(detection_batch(), True), mode='loss')
+        return model.distillers['distiller'].inner.weight
+
+    alone = weight_after_a_step()
+    # Two ranks with one and the same batch: the sum is twice the gradient.
+    monkeypatch.setattr(utils, 'all_reduce', lambda g: g.mul_(2))
+    monkeypatch.setattr(utils, 'get_world_size', lambda: 2)
+    torch.testing.assert_close(weight_after_a_step(), alone)
+
+
+def test_inner__learns_in_training_only():
+    config = dict(
+        type='era_mm.Distillation',
+        student=detector_config(),
+        distiller=dict(type='era_mm._SGDCoder'),
+    )
+    model = MODELS.build(config).eval()
+    before = model.distillers['distiller'].inner.weight.clone()
+    data = model.data_preprocessor(detection_batch(), True)
+    with torch.no_grad():
+        model(**data, mode='loss')
+    assert torch.equal(model.distillers['distiller'].inner.weight, before)
+
+
+def test_pretraining__without_an_inner_module_is_refused():
+    class Hollow(BaseDistiller):
+        pretrain_iters = 3
+
+        def loss(self, **kwargs):
+            return {}
+
+    with pytest.raises(ValueError, match='no inner module'):
+        Hollow().set_up_inner()
+
+
+def test_inner__without_its_loss_is_refused_when_built():
+    class Mute(BaseDistiller):
+        needs_teacher = False
+
+        def build_inner(self):
+            return nn.Linear(1, 1), None
+
+        def loss(self, **kwargs):
+            return {}
+
+    with pytest.raises(ValueError, match='no `inner_loss` to train it'):
+        Mute().set_up_inner()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from mmdet.apis import init_detector
 from mmdet.models.detectors import RetinaNet
-from mmdet.models.necks import FPN
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
@@ -25,17 +24,21 @@ from era_mm import cli
 from era_mm.core import extras_of
 from era_mm.engine.export import export_student
 from era_mm.errors import UserError
-from era_mm.methods.era.export import fold_into_neck
 from era_mm.testing import (
     classifier_config,
     detection_batch,
     detector_config,
     distillation_config,
     run_config,
+    two_stage_config,
 )
 
 ERA = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=2))
+
+
 FORMS = ('released', 'normalised')
+
+
 CHANNELS = 16
 
 
@@ -58,81 +61,10 @@ def detector(head='RetinaHead', width=8, channels=CHANNELS, **neck):
 
 def faster_rcnn(width=8):
     """A toy two-stage detector with a subsampled last level."""
-    config = copy.deepcopy(detector_config(width))
-    del config['bbox_head']
-    coder = dict(type='DeltaXYWHBBoxCoder')
-    assigner = dict(
-        type='MaxIoUAssigner',
-        pos_iou_thr=0.5,
-        neg_iou_thr=0.3,
-        min_pos_iou=0.3,
-        ignore_iof_thr=-1,
-    )
-    sampler = dict(
-        type='RandomSampler',
-        num=16,
-        pos_fraction=0.5,
-        neg_pos_ub=-1,
-        add_gt_as_proposals=True,
-    )
-    nms = dict(type='nms', iou_threshold=0.7)
-    return config | dict(
-        type='mmdet.FasterRCNN',
-        neck=config['neck'] | dict(num_outs=3),
-        rpn_head=dict(
-            type='RPNHead',
-            in_channels=CHANNELS,
-            feat_channels=CHANNELS,
-            anchor_generator=dict(
-                type='AnchorGenerator',
-                scales=[2],
-                ratios=[1.0],
-                strides=[8, 16, 32],
-            ),
-            bbox_coder=coder,
-            loss_bbox=dict(type='L1Loss'),
-        ),
-        roi_head=dict(
-            type='StandardRoIHead',
-            bbox_roi_extractor=dict(
-                type='SingleRoIExtractor',
-                roi_layer=dict(
-                    type='RoIAlign', output_size=3, sampling_ratio=0
-                ),
-                out_channels=CHANNELS,
-                featmap_strides=[8, 16],
-            ),
-            bbox_head=dict(
-                type='Shared2FCBBoxHead',
-                in_channels=CHANNELS,
-                fc_out_channels=32,
-                roi_feat_size=3,
-                num_classes=3,
-                bbox_coder=coder,
-                reg_class_agnostic=False,
-                loss_bbox=dict(type='L1Loss'),
-            ),
-        ),
-        train_cfg=dict(
-            rpn=dict(
-                assigner=assigner,
-                sampler=sampler | dict(add_gt_as_proposals=False),
-                allowed_border=-1,
-                pos_weight=-1,
-                debug=False,
-            ),
-            rpn_proposal=dict(
-                nms_pre=50, max_per_img=20, nms=nms, min_bbox_size=0
-            ),
-            rcnn=dict(
-                assigner=assigner, sampler=sampler, pos_weight=-1, debug=False
-            ),
-        ),
-        test_cfg=dict(
-            rpn=dict(nms_pre=50, max_per_img=20, nms=nms, min_bbox_size=0),
-            rcnn=dict(score_thr=0.05, nms=nms, max_per_img=20),
-        ),
-    )
+    config = two_stage_config(width)
+    config['neck'] |= dict(num_outs=3)
+    config['rpn_head']['anchor_generator'] |= dict(strides=[8, 16, 32])
+    return config
 
 
 def season(model, forward):
@@ -531,96 +463,6 @@ def test_export__of_a_two_stage_pair(tmp_path, mode, mask, form):
     exported = run.export(mode, keep_align=mode == 'E0')
     assert_same_boxes(run, mode, exported, exact=True)
     assert not exported.model.with_mask
-
-
-# -- the fold by itself -----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    'settings',
-    [
-        dict(num_outs=3),
-        dict(num_outs=2, start_level=1),
-        dict(num_outs=2, end_level=1),
-        dict(num_outs=4, add_extra_convs='on_input'),
-        dict(num_outs=3, start_level=1, add_extra_convs='on_lateral'),
-        # Nothing is left to compute: True alone adds no convolution.
-        dict(num_outs=3, add_extra_convs=True),
-        dict(num_outs=3, norm_cfg=dict(type='SyncBN')),
-        dict(num_outs=3, norm_cfg=dict(type='BN'), no_norm_on_lateral=True),
-    ],
-    ids=str,
-)
-def test_fold__of_any_fpn_is_the_align_layer_behind_it(settings):
-    neck, aligns = FPN([4, 6, 8], 5, **settings), nn.ModuleList()
-    inputs = [
-        torch.randn(2, c, 24 // s, 16 // s)
-        for c, s in zip((4, 6, 8), (1, 2, 4), strict=True)
-    ]
-    neck.init_weights()
-    aligns.extend(nn.Conv2d(5, 5, 1) for _ in range(settings['num_outs']))
-    for module in neck.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor in module.state_dict().values():
-                if tensor.is_floating_point():
-                    tensor.uniform_(0.5, 1.5)
-    neck.double().eval()
-    aligns.double()
-    wanted = [
-        u(p)
-        for u, p in zip(
-            aligns, neck([i.double() for i in inputs]), strict=True
-        )
-    ]
-    before = copy.deepcopy(neck.state_dict())
-    state = fold_into_neck(neck, aligns)
-    for key, value in neck.state_dict().items():
-        assert torch.equal(value, before[key]), 'the student was changed'
-    neck.load_state_dict(state)
-    found = list(neck([i.double() for i in inputs]))
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-
-
-def test_fold__subsampled_levels_need_the_same_align_layer():
-    neck = FPN([4, 6], 5, num_outs=4)
-    neck.init_weights()
-    aligns = [nn.Conv2d(5, 5, 1) for _ in range(4)]
-    for level in (2, 3):
-        aligns[level].load_state_dict(aligns[1].state_dict())
-    inputs = (torch.randn(2, 4, 16, 12), torch.randn(2, 6, 8, 6))
-    wanted = [u(p) for u, p in zip(aligns, neck(inputs), strict=True)]
-    folded = copy.deepcopy(neck)
-    folded.load_state_dict(fold_into_neck(neck, aligns))
-    torch.testing.assert_close(list(folded(inputs)), wanted)
-    for name in ('weight', 'bias'):
-        other = copy.deepcopy(aligns)
-        getattr(other[3], name).data.view(-1)[0] += 1
-        with pytest.raises(UserError, match='level 3 is level 2 subsampled'):
-            fold_into_neck(neck, other)
-
-
-def test_fold__by_hand():
-    # One channel: W = 3 at the centre, then a norm with gamma 2, beta 5,
-    # mean 1 and var + eps = 4, so P = 2 * (3 x - 1) / 2 + 5 = 3 x + 4; and
-    # u = 10 P + 7 = 30 x + 47.
-    neck = FPN([1], 1, num_outs=1, norm_cfg=dict(type='BN')).eval()
-    module, align = neck.fpn_convs[0], nn.Conv2d(1, 1, 1)
-    with torch.no_grad():
-        module.conv.weight.zero_()[..., 1, 1] = 3
-        module.bn.weight.fill_(2)
-        module.bn.bias.fill_(5)
-        module.bn.running_mean.fill_(1)
-        module.bn.running_var.fill_(4 - module.bn.eps)
-        align.weight.fill_(10)
-        align.bias.fill_(7)
-    state = fold_into_neck(neck, [align])
-    weight = state['fpn_convs.0.conv.weight'].flatten()
-    torch.testing.assert_close(weight[4], torch.tensor(30.0))
-    assert weight.count_nonzero() == 1
-    norm = {k.split('.')[-1]: v for k, v in state.items() if 'convs.0.bn' in k}
-    assert norm['bias'].item() == pytest.approx(47)
-    assert (norm['weight'].item(), norm['running_mean'].item()) == (1, 0)
-    assert norm['running_var'].item() == pytest.approx(1 - module.bn.eps)
 
 
 # -- classifiers ------------------------------------------------------------

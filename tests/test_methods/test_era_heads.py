@@ -1,73 +1,34 @@
 """TWI on every head family: mmdet's own configs, shrunk, as pairs."""
 
 import copy
-import functools
 import re
 
 import numpy as np
 import pytest
 import torch
 from mmdet.structures.mask import BitmapMasks
-from mmengine.config import ConfigDict
-from mmengine.hub import get_config
-from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from era_mm.heads.twi import find_head
-from era_mm.heads.two_stage import StudentProposals, TwoStageTWIHead
+from era_mm.heads.two_stage import StudentProposals
 from era_mm.testing import (
     classifier_config,
     detection_batch,
-    detector_config,
     distillation_config,
+    era_model,
     save_teacher,
 )
-
-DENSE = {
-    'retinanet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
-    'fcos': 'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-'
-    'giou_1x_coco.py',
-    'atss': 'atss/atss_r50_fpn_1x_coco.py',
-    'gfl': 'gfl/gfl_r50_fpn_1x_coco.py',
-    'reppoints': 'reppoints/reppoints-moment_r50_fpn_1x_coco.py',
-    'rtmdet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
-    'yolox': 'yolox/yolox_tiny_8xb8-300e_coco.py',
-}
-TIMED = {'tood': 'tood/tood_r50_fpn_1x_coco.py'}
-RPN_TRAIN_CFG = dict(
-    assigner=dict(
-        type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0
-    ),
-    sampler=dict(
-        type='RandomSampler',
-        num=64,
-        pos_fraction=0.5,
-        neg_pos_ub=-1,
-        add_gt_as_proposals=False,
-    ),
-    allowed_border=-1,
-    pos_weight=-1,
-    debug=False,
+from era_mm.testing.host_families import (
+    DENSE,
+    DETR_LIKE,
+    TWO_STAGE,
+    host_config,
 )
-TWO_STAGE = {
-    'faster_rcnn': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    'mask_rcnn': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    'cascade_rcnn': 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
-    'cascade_mask': 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
-}
-DETR_LIKE = {
-    'detr': 'detr/detr_r50_8xb2-150e_coco.py',
-    'conditional_detr': 'conditional_detr/conditional-detr_r50_8xb2-50e_coco'
-    '.py',
-    'deformable_detr': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
-    'dino': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
-}
-MASKS_APART = {'yolact': 'yolact/yolact_r50_1xb8-55e_coco.py'}
-CONFIGS = {**DENSE, **TWO_STAGE, **DETR_LIKE, **MASKS_APART, **TIMED}
+
 FAMILIES = [*DENSE, *TWO_STAGE]
-each_family = pytest.mark.parametrize('family', FAMILIES)
+
+
 #: Every family with all of its head, the dense ones with predictors as well.
 each_place = pytest.mark.parametrize(
     ('family', 'place'),
@@ -77,111 +38,6 @@ each_place = pytest.mark.parametrize(
 
 
 # -- tiny pairs of the hosts' own configs -------------------------------------
-
-
-def replace(config, changes):
-    """Set the keys that a nested dict has, wherever they are."""
-    if isinstance(config, list):
-        for item in config:
-            replace(item, changes)
-    elif isinstance(config, dict):
-        for key, value in config.items():
-            if key in changes:
-                config[key] = changes[key]
-            else:
-                replace(value, changes)
-
-
-@functools.cache
-def installed(family):
-    return get_config(f'mmdet::{CONFIGS[family]}').model.to_dict()
-
-
-def host_config(family, width=8, num_classes=3):
-    """An installed config with all widths cut down."""
-    config = copy.deepcopy(installed(family))
-    config['data_preprocessor']['batch_augments'] = None
-    config['backbone']['init_cfg'] = None
-    # Conditional DETR's code encodes positions in 256 numbers.
-    channels = 256 if family == 'conditional_detr' else 2 * width
-    replace(
-        {k: v for k, v in config.items() if k.endswith('head')},
-        dict(
-            num_classes=num_classes,
-            in_channels=channels,
-            feat_channels=channels,
-            point_feat_channels=channels,
-            conv_out_channels=channels,
-            out_channels=channels,
-            fc_out_channels=32,
-            stacked_convs=2,
-            num_convs=1,
-        ),
-    )
-    if family in ('fcos', 'atss', 'gfl', 'reppoints', 'tood'):
-        config['bbox_head']['norm_cfg'] = dict(type='GN', num_groups=4)
-    if config['backbone']['type'] == 'ResNet':
-        config['backbone'] |= dict(
-            depth=18,
-            base_channels=width,
-            stem_channels=width,
-            frozen_stages=-1,
-            norm_cfg=dict(type='BN'),
-            norm_eval=False,
-            style='pytorch',
-        )
-        outs = config['backbone']['out_indices']
-        config['neck'] |= dict(
-            in_channels=[width * 2**i for i in outs], out_channels=channels
-        )
-    else:
-        # width 8: channels 8, 16, 32, 64 after the stem's 4.
-        config['backbone'] |= dict(
-            widen_factor=width / 64 / 2, deepen_factor=0.1
-        )
-        config['neck'] |= dict(
-            in_channels=[2 * width, 4 * width, 8 * width],
-            out_channels=channels,
-        )
-    replace(config['test_cfg'], dict(score_thr=0.001))
-    if 'encoder' in config:
-        shrink_transformer(config, channels)
-    if 'rpn_head' in config:
-        shrink_two_stage(config)
-    return config
-
-
-def shrink_transformer(config, channels):
-    replace(
-        config,
-        dict(
-            embed_dims=channels,
-            num_heads=2,
-            feedforward_channels=16,
-            num_layers=1,
-            num_feats=channels // 2,
-            num_queries=5,
-            num_groups=4,
-            num_dn_queries=2,
-        ),
-    )
-    config['bbox_head']['embed_dims'] = channels
-    config['encoder']['layer_cfg']['self_attn_cfg']['num_heads'] = 2
-    config['decoder']['layer_cfg']['cross_attn_cfg']['num_heads'] = 2
-
-
-def shrink_two_stage(config):
-    # Few enough that the samplers have to choose.
-    replace(
-        config['train_cfg'],
-        dict(nms_pre=50, max_per_img=20),
-    )
-    config['train_cfg']['rpn']['sampler']['num'] = 12
-    stages = config['train_cfg']['rcnn']
-    for stage in stages if isinstance(stages, list) else [stages]:
-        stage['sampler']['num'] = 8
-    config['test_cfg']['rpn'] |= dict(nms_pre=50, max_per_img=10)
-    config['test_cfg']['rcnn'] |= dict(max_per_img=10)
 
 
 def pair_of(family, tmp_path, student=None, width=12, **kwargs):
@@ -309,49 +165,6 @@ def teacher_losses(model, data):
         for key, value in losses.items()
         if 'loss' in key
     }
-
-
-def test_trial__is_on_noise_that_costs_no_draw(monkeypatch):
-    head = find_head(MODELS.build(host_config('retinanet')).eval())
-    seen = []
-    monkeypatch.setattr(head, 'judge', lambda steps, _: seen.extend(steps))
-    # As an empty image has them.
-    blank = [torch.zeros(1, 16, size, size) for size in (16, 8, 4, 2, 1)]
-    before = torch.get_rng_state()
-    for _ in range(2):
-        assert head.problem(blank, training=True) is None
-    for once, again, flat in zip(*seen, blank, strict=True):
-        assert once.shape == flat.shape
-        assert once[0, 0].unique().numel() == once[0, 0].numel()
-        assert torch.equal(once, again)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_trial__of_a_head_that_asks_the_run_where_it_stands():
-    model = MODELS.build(host_config('tood')).eval()
-    head = find_head(model)
-    seen = []
-    get_targets = head.head.get_targets
-
-    def spy(*args, **kwargs):
-        hub = MessageHub.get_current_instance()
-        seen.append((hub.get_info('iter'), hub.get_info('epoch')))
-        return get_targets(*args, **kwargs)
-
-    head.head.get_targets = spy
-    feats = model.extract_feat(torch.randn(1, 3, 256, 256))
-    # The newest is the current one.
-    hub = MessageHub.get_instance('before any run')
-    assert hub.get_info('epoch') is None
-    assert head.problem(feats, training=True) is None
-    # Nothing is left that a run would take for its own.
-    assert not hub.runtime_info
-    # And in a run nothing is taken away.
-    hub.update_info('epoch', 7)
-    assert head.problem(feats, training=True) is None
-    assert seen == [(0, 0), (0, 7)]
-    assert hub.runtime_info == dict(epoch=7)
-    hub.pop_info('epoch')
 
 
 # -- every family -------------------------------------------------------------
@@ -754,16 +567,11 @@ def said(monkeypatch):
 
 
 def build(student, teacher, **kwargs):
-    return MODELS.build(
-        distillation_config(
-            dict(
-                type='era_mm.ERADistiller',
-                mbrnet=dict(num_branches=1),
-                **kwargs,
-            ),
-            student=student,
-            teacher=teacher,
-        )
+    return era_model(
+        student=student,
+        teacher=teacher,
+        mbrnet=dict(num_branches=1),
+        **kwargs,
     )
 
 
@@ -973,76 +781,9 @@ def test_pair__head_whose_losses_need_more_than_boxes_is_refused(said):
     assert model.distillers['distiller'].twi_steps == 'none'
 
 
-def test_proposals__of_a_detector_of_their_own_have_one_class():
-    head = find_head(
-        MODELS.build(
-            ConfigDict(
-                detector_config(),
-                type='RPN',
-                bbox_head=None,
-                rpn_head=dict(
-                    type='RPNHead',
-                    in_channels=16,
-                    feat_channels=16,
-                    anchor_generator=dict(
-                        type='AnchorGenerator',
-                        scales=[2],
-                        ratios=[1.0],
-                        strides=[8, 16],
-                    ),
-                ),
-                train_cfg=dict(rpn=RPN_TRAIN_CFG),
-                test_cfg=dict(rpn=dict()),
-            )
-        )
-    )
-    generator = torch.Generator().manual_seed(0)
-    feats = [
-        torch.randn(2, 16, size, size, generator=generator) for size in (8, 4)
-    ]
-    losses = []
-    for label in (0, 2):
-        samples = detection_batch()['data_samples']
-        for sample in samples:
-            sample.set_metainfo(dict(batch_input_shape=(64, 64)))
-            sample.gt_instances.labels[:] = label
-        losses.append(head.loss(feats, samples))
-        assert (samples[0].gt_instances.labels == label).all()
-    # Objects of any class are objects.
-    assert losses[0]['loss_rpn_cls'] == losses[1]['loss_rpn_cls'] > 0
-    # A trial has all that pipelines give.
-    trial = head.trial_sample(feats)
-    assert trial.ignored_instances.bboxes.shape == (0, 4)
-
-
-def test_pair__head_of_learnt_proposals_is_no_rpn():
-    # It has no priors to count and no losses of its own.
-    teacher = MODELS.build(ConfigDict(host_config('faster_rcnn', 12)))
-    learnt = MODELS.build(
-        dict(
-            type='EmbeddingRPNHead',
-            num_proposals=4,
-            proposal_feature_channel=24,
-        )
-    )
-    head = TwoStageTWIHead(learnt, teacher.roi_head)
-    feats = [torch.zeros(1, 24, 2, 2)] * 5
-    assert 'NotImplementedError' in head.problem(feats, training=True)
-
-
 def test_predictors__of_a_classifier_are_refused():
     with pytest.raises(ValueError, match='head is a LinearClsHead'):
         build(classifier_config(), classifier_config(), twi_place='predictors')
-
-
-def test_find_head__kind_by_kind():
-    def kind(config):
-        return type(find_head(MODELS.build(ConfigDict(config)))).__name__
-
-    assert kind(classifier_config()) == 'TWIHead'
-    assert kind(host_config('fcos')) == 'DenseTWIHead'
-    assert kind(host_config('cascade_rcnn')) == 'TwoStageTWIHead'
-    assert kind(host_config('detr')) == 'NoneType'
 
 
 @pytest.mark.parametrize('logit', ['auto', None])

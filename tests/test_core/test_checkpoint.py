@@ -1,18 +1,16 @@
-"""Several places of a teacher's file, and its SHA-256."""
+"""Reading weights, from anywhere, and writing extras."""
 
 import functools
 import hashlib
 import http.server
+import re
 import threading
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from era_mm.core import read_checkpoint
-from era_mm.engine.preflight import check_checkpoints
-from era_mm.errors import UserError
+from era_mm.core import checkpoint, read_checkpoint
 from era_mm.testing import detector_config, distillation_config, save_teacher
 
 
@@ -120,16 +118,89 @@ def test_teacher__takes_places_and_a_digest(tmp_path):
         assert torch.equal(value, weights[key]), key
 
 
-def test_preflight__one_place_that_is_there_is_enough(tmp_path):
-    file = tmp_path / 't.pth'
-    torch.save({'w': torch.ones(2)}, file)
+ERA = dict(type='era_mm.ERADistiller')
 
-    def check(places):
-        check_checkpoints(
-            Config(dict(model=dict(teacher=dict(checkpoint=places))))
-        )
 
-    check(['none.pth', str(file)])
-    check(['none.pth', 'https://example.org/t.pth'])
-    with pytest.raises(UserError, match=r'none\.pth.*; .*other\.pth'):
-        check(['none.pth', 'other.pth'])
+def test_extras__are_put_on_the_cpu_when_a_file_is_written(
+    monkeypatch, tmp_path
+):
+    moved = []
+    to_cpu = checkpoint.to_cpu
+    monkeypatch.setattr(
+        checkpoint,
+        'to_cpu',
+        lambda value: moved.append(value) or to_cpu(value),
+    )
+    model = MODELS.build(distillation_config(ERA))
+    state = model.state_dict()
+    assert not moved
+    torch.save(state, tmp_path / 'f.pth')
+    assert [set(value) for value in moved] == [{'distiller'}]
+
+
+def build(**kwargs):
+    return MODELS.build(distillation_config(ERA) | kwargs)
+
+
+def message_of(error):
+    return re.sub(r'\s+', ' ', str(error.value))
+
+
+def teacher_at(checkpoint, **kwargs):
+    config = detector_config(width=16, channels=24, **kwargs)
+    return dict(config=config, checkpoint=str(checkpoint))
+
+
+def load(checkpoint, **kwargs):
+    model = build(teacher=teacher_at(checkpoint, **kwargs))
+    model.init_weights()
+
+
+def test_checkpoint__missing_file_says_where_it_looked(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load(tmp_path / 'none.pth')
+    assert str(tmp_path) in message_of(error)
+
+
+def test_checkpoint__truncated_file(tmp_path, teacher_file):
+    whole = open(teacher_file, 'rb').read()
+    (tmp_path / 'cut.pth').write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match='truncated or not a checkpoint'):
+        load(tmp_path / 'cut.pth')
+
+
+def test_checkpoint__something_else(tmp_path):
+    (tmp_path / 'text.pth').write_text('not a checkpoint')
+    with pytest.raises(ValueError, match='truncated or not a checkpoint'):
+        load(tmp_path / 'text.pth')
+    torch.save([1, 2, 3], tmp_path / 'list.pth')
+    with pytest.raises(ValueError, match='holds no weights'):
+        load(tmp_path / 'list.pth')
+
+
+def test_checkpoint__other_shapes_and_missing_keys_are_shown(tmp_path):
+    other = detector_config(width=16, channels=32)
+    file = save_teacher(other, tmp_path / 'wide.pth')
+    with pytest.raises(ValueError) as error:
+        load(file)
+    text = message_of(error)
+    assert 'other shapes' in text
+    assert 'neck.lateral_convs.0.conv.weight: file (32, 32, 1, 1)' in text
+    assert 'model (24, 32, 1, 1)' in text
+
+    state = torch.load(file, weights_only=False)
+    del state['state_dict']['backbone.conv1.weight']
+    state['state_dict']['extra.weight'] = torch.zeros(1)
+    torch.save(state, tmp_path / 'keys.pth')
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / 'keys.pth')
+    text = message_of(error)
+    assert 'missing in the file (1): backbone.conv1.weight' in text
+    assert 'not in the model (1): extra.weight' in text
+
+
+def test_checkpoint__a_student_that_training_wrote_can_teach(tmp_path):
+    config = detector_config(width=16, channels=24)
+    trained = MODELS.build(distillation_config(ERA, student=config))
+    torch.save({'state_dict': trained.state_dict()}, tmp_path / 's.pth')
+    load(tmp_path / 's.pth')
