@@ -15,6 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from era_mm.cli_parsers import (
+    benchmark_parser,
+    export_parser,
+    make_config_parser,
+    print_sources_parser,
+    suite_parser,
+    test_parser,
+    train_parser,
+)
 from era_mm.errors import UserError
 from era_mm.hosts import print_hosts
 
@@ -25,32 +34,32 @@ if TYPE_CHECKING:
 
 def run_train(argv: Sequence[str] | None = None) -> int:
     """Train the model of a config; the exit status is returned."""
-    return _run(_train_parser().parse_args(argv), _train)
+    return _run(train_parser().parse_args(argv), _train)
 
 
 def run_test(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint; the exit status is returned."""
-    return _run(_test_parser().parse_args(argv), _test)
+    return _run(test_parser().parse_args(argv), _test)
 
 
 def run_export_student(argv: Sequence[str] | None = None) -> int:
     """Write a student as a plain host model; the exit status is returned."""
-    return _run(_export_parser().parse_args(argv), _export)
+    return _run(export_parser().parse_args(argv), _export)
 
 
 def run_make_config(argv: Sequence[str] | None = None) -> int:
     """Write the config of a distillation; the exit status is returned."""
-    return _run(_make_config_parser().parse_args(argv), _make_config)
+    return _run(make_config_parser().parse_args(argv), _make_config)
 
 
 def run_print_sources(argv: Sequence[str] | None = None) -> int:
     """List a model's modules and shapes; the exit status is returned."""
-    return _run(_print_sources_parser().parse_args(argv), _print_sources)
+    return _run(print_sources_parser().parse_args(argv), _print_sources)
 
 
 def run_benchmark(argv: Sequence[str] | None = None) -> int:
     """Measure what distillations cost; the exit status is returned."""
-    return _run(_benchmark_parser().parse_args(argv), _benchmark)
+    return _run(benchmark_parser().parse_args(argv), _benchmark)
 
 
 def run_report(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +71,7 @@ def run_report(argv: Sequence[str] | None = None) -> int:
 
 def run_suite(argv: Sequence[str] | None = None) -> int:
     """Run a matrix of methods and seeds; the exit status is returned."""
-    return _run(_suite_parser().parse_args(argv), _suite)
+    return _run(suite_parser().parse_args(argv), _suite)
 
 
 #: Of ``python -m era_mm``; mim starts the file of that name in tools/.
@@ -93,375 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_hosts()
         return 0
     return COMMANDS[args.command](args.options)
-
-
-def _train_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='train', description='Train the model of a config.'
-    )
-    parser.add_argument('config', help='path or base name of a config')
-    _add_common(parser)
-    parser.add_argument(
-        '--amp', action='store_true', help='train in mixed precision'
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help='scale the learning rate with the total batch size',
-    )
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CHECKPOINT',
-        help='resume from this checkpoint, or without one from the newest '
-        'whole checkpoint in the work dir',
-    )
-    return parser
-
-
-def _test_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='test', description='Evaluate a checkpoint.'
-    )
-    parser.add_argument('config', help='path or base name of a config')
-    parser.add_argument('checkpoint', help='path or URL of a checkpoint')
-    _add_common(parser)
-    parser.add_argument(
-        '--out', metavar='FILE', help='write all predictions to this .pkl'
-    )
-    parser.add_argument(
-        '--show', action='store_true', help='show each prediction in a window'
-    )
-    parser.add_argument(
-        '--show-dir', metavar='DIR', help='write painted images here'
-    )
-    parser.add_argument(
-        '--wait-time',
-        type=float,
-        default=2,
-        metavar='SECONDS',
-        help='how long --show keeps an image up (default: 2)',
-    )
-    parser.add_argument(
-        '--tta', action='store_true', help='test-time augmentation'
-    )
-    return parser
-
-
-def _export_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='export_student',
-        description='Write what a distillation has trained as an ordinary '
-        'model of the host: PREFIX.py and PREFIX.pth.',
-    )
-    parser.add_argument(
-        'config', help='path or base name of the config it was trained with'
-    )
-    parser.add_argument(
-        'checkpoint', help='path or URL of what the training has written'
-    )
-    parser.add_argument(
-        '--mode',
-        choices=['S', 'E0', 'T'],
-        default='S',
-        help="S: the student alone. E0: with the teacher's head, the align "
-        'layer folded in. T: with MBRNet and the head (needs era_mm). '
-        '(default: S)',
-    )
-    parser.add_argument(
-        '--out',
-        required=True,
-        metavar='PREFIX',
-        help='where to write, without extension',
-    )
-    parser.add_argument(
-        '--distiller',
-        metavar='NAME',
-        help='whose mode, where the config has several distillers',
-    )
-    parser.add_argument(
-        '--student',
-        metavar='NAME',
-        help='which of two students that taught each other',
-    )
-    parser.add_argument(
-        '--keep-align',
-        action='store_true',
-        help='with E0: leave the align layer as a stock layer behind the '
-        'neck, also where it cannot be folded',
-    )
-    _add_trust(parser)
-    _add_config_options(parser)
-    # Of the flags that every command knows, a single process has no ranks.
-    parser.set_defaults(local_rank=0)
-    return parser
-
-
-def _make_config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='make_config',
-        description='Write the config that distils one model into another. '
-        "It inherits the student's own config.",
-    )
-    reference = "path of a host config, or 'mmdet::...', 'mmpretrain::...'"
-    parser.add_argument(
-        '--student', required=True, metavar='CONFIG', help=reference
-    )
-    parser.add_argument(
-        '--teacher', required=True, metavar='CONFIG', help=reference
-    )
-    parser.add_argument(
-        '--student-checkpoint',
-        metavar='FILE',
-        help='path or URL of weights that the student starts from',
-    )
-    parser.add_argument(
-        '--teacher-checkpoint',
-        metavar='FILE',
-        help="path or URL of the teacher's weights (default: what the host "
-        "publishes for a teacher given as 'mmdet::...')",
-    )
-    parser.add_argument(
-        '--method',
-        action='append',
-        metavar='NAME',
-        help='how to distil: a method with a teacher, by the name of its '
-        'module in era_mm/methods (default: era); may be given several '
-        'times; a wrong name shows all',
-    )
-    parser.add_argument(
-        '--out', required=True, metavar='FILE', help='where to write, a .py'
-    )
-    _add_trust(parser)
-    _add_traceback(parser)
-    parser.set_defaults(local_rank=0)
-    return parser
-
-
-def _print_sources_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='print_sources',
-        description='List the modules of a model with the shapes they put '
-        'out, to choose a `source` from. C x H x W /stride, without the '
-        'batch.',
-    )
-    parser.add_argument(
-        'config',
-        help="path or base name of a config, a distillation's or a host's, "
-        "or 'mmdet::...'",
-    )
-    parser.add_argument(
-        '--depth',
-        type=int,
-        default=2,
-        help='how many parts a name may have (default: 2)',
-    )
-    parser.add_argument(
-        '--input-size',
-        type=int,
-        metavar='PIXELS',
-        help="side of the image (default: what a classifier's pipeline "
-        'crops; 256 for detectors)',
-    )
-    _add_traceback(parser)
-    parser.set_defaults(local_rank=0)
-    return parser
-
-
-def _benchmark_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='benchmark',
-        description='Measure time and memory of distillations beside what '
-        'they cannot do without: the plain step of their student (a) and the '
-        "teacher's forward pass (b). No data and no weights are needed.",
-    )
-    parser.add_argument(
-        'configs',
-        nargs='+',
-        metavar='config',
-        help='path or base name of the config of a distillation; several '
-        'must have the same student',
-    )
-    parser.add_argument(
-        '--batch-size',
-        type=int,
-        metavar='N',
-        help='images per step (default: as the first config trains)',
-    )
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs=2,
-        metavar=('HEIGHT', 'WIDTH'),
-        help="of the images, in pixels (default: as the first config's data "
-        'pipeline makes them)',
-    )
-    parser.add_argument(
-        '--objects',
-        type=int,
-        default=5,
-        metavar='N',
-        help='objects per image of a detector (default: 5)',
-    )
-    parser.add_argument(
-        '--iters',
-        type=int,
-        default=50,
-        metavar='N',
-        help='rounds that are measured; each runs every step once '
-        '(default: 50)',
-    )
-    parser.add_argument(
-        '--warmup',
-        type=int,
-        default=30,
-        metavar='N',
-        help='rounds of training steps before (default: 30)',
-    )
-    parser.add_argument(
-        '--start-iter',
-        type=int,
-        metavar='N',
-        help='iteration that the first step takes itself for (default: 1000, '
-        'or later where a schedule or phase is not over by then)',
-    )
-    parser.add_argument(
-        '--threads',
-        type=int,
-        metavar='N',
-        help='threads of the CPU (default: 1; with a GPU as they are)',
-    )
-    parser.add_argument(
-        '--device',
-        choices=['cpu', 'cuda'],
-        help='where to run (default: on a GPU, where there is one)',
-    )
-    parser.add_argument(
-        '--amp', action='store_true', help='train in mixed precision'
-    )
-    parser.add_argument(
-        '--out', metavar='FILE', help='write everything measured to this JSON'
-    )
-    _add_config_options(parser)
-    parser.set_defaults(local_rank=0)
-    return parser
-
-
-def _suite_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='suite',
-        description='Run a matrix of methods, pairs and seeds, and write its '
-        'rows and the page of all results. What is finished is not run '
-        'again; what was interrupted goes on.',
-    )
-    parser.add_argument('file', help='the suite file, see docs/suite.md')
-    parser.add_argument(
-        '--jobs',
-        type=int,
-        metavar='N',
-        help='runs at a time, one thread each; a GPU is shared (default: as '
-        'many as there are cores). 0: run nothing, write the page',
-    )
-    parser.add_argument(
-        '--only',
-        nargs='+',
-        default=[],
-        metavar='PATTERN',
-        help="run these cells only, e.g. 'w32_w16/era*/s0'",
-    )
-    parser.add_argument(
-        '--again',
-        nargs='+',
-        default=[],
-        metavar='PATTERN',
-        help='run these cells once more, from the beginning',
-    )
-    parser.add_argument(
-        '--dry-run',
-        action='store_true',
-        help='list the cells and what would be run',
-    )
-    parser.add_argument(
-        '--work-dir',
-        type=Path,
-        metavar='DIR',
-        help='where the runs write (default: work_dirs/suites/<name>)',
-    )
-    parser.add_argument(
-        '--results',
-        type=Path,
-        default=Path('results'),
-        metavar='DIR',
-        help='folder of the rows (default: results)',
-    )
-    parser.add_argument(
-        '--page',
-        type=Path,
-        default=Path('docs/results.md'),
-        metavar='FILE',
-        help='the page that is made of them (default: docs/results.md)',
-    )
-    parser.add_argument(
-        '--commit',
-        help='what the rows call the code (default: what git says)',
-    )
-    _add_traceback(parser)
-    parser.set_defaults(local_rank=0)
-    return parser
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--work-dir',
-        metavar='DIR',
-        help='where logs and checkpoints go (default: the work_dir of the '
-        'config, else work_dirs/<config name>)',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the ranks were started (default: none)',
-    )
-    # torch.distributed.launch passes either spelling, by its version.
-    parser.add_argument(
-        '--local_rank',
-        '--local-rank',
-        type=int,
-        default=0,
-        help=argparse.SUPPRESS,
-    )
-    _add_trust(parser)
-    _add_config_options(parser)
-
-
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        metavar='KEY=VALUE',
-        help='override config entries, e.g. train_cfg.max_epochs=3 '
-        'model.backbone.depth=18 key="[a,b]"',
-    )
-    _add_traceback(parser)
-
-
-def _add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='read checkpoints that hold more than weights and may run any '
-        'code (ERA_MM_TRUST_CHECKPOINT=1 in the environment does the same)',
-    )
-
-
-def _add_traceback(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--traceback',
-        action='store_true',
-        help='print the whole traceback of an error',
-    )
 
 
 def _run(

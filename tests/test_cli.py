@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from era_mm import cli
+from era_mm.cli_parsers import train_parser
 from era_mm.errors import UserError
 
 # mmengine refuses it when the Runner is built: the train loop is missing.
@@ -106,10 +107,10 @@ def test_test__refuses_an_output_that_is_no_pickle(capsys) -> None:
 
 @pytest.mark.parametrize('spelling', ['--local_rank=3', '--local-rank=3'])
 def test_train__takes_both_spellings_of_the_rank(spelling: str) -> None:
-    args = cli._train_parser().parse_args(['x.py', spelling])
+    args = train_parser().parse_args(['x.py', spelling])
     assert args.local_rank == 3
 
 
 def test_help__has_no_gpus_flag() -> None:
     # mim reads the help and would pass --gpus or --device on.
-    assert '--gpus' not in cli._train_parser().format_help()
+    assert '--gpus' not in train_parser().format_help()

@@ -1,6 +1,6 @@
 """The core's guarantees, for every registered method.
 
-A new method is found by itself. What it must bring: a config that names it, a
+A new method is inferred. What it must bring: a config that names it, a
 test file, and a docstring with its source.
 """
 

@@ -27,7 +27,7 @@ from era_mm.core.checkpoint import (
 from era_mm.methods.era import MBRNet
 
 # What the released code saves, and what of it is used here. A stripped file
-# may lack the head of the teacher, who has it.
+# may be missing the head of the teacher, who has it.
 PARTS = ('model', 'gap_model')
 HEAD = 'teacher_head'
 DEPTHS = {

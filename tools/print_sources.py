@@ -1,4 +1,4 @@
-"""List a model's modules with the shapes they put out."""
+"""List a model's modules with the shapes they output."""
 
 import sys
 

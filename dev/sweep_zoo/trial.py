@@ -144,7 +144,7 @@ def detection_data(
 
 
 def classification_data(cfg: Any, num_classes: int | None) -> dict:
-    """A batch of noise, of the size that a config's pipeline puts out."""
+    """A batch of noise, of the size that a config's pipeline outputs."""
     import torch
     from mmpretrain.structures import DataSample
 

@@ -66,7 +66,7 @@ class BaseDistiller(BaseModule):
       for methods that keep a module at inference; ``moved_sources``: which
       modules of the given model have other names there.
     - ``has_phases``, :meth:`phase`: stretches of the run in which parts of
-      the student rest; ``least_iters``: how long all but the last take.
+      the student rest; ``min_iters``: how long all but the last take.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
       student's own.
     - :meth:`extra_flops`: what a step costs, for the summary.
@@ -299,7 +299,7 @@ class BaseDistiller(BaseModule):
         return None
 
     @property
-    def least_iters(self) -> int:
+    def min_iters(self) -> int:
         """How many iterations a run must exceed for its last phase to come."""
         return self.pretrain_iters
 

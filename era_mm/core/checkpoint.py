@@ -183,8 +183,8 @@ def load_strictly(
 ) -> None:
     """Load weights that must fit a model in every key and shape.
 
-    ``num_batches_tracked`` may lack, as the hosts allow: checkpoints older
-    than PyTorch 0.4.1 do not have it and evaluation does not use it.
+    ``num_batches_tracked`` may be missing, as the hosts allow: checkpoints
+    older than PyTorch 0.4.1 do not have it and evaluation does not use it.
 
     Args:
         model: The model.

@@ -72,7 +72,7 @@ def convert(
     Source: ours.
 
     Args:
-        inputs: What the student's preprocessor has put out.
+        inputs: What the student's preprocessor has output.
         data_samples: With ``img_shape``, what is image and not padding.
         student: The student's preprocessor.
         teacher: The teacher's.

@@ -27,6 +27,6 @@ def explained(owner: str, size: tuple[int, ...]) -> Iterator[None]:
             f'{" x ".join(map(str, size))} ({type(error).__name__}: '
             f'{lines[0]}). Its parts do not fit together, or it needs a '
             'larger image: compare `in_channels` of neck and head with what '
-            'the part before puts out, or set `input_size` of the '
+            'the part before outputs, or set `input_size` of the '
             'Distillation.'
         ) from error

@@ -12,8 +12,8 @@ def find_misfits(
 ) -> list[str]:
     """Say how weights differ from a model's, a line for each way.
 
-    ``num_batches_tracked`` may lack, as the hosts allow: checkpoints older
-    than PyTorch 0.4.1 do not have it and evaluation does not use it.
+    ``num_batches_tracked`` may be missing, as the hosts allow: checkpoints
+    older than PyTorch 0.4.1 do not have it and evaluation does not use it.
 
     Args:
         own: The model's state dict.

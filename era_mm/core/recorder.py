@@ -37,7 +37,7 @@ def find_module(model: nn.Module, source: str, *, owner: str) -> nn.Module:
 def as_tuple(output: Any, *, source: str) -> tuple[Tensor, ...]:
     """Bring a module's output into the one form distillers get.
 
-    What a dense head puts out, a tuple of lists by level, is flattened: the
+    What a dense head outputs, a tuple of lists by level, is flattened: the
     scores of all levels, then the boxes of all levels, and so on.
     """
     if isinstance(output, Tensor):
@@ -47,7 +47,7 @@ def as_tuple(output: Any, *, source: str) -> tuple[Tensor, ...]:
             feat for item in output for feat in as_tuple(item, source=source)
         )
     raise ValueError(
-        f'Source {source!r} must put out a tensor, or tuples or lists of '
+        f'Source {source!r} must output a tensor, or tuples or lists of '
         f'tensors, but gave {type(output).__name__}. Choose a module whose '
         'output is a feature, for example neck.'
     )
@@ -113,7 +113,7 @@ class Recorder:
         """Hand out what was recorded and forget it.
 
         Raises:
-            RuntimeError: A source did not fire, or what it put out was
+            RuntimeError: A source did not fire, or what it output was
                 changed in place afterwards.
         """
         outputs, versions = self._outputs, self._versions
@@ -135,7 +135,7 @@ class Recorder:
                         f'The output of source {source!r} of the '
                         f'{self.owner} was changed in place after it was '
                         'recorded (an in-place activation or addition '
-                        'follows it), so it is not what the module put out. '
+                        'follows it), so it is not what the module output. '
                         'Choose the module that follows, or set '
                         'inplace=False there.'
                     )

@@ -66,7 +66,7 @@ class Wiring:
             if isinstance(input_size, int)
             else (input_size[0], input_size[1])
         )
-        #: What each source of the student put out there, a shape per level.
+        #: What each source of the student output there, a shape per level.
         self.student_shapes: Shapes = {}
         #: The same by teacher.
         self.teacher_shapes: dict[str, Shapes] = {}

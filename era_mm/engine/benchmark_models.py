@@ -169,7 +169,7 @@ class Distilled(Trained):
         """The first iteration in which nothing is still to begin."""
         steps = [0]
         for distiller in self.model.distillers.values():
-            steps.append(distiller.least_iters)
+            steps.append(distiller.min_iters)
             steps += [s.start + s.ramp for s in distiller.schedules.values()]
         return max(steps)
 

@@ -192,7 +192,7 @@ def _metainfo_of(kind: Any, scope: str | None) -> Mapping:
 
 
 def crop_size(config: HostConfig) -> int | None:
-    """Side of the images that a classifier's pipeline puts out."""
+    """Side of the images that a classifier's pipeline outputs."""
     loader = config.cfg.get('train_dataloader')
     for dataset in _datasets(loader.get('dataset') if loader else None):
         for step in reversed(dataset.get('pipeline') or []):
@@ -206,7 +206,7 @@ def crop_size(config: HostConfig) -> int | None:
 
 
 def image_size(cfg: Config) -> tuple[int, int, str] | None:
-    """Size of the images that a config's data pipelines put out.
+    """Size of the images that a config's data pipelines output.
 
     That of the last step that fixes it, ``Resize`` or a crop, in the pipeline
     of training, or where that has none (several sizes) in that of testing.

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from era_mm.core import Distillation, Plan
 from era_mm.core.data_preprocessor import differences
-from era_mm.engine.pairing import Half, Match, Pair
+from era_mm.engine.pairing import Match, Pair, Side
 from era_mm.layers import Connector
 
 
@@ -67,18 +67,18 @@ def match_of(plan: Plan) -> Match:
     return plan.match
 
 
-def _names(half: Half) -> str:
-    if isinstance(half.source, str):
-        return half.source
-    return ' '.join(half.source)
+def _names(side: Side) -> str:
+    if isinstance(side.source, str):
+        return side.source
+    return ' '.join(side.source)
 
 
 def _report_levels(match: Match) -> list[str]:
     rows = []
     for own, theirs, scale in match.pairs():
         cells = [
-            _level(match, half, level)
-            for half, level in ((match.student, own), (match.teacher, theirs))
+            _level(match, side, level)
+            for side, level in ((match.student, own), (match.teacher, theirs))
         ]
         resized = '' if scale == 1 else f'  resized by {scale:g}'
         rows.append(f'{cells[0]:32}<-  {cells[1]}{resized}')
@@ -90,10 +90,10 @@ def _report_levels(match: Match) -> list[str]:
     ]
 
 
-def _level(match: Match, half: Half, level: int) -> str:
-    feat = half.feats[level]
+def _level(match: Match, side: Side, level: int) -> str:
+    feat = side.feats[level]
     channels = feat.shape[2 if feat.dim() == 3 else 1]
-    stride = match.stride(half, level)
+    stride = match.stride(side, level)
     at = f'stride {stride:g}, ' if stride else ''
     return f'[{level}] {at}{channels} channels'
 

@@ -1,4 +1,4 @@
-"""What a host model puts out, found out by running it once."""
+"""What a host model outputs, found out by running it once."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ CLASSIFIER_SIZES = (224, 256, 384, 32)
 
 
 class Seen(NamedTuple):
-    """What modules put out in one forward pass, in the order they ran.
+    """What modules output in one forward pass, in the order they ran.
 
     Args:
         outputs: Tensors of all calls of a module; none where its output is
@@ -51,7 +51,7 @@ def observe(
     whole: bool = False,
     training: bool = False,
 ) -> Seen:
-    """Run a model on a random image and note what some modules put out.
+    """Run a model on a random image and note what some modules output.
 
     Args:
         model: A host model.
@@ -160,7 +160,7 @@ class Member:
         return 'backbone' if neck is None else 'neck'
 
     def measure(self, input_size: int) -> None:
-        """Run it once and keep what backbone, neck and encoder put out."""
+        """Run it once and keep what backbone, neck and encoder output."""
         names = [
             name
             for name, _ in self.model.named_modules()
@@ -191,7 +191,7 @@ class Member:
             dim: Dimensions of each output: 4 for maps, 2 for vectors.
             inner: Whether to look among the layers of the backbone as well,
                 from its end: for the tokens of a transformer, and for a
-                backbone that puts out more than tensors.
+                backbone that outputs more than tensors.
         """
         names = [self.feeds_head, 'backbone']
         if inner:
@@ -205,7 +205,7 @@ class Member:
     def stages(self) -> list[str]:
         """The last sequence of blocks at each size of map, largest first.
 
-        Of the backbone; found by what they put out, not by name.
+        Of the backbone; found by what they output, not by name.
         """
         last: dict[int, str] = {}
         for name, feats in self.feats.items():

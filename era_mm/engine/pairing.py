@@ -27,7 +27,7 @@ from era_mm.layers import Connector, crop_to_common
 SAME_STRIDE = 1.25
 
 
-class Half(NamedTuple):
+class Side(NamedTuple):
     """What one model gives to a match.
 
     Args:
@@ -46,23 +46,23 @@ class Match:
     """Which outputs of two models go together.
 
     Args:
-        student: The student's half.
-        teacher: The teacher's half.
+        student: The student's side.
+        teacher: The teacher's side.
         input_size: Side of the trial image, in pixels.
     """
 
-    student: Half
-    teacher: Half
+    student: Side
+    teacher: Side
     input_size: int
 
     @property
     def connector(self) -> dict[str, dict]:
         """The ``connector`` of a ``source``; empty where none is needed."""
-        halves = {'student': self.student, 'teacher': self.teacher}
+        sides = {'student': self.student, 'teacher': self.teacher}
         return {
-            role: half.connector
-            for role, half in halves.items()
-            if half.connector
+            role: side.connector
+            for role, side in sides.items()
+            if side.connector
         }
 
     def config(self) -> dict[str, Any]:
@@ -83,39 +83,39 @@ class Match:
     def feats(self) -> tuple[Feats, Feats]:
         """The trial image's features as the distiller would get them."""
         student, teacher = (
-            Connector(**half.connector)(half.feats)
-            for half in (self.student, self.teacher)
+            Connector(**side.connector)(side.feats)
+            for side in (self.student, self.teacher)
         )
         return crop_to_common(student_feats=student, teacher_feats=teacher)
 
     def pairs(self) -> list[tuple[int, int, float]]:
         """Student's output, teacher's output and the factor of resizing."""
         chosen = [
-            half.connector.get('levels', range(len(half.feats)))
-            for half in (self.student, self.teacher)
+            side.connector.get('levels', range(len(side.feats)))
+            for side in (self.student, self.teacher)
         ]
         scales = self.student.connector.get('scales', [1] * len(chosen[0]))
         return list(zip(*chosen, scales, strict=True))
 
-    def stride(self, half: Half, level: int) -> float | None:
-        """Of an output of one half; None for what has no places."""
-        feat = half.feats[level]
-        if feat.dim() == 3 and half.connector.get('tokens') == 'map':
-            extra = half.connector.get('num_extra', 1)
+    def stride(self, side: Side, level: int) -> float | None:
+        """Of an output of one side; None for what has no places."""
+        feat = side.feats[level]
+        if feat.dim() == 3 and side.connector.get('tokens') == 'map':
+            extra = side.connector.get('num_extra', 1)
             return self.input_size / math.isqrt(feat.shape[1] - extra)
         return self.input_size / feat.shape[2] if feat.dim() == 4 else None
 
     def unused(self) -> list[str]:
         """Outputs of either that go with none of the other."""
         found = []
-        for index, half in enumerate((self.student, self.teacher)):
+        for index, side in enumerate((self.student, self.teacher)):
             used = {pair[index] for pair in self.pairs()}
-            for level in range(len(half.feats)):
+            for level in range(len(side.feats)):
                 if level not in used:
-                    stride = self.stride(half, level)
+                    stride = self.stride(side, level)
                     at = f' (stride {stride:g})' if stride else ''
                     role = ('student', 'teacher')[index]
-                    found.append(f'{role} {half.source}[{level}]{at}')
+                    found.append(f'{role} {side.source}[{level}]{at}')
         return found
 
 
@@ -181,13 +181,13 @@ class Pair:
         ) from cause
 
     def check_training(self, match: Match) -> None:
-        """Refuse a student that puts out something else while it trains.
+        """Refuse a student that outputs something else while it trains.
 
-        What was matched is what it puts out at inference. Sources behind the
+        What was matched is what it outputs at inference. Sources behind the
         neck are not looked at: heads need labels in training.
 
         Raises:
-            UserError: Its source puts out more images, levels or channels in
+            UserError: Its source outputs more images, levels or channels in
                 training, or cannot run.
         """
         source, member = match.student.source, self.student
@@ -213,7 +213,7 @@ class Pair:
         shapes = [tuple(feat.shape) for feat in found]
         if shapes != expected:
             raise UserError(
-                f'student: expected {source!r} of {member.name} to put out '
+                f'student: expected {source!r} of {member.name} to output '
                 f'the same in training as at inference, {expected} for two '
                 f'images, but got {shapes}. The teacher has no partners for '
                 'that; take another student. (As a teacher it can be used: '
@@ -277,7 +277,7 @@ class Pair:
             if not found:
                 raise UserError(
                     f'{member.role}: expected stages (sequences of blocks '
-                    'that put out maps) in the backbone of '
+                    'that output maps) in the backbone of '
                     f'{member.name}, but found none. Write the `source` by '
                     'hand (tools/print_sources.py lists the modules).'
                 )
@@ -289,7 +289,7 @@ class Pair:
         ):
             chosen = [[*found, 'neck'] for found in chosen]
         student, teacher = (
-            Half(
+            Side(
                 found,
                 tuple(feat for name in found for feat in member.feats[name]),
                 {},
@@ -300,12 +300,12 @@ class Pair:
 
     def _matched(self, student: str, teacher: str, **connectors: Any) -> Match:
         return Match(
-            Half(
+            Side(
                 student,
                 self.student.feats[student],
                 connectors.get('student', {}),
             ),
-            Half(
+            Side(
                 teacher,
                 self.teacher.feats[teacher],
                 connectors.get('teacher', {}),
@@ -329,7 +329,7 @@ class Pair:
             and pads[0] == pads[1]
         )
 
-    def _vector(self, member: Member) -> Half:
+    def _vector(self, member: Member) -> Side:
         """A classifier's features as ``(N, C)``, of its last output."""
         source = member.outputs(2)
         connector: dict[str, Any] = {}
@@ -347,10 +347,10 @@ class Pair:
             connector['num_extra'] = member.extra_tokens(feats[-1])
         if len(feats) > 1:
             connector = {'levels': [len(feats) - 1], **connector}
-        return Half(source, feats, connector)
+        return Side(source, feats, connector)
 
-    def _maps(self, member: Member) -> Half:
-        """The maps that a model puts out; of a classifier the last one."""
+    def _maps(self, member: Member) -> Side:
+        """The maps that a model outputs; of a classifier the last one."""
         source = member.outputs(4)
         connector: dict[str, Any] = {}
         if source is None and not self.is_detector:
@@ -363,7 +363,7 @@ class Pair:
         feats = member.feats[source]
         if not self.is_detector and len(feats) > 1:
             connector = {'levels': [len(feats) - 1], **connector}
-        return Half(source, feats, connector)
+        return Side(source, feats, connector)
 
     def _nothing(self, member: Member, wanted: str) -> UserError:
         found = {
@@ -382,12 +382,12 @@ class Pair:
     def _match_maps(self, *, cover: bool) -> Match:
         student, teacher = self._maps(self.student), self._maps(self.teacher)
         sides: list[list[tuple[int, int, int]]] = []
-        for half in (student, teacher):
-            levels = half.connector.get('levels', range(len(half.feats)))
+        for side in (student, teacher):
+            levels = side.connector.get('levels', range(len(side.feats)))
             connector = {
-                k: v for k, v in half.connector.items() if k != 'levels'
+                k: v for k, v in side.connector.items() if k != 'levels'
             }
-            maps = Connector(**connector)(half.feats)
+            maps = Connector(**connector)(side.feats)
             sides.append([(level, *maps[level].shape[2:]) for level in levels])
         chosen = self._levels(*sides, cover=cover)
         return Match(
@@ -438,14 +438,14 @@ class Pair:
 
     @staticmethod
     def _choose(
-        half: Half,
+        side: Side,
         levels: list[int],
         chosen: list[tuple[int, int, float]] | None,
-    ) -> Half:
-        connector = {k: v for k, v in half.connector.items() if k != 'levels'}
+    ) -> Side:
+        connector = {k: v for k, v in side.connector.items() if k != 'levels'}
         scales = [scale for _, _, scale in chosen or ()]
-        if levels != list(range(len(half.feats))):
+        if levels != list(range(len(side.feats))):
             connector = {'levels': levels, **connector}
         if any(scale != 1 for scale in scales):
             connector['scales'] = scales
-        return Half(half.source, half.feats, connector)
+        return Side(side.source, side.feats, connector)

@@ -150,7 +150,7 @@ def check_length(
                         'that term would never count. Lower `start` or '
                         'lengthen the run.'
                     )
-            least = distiller.least_iters
+            least = distiller.min_iters
             if least and least >= max_iters:
                 raise UserError(
                     f'distiller {name!r} ({type(distiller).__name__}): '

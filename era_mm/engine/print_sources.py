@@ -1,4 +1,4 @@
-"""Lists the modules of a model with what they put out."""
+"""Lists the modules of a model with what they output."""
 
 from collections.abc import Iterator
 

@@ -351,7 +351,7 @@ def check_teacher(
         found = evaluate_teacher(teacher, runner, num_images, seconds)
     except Exception as error:
         # A run that would train must not fail because its teacher cannot be
-        # tested: it may lack a head, the evaluator may need the whole split.
+        # tested: it may have no head, the evaluator may need all.
         return (
             f'{name}: not evaluated, this raised {type(error).__name__}: '
             f'{_first_line(error)}'

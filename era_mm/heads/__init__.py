@@ -17,10 +17,10 @@ from .detector_terms import (
 from .logit import LogitTerm
 from .twi import (
     find_head,
-    mismatch,
     plain_towers,
     predictors_of,
     tower_sources,
+    why_not_comparable,
     why_not_reused,
     with_loss_of,
 )
@@ -40,12 +40,12 @@ __all__ = [
     'TwoStageTWIHead',
     'find_head',
     'kind_for',
-    'mismatch',
     'plain_towers',
     'predictors_of',
     'term_for',
     'tower_sources',
     'why_no_sigmoid_scores',
+    'why_not_comparable',
     'why_not_reused',
     'with_loss_of',
 ]

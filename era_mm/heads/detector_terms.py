@@ -184,14 +184,12 @@ class DetectorTerm(nn.Module, ABC):
         """The terms of the teacher's head on an estimate."""
 
     @abstractmethod
-    def _problem(self, head: nn.Module) -> str | None:
+    def _why_no_scores(self, head: nn.Module) -> str | None:
         """Why a head's scores are not of the kind that is compared, if so."""
 
-    def _problem_of_heads(
-        self, own: nn.Module, theirs: nn.Module
-    ) -> str | None:
+    def _why_not_scored(self, own: nn.Module, theirs: nn.Module) -> str | None:
         for owner, head in (('student', own), ('teacher', theirs)):
-            reason = self._problem(head)
+            reason = self._why_no_scores(head)
             if reason is not None:
                 return f"the {owner}'s {type(head).__name__} {reason}"
         return None
@@ -348,7 +346,7 @@ class DenseTerm(DetectorTerm):
         if not isinstance(head, DenseTWIHead):
             return f'{type(head.head).__name__} is no dense head'
         theirs, own = head.head, student.bbox_head
-        reason = self._problem_of_heads(own, theirs)
+        reason = self._why_not_scored(own, theirs)
         if reason is not None:
             return reason
         outs = head.training_forward(teacher_feats)
@@ -366,16 +364,16 @@ class DenseTerm(DetectorTerm):
         self.bins = getattr(theirs, 'reg_max', 0) + 1
         self.box_width = 4 * self.bins
         if self.box_weight:
-            reason = self._box_problem(own, theirs, outs)
+            reason = self._why_no_boxes(own, theirs, outs)
             if reason is not None:
                 self._leave_boxes(reason)
         self._set_up_units(self.num_classes, self.box_width)
         return None
 
-    def _problem(self, head: nn.Module) -> str | None:
+    def _why_no_scores(self, head: nn.Module) -> str | None:
         return why_no_sigmoid_scores(head)
 
-    def _box_problem(
+    def _why_no_boxes(
         self, own: nn.Module, theirs: nn.Module, outs: Outputs
     ) -> str | None:
         names = [type(head).__name__ for head in (own, theirs)]
@@ -485,7 +483,7 @@ class RoITerm(DetectorTerm):
         if not isinstance(head, TwoStageTWIHead):
             return f'{type(head.head).__name__} is no RoI head'
         own, theirs = student.roi_head, head.head
-        reason = self._problem_of_heads(own, theirs)
+        reason = self._why_not_scored(own, theirs)
         if reason is not None:
             return reason
         boxes = [one.bbox_head for one in (own, theirs)]
@@ -514,7 +512,7 @@ class RoITerm(DetectorTerm):
         self._set_up_units(classes[1] + 1, 4)
         return None
 
-    def _problem(self, head: nn.Module) -> str | None:
+    def _why_no_scores(self, head: nn.Module) -> str | None:
         bbox_head: Any = getattr(head, 'bbox_head', None)
         if isinstance(bbox_head, nn.ModuleList):
             return 'has several stages'

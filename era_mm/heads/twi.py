@@ -78,7 +78,7 @@ def with_loss_of(student: nn.Module, head: TWIHead) -> TWIHead | None:
     return TWIHead(with_children(head.head, loss_module=loss_module))
 
 
-def mismatch(student: nn.Module, teacher: nn.Module) -> str | None:
+def why_not_comparable(student: nn.Module, teacher: nn.Module) -> str | None:
     """Why TWI makes no sense for a pair, whatever the features, if so."""
     if is_query_based(teacher):
         return (
@@ -107,7 +107,7 @@ def why_not_reused(student: nn.Module, teacher: nn.Module) -> str | None:
 
     What shows only on features is left to ``TWIHead.problem``.
     """
-    reason = mismatch(student, teacher)
+    reason = why_not_comparable(student, teacher)
     if reason is not None:
         return reason
     head = find_head(teacher)
@@ -221,7 +221,7 @@ def tower_sources(
     return tuple(sources)
 
 
-class _Half(nn.Module):
+class _TowerInput(nn.Module):
     """In a tower's place: its own half of the channels, as they come in."""
 
     def __init__(self, index: int) -> None:
@@ -250,15 +250,15 @@ def predictors_of(model: nn.Module, layers: int | None = None) -> nn.Module:
     halves: dict[str, nn.Module | None] = {}
     if layers is not None:
         for index, (name, tower) in enumerate(plain_towers(model).items()):
-            halves[name] = nn.ModuleList([_Half(index), *tower[layers:]])
+            halves[name] = nn.ModuleList([_TowerInput(index), *tower[layers:]])
         return with_children(model.bbox_head, **halves)
     own: list[nn.Module]
     for index, (name, tower) in enumerate(_towers(model).items()):
         if name.startswith('multi_level'):
-            own = [_Half(index) for _ in tower]
+            own = [_TowerInput(index) for _ in tower]
         elif isinstance(tower[0], nn.ModuleList):
-            own = [nn.ModuleList([_Half(index)]) for _ in tower]
+            own = [nn.ModuleList([_TowerInput(index)]) for _ in tower]
         else:
-            own = [_Half(index)]
+            own = [_TowerInput(index)]
         halves[name] = nn.ModuleList(own)
     return with_children(model.bbox_head, **halves)

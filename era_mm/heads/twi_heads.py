@@ -100,7 +100,7 @@ class TWIHead(BaseModule):
         """The head's raw outputs on an estimate; a classifier's logits."""
         return self.head(tuple(feats))
 
-    def problem(
+    def why_not_judged(
         self, feats: Sequence[Tensor], *, training: bool
     ) -> str | None:
         """Why the head cannot judge such features, if so.
@@ -123,7 +123,7 @@ class TWIHead(BaseModule):
 
     @contextlib.contextmanager
     def _training_outputs(self) -> Iterator[None]:
-        # Heads look at their own flag to decide what they put out: FCOS
+        # Heads look at their own flag to decide what they output: FCOS
         # scales its distances by the stride and RepPoints decodes its points
         # only at test. Losses need the training form. The flags of the
         # layers below stay as they are, so norms and dropout remain frozen.
@@ -256,11 +256,11 @@ class DetectorTWIHead(TWIHead):
     ) -> list[InstanceData]:
         """What the head finds in each image."""
 
-    def problem(
+    def why_not_judged(
         self, feats: Sequence[Tensor], *, training: bool
     ) -> str | None:
         """As in the base class; losses are tried on noise with one object."""
-        found = super().problem(feats, training=training)
+        found = super().why_not_judged(feats, training=training)
         if found or not training:
             return found
         # Not the features of the dry run: an empty image looks the same all
@@ -401,7 +401,7 @@ class DenseTWIHead(DetectorTWIHead):
         """The head's raw outputs on an estimate."""
         return self.head(self._levels(feats))
 
-    def problem(
+    def why_not_judged(
         self, feats: Sequence[Tensor], *, training: bool
     ) -> str | None:
         """As in the base class."""
@@ -412,7 +412,7 @@ class DenseTWIHead(DetectorTWIHead):
                 f'it has priors for {priors.num_levels} levels, but got '
                 f'{levels}'
             )
-        return super().problem(feats, training=training)
+        return super().why_not_judged(feats, training=training)
 
     def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
         return self.head.loss(self._levels(feats), data_samples)

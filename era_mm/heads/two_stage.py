@@ -46,7 +46,7 @@ class TwoStageTWIHead(DetectorTWIHead):
         """Raw outputs of the RPN on an estimate."""
         return self._first(tuple(feats))
 
-    def problem(
+    def why_not_judged(
         self, feats: Sequence[Tensor], *, training: bool
     ) -> str | None:
         """As in the base class."""
@@ -57,7 +57,7 @@ class TwoStageTWIHead(DetectorTWIHead):
                 f'its RPN has priors for {priors.num_levels} levels, but got '
                 f'{len(feats)}'
             )
-        found = super().problem(feats, training=training)
+        found = super().why_not_judged(feats, training=training)
         if found:
             return found
         sample = self.trial_sample(feats)

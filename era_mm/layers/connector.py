@@ -16,7 +16,7 @@ def tokens_to_map(tokens: Tensor, num_extra: int) -> Tensor:
     """Patch tokens on their grid, in rows from the top left.
 
     Args:
-        tokens: What a transformer puts out.
+        tokens: What a transformer outputs.
         num_extra: Tokens before the patches that stand for no place.
 
     Shape:
@@ -144,7 +144,7 @@ class Connector(nn.Module):
         ):
             raise ValueError(
                 f'The connector asks for levels {list(levels)} with scales '
-                f'{list(scales)}, but its source puts out {len(feats)}. '
+                f'{list(scales)}, but its source outputs {len(feats)}. '
                 'Correct `source.connector`.'
             )
         return tuple(

@@ -213,7 +213,7 @@ class CrossKDDistiller(BaseDistiller):
             for maps, width in zip(own, self._widths, strict=True)
         )
         outs = self.head.training_forward(theirs)
-        self._leave_boxes_if(self._box_problem(outs))
+        self._leave_boxes_if(self._why_no_boxes(outs))
         self._compare(self._cross(own), outs)
 
     @property
@@ -221,7 +221,7 @@ class CrossKDDistiller(BaseDistiller):
         """Numbers of a distribution; 1: a side of a box is one number."""
         return getattr(self.head.head, 'reg_max', 0) + 1
 
-    def _box_problem(self, outs: Any) -> str | None:
+    def _why_no_boxes(self, outs: Any) -> str | None:
         head = self.head.head
         anchors = outs[0][0].shape[1] // head.cls_out_channels
         widths = {level.shape[1] for level in outs[1]}

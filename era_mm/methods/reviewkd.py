@@ -132,7 +132,7 @@ class ReviewKDDistiller(BaseDistiller):
     detectors and ImageNet classifiers; CIFAR-100 has up to 8 by pair, and
     ramps it over 20 epochs (``schedules``). The released classifiers compare
     features before the last ReLU of a stage, and their pooled features as a
-    further map of 1x1; here a stage is what its module puts out, behind the
+    further map of 1x1; here a stage is what its module outputs, behind the
     ReLU [ours].
 
     Args:

@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs='+',
         metavar='WORK_DIR',
         help='of a distillation, of the plain student, of a test of either; '
-        'several seeds of each. The run of a teacher is found by itself '
+        'several seeds of each. The run of a teacher is inferred '
         'where its checkpoint lies in a work dir',
     )
     parser.add_argument(

@@ -199,7 +199,7 @@ class Comparison:
 def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     """Read work dirs and sort them into teacher, plain and distilled.
 
-    A teacher's run is found by itself where its checkpoint lies in a work
+    A teacher's run is inferred where its checkpoint lies in a work
     dir. Folders with a test alone are given to the run whose checkpoint they
     tested.
 

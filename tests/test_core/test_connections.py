@@ -147,7 +147,7 @@ def test_connector__says_what_it_resizes(monkeypatch):
     ('connector', 'message'),
     [
         (dict(student=dict(levels=[1, 0, 0])), 'all but the channels'),
-        (dict(student=dict(levels=[0, 5])), 'puts out 2'),
+        (dict(student=dict(levels=[0, 5])), 'outputs 2'),
         (dict(pupil=dict(levels=[0])), r'dict\(student='),
     ],
 )

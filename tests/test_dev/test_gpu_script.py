@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from era_mm import cli
+from era_mm.cli_parsers import benchmark_parser, suite_parser
 from era_mm.engine.preflight import find_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def test_script__goes_on_after_what_fails(commands):
 
 def test_script__names_options_and_configs_that_exist(commands):
     for command in commands[1:13]:
-        args = cli._benchmark_parser().parse_args(command[3:])
+        args = benchmark_parser().parse_args(command[3:])
         assert args.device == 'cuda'
         assert args.size == [800, 1333]
         for config in args.configs:
@@ -51,7 +51,7 @@ def test_script__names_options_and_configs_that_exist(commands):
         '2',
         '8',
     }
-    args = cli._suite_parser().parse_args(commands[-1][3:])
+    args = suite_parser().parse_args(commands[-1][3:])
     assert (ROOT / args.file).is_file()
     assert args.jobs == 3
 

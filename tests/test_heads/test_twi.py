@@ -3,7 +3,7 @@
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
-from era_mm.heads.twi import find_head, mismatch
+from era_mm.heads.twi import find_head, why_not_comparable
 from era_mm.testing import classifier_config
 from era_mm.testing.host_families import host_config
 
@@ -29,7 +29,7 @@ def test_head__without_weights_judges_nothing():
         )
     )
     assert find_head(model) is not None
-    assert mismatch(model, model) == (
+    assert why_not_comparable(model, model) == (
         "the teacher's head (ClsHead) has no weights: what classifies is the "
         'end of its backbone, behind the features that are approximated'
     )

@@ -29,7 +29,7 @@ def test_trial__is_on_noise_that_costs_no_draw(monkeypatch):
     blank = [torch.zeros(1, 16, size, size) for size in (16, 8, 4, 2, 1)]
     before = torch.get_rng_state()
     for _ in range(2):
-        assert head.problem(blank, training=True) is None
+        assert head.why_not_judged(blank, training=True) is None
     for once, again, flat in zip(*seen, blank, strict=True):
         assert once.shape == flat.shape
         assert once[0, 0].unique().numel() == once[0, 0].numel()
@@ -53,12 +53,12 @@ def test_trial__of_a_head_that_asks_the_run_where_it_stands():
     # The newest is the current one.
     hub = MessageHub.get_instance('before any run')
     assert hub.get_info('epoch') is None
-    assert head.problem(feats, training=True) is None
+    assert head.why_not_judged(feats, training=True) is None
     # Nothing is left that a run would take for its own.
     assert not hub.runtime_info
     # And in a run nothing is taken away.
     hub.update_info('epoch', 7)
-    assert head.problem(feats, training=True) is None
+    assert head.why_not_judged(feats, training=True) is None
     assert seen == [(0, 0), (0, 7)]
     assert hub.runtime_info == dict(epoch=7)
     hub.pop_info('epoch')

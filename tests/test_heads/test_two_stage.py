@@ -80,4 +80,4 @@ def test_pair__head_of_learnt_proposals_is_no_rpn():
     )
     head = TwoStageTWIHead(learnt, teacher.roi_head)
     feats = [torch.zeros(1, 24, 2, 2)] * 5
-    assert 'NotImplementedError' in head.problem(feats, training=True)
+    assert 'NotImplementedError' in head.why_not_judged(feats, training=True)

@@ -103,9 +103,9 @@ def test_connector__refuses(kwargs, message):
 
 
 def test_connector__refuses_levels_that_are_not_there():
-    with pytest.raises(ValueError, match=r'levels \[0, 2\].*puts out 2'):
+    with pytest.raises(ValueError, match=r'levels \[0, 2\].*outputs 2'):
         Connector(levels=[0, 2])([grid(1, 1), grid(1, 1)])
-    with pytest.raises(ValueError, match='puts out 2'):
+    with pytest.raises(ValueError, match='outputs 2'):
         Connector(scales=[1])([grid(1, 1), grid(1, 1)])
 
 

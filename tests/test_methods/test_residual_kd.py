@@ -305,7 +305,7 @@ def test_adapter__does_no_more_than_it_has_to():
     outs = starts(feats)
     assert [o.shape for o in outs] == [(2, 4, 3, 3), (2, 4)]
     assert not any(o.any() for o in outs)
-    # By the norm's scale: a norm of a convolution that puts out 0 would
+    # By the norm's scale: a norm of a convolution that outputs 0 would
     # divide its first gradients by the root of eps.
     assert not starts.levels[1].norm.weight.any()
     assert starts.levels[1].conv.weight.any()

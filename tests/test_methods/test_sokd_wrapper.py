@@ -44,7 +44,7 @@ class Told(BaseDistiller):
     pretrain_iters = 7
     has_phases = True
     predict_sources = ('neck.of_predict',)
-    least_iters = 11
+    min_iters = 11
 
     def __init__(self):
         super().__init__(

@@ -633,7 +633,7 @@ def test_backbones__convnext_in_pooled_form_gives_vectors():
     assert [norm.num_features for norm in peers.permeation.norms] == [16, 24]
     total, _ = model.parse_losses(losses_of(model, images(3)))
     total.backward()
-    with pytest.raises(ValueError, match=r"put out vectors .*kind='linear'"):
+    with pytest.raises(ValueError, match=r"output vectors .*kind='linear'"):
         build(student, source='backbone')
     # The same two stages as maps.
     student['backbone'] = backbone | dict(gap_before_final_norm=False)
@@ -647,7 +647,7 @@ def test_tokens__become_the_map_they_were():
     tokens = x.flatten(2).transpose(1, 2)
     assert torch.equal(as_feature(tokens, source='s'), x)
     assert as_feature(x, source='s') is x
-    with pytest.raises(ValueError, match="'s' puts out 6 tokens"):
+    with pytest.raises(ValueError, match="'s' outputs 6 tokens"):
         as_feature(tokens[:, :6], source='s')
 
 

@@ -104,7 +104,7 @@ def test_cswin__parameters_are_those_of_the_published_code(
 
 
 def stage_shapes(model, stages, size):
-    """What each stage puts out, without the batch, and the model's output."""
+    """What each stage outputs, without the batch, and the model's output."""
     shapes = []
     handles = [
         stage.register_forward_hook(

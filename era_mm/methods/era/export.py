@@ -276,7 +276,7 @@ def fold_into_head(head: nn.Module, align: nn.Linear) -> dict[str, Tensor]:
 def fold_into_neck(
     neck: nn.Module, aligns: Sequence[nn.Module]
 ) -> dict[str, Tensor]:
-    """Weights of an FPN that puts out ``U_l P_l + c_l`` in place of ``P_l``.
+    """Weights of an FPN that outputs ``U_l P_l + c_l`` in place of ``P_l``.
 
         W_l' = U_l W_l        b_l' = U_l b_l + c_l
 

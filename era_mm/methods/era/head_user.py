@@ -19,8 +19,8 @@ from ...heads import (
     TWIHead,
     TwoStageTWIHead,
     find_head,
-    mismatch,
     term_for,
+    why_not_comparable,
     why_not_reused,
     with_loss_of,
 )
@@ -110,13 +110,13 @@ class HeadUser(BaseDistiller):
         assert head is not None
         _, teacher_feats = pair.match(cover=True).feats()
         with torch.no_grad(), preserve_rng():
-            problem = head.problem(teacher_feats, training=True)
+            problem = head.why_not_judged(teacher_feats, training=True)
         return problem and f'{type(head.head).__name__}: {problem}'
 
     def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
         """Find the teacher's head, and how the student's goes with it."""
         head = find_head(teacher, self.twi_place)
-        reason = mismatch(student, teacher)
+        reason = why_not_comparable(student, teacher)
         if reason is None and head is None:
             reason = (
                 f'TWI cannot use the head of {type(teacher).__name__}: it '
@@ -274,7 +274,7 @@ class HeadUser(BaseDistiller):
     @torch.no_grad()
     def _try_head(self, teacher_maps: tuple[Tensor, ...]) -> None:
         """Let the head judge the teacher's features of the dry run."""
-        problem = self._head.problem(
+        problem = self._head.why_not_judged(
             teacher_maps, training=self.twi_steps != 'none'
         )
         if problem is None:

@@ -69,8 +69,8 @@ class MBRNet(BaseModule):
         num_blocks: Blocks per branch.
         topology: What a branch sees: 'parallel', the student's feature
             [official code, its default]; 'accumulated', that plus what the
-            branches before put out [official code, its isAccuX]; 'serial',
-            what the branch before put out [official code, there but not
+            branches before output [official code, its isAccuX]; 'serial',
+            what the branch before output [official code, there but not
             wired]. In the last two a branch's losses reach the branches
             before it as well.
         share_projection: One projection for all branches of a level instead

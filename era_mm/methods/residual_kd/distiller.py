@@ -123,7 +123,7 @@ class ResidualKDDistiller(BaseDistiller):
         self.cut = self.student_sources[0]
         self.student_sources = (STUDENT[-1], ASSISTANT)
         if self.cut != 'backbone':
-            # The pair puts out the sum in the backbone's place.
+            # The pair outputs the sum in the backbone's place.
             self.moved_sources = {self.cut: 'backbone'}
         self._pair = dict(
             student=student, assistant=assistant, norm_cfg=norm_cfg
@@ -253,7 +253,7 @@ class ResidualKDDistiller(BaseDistiller):
         )
 
     @property
-    def least_iters(self) -> int:
+    def min_iters(self) -> int:
         """Where the last phase begins."""
         return sum(length or 0 for length in self.phases.values())
 

@@ -30,7 +30,7 @@ def _as_maps(module: nn.Module, feat: Tensor) -> Tensor:
 
 
 def _zero(layer: nn.Module) -> None:
-    """Let a layer put out exactly 0: by its norm's scale, if it has one."""
+    """Let a layer output exactly 0: by its norm's scale, if it has one."""
     if isinstance(layer, ConvModule):
         layer = layer.norm if layer.with_norm else layer.conv
     nn.init.zeros_(layer.weight)
@@ -76,7 +76,7 @@ class ResidualAdapter(BaseModule):
         out_channels: Likewise.
         norm_cfg: Norm; None: a convolution with bias alone. BN is
             [inference].
-        zero_init: Start by putting out 0.
+        zero_init: Start by outputting 0.
     """
 
     def __init__(

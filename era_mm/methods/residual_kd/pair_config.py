@@ -85,8 +85,7 @@ def pair_config(
     found = dict(found, type=FORMS[form], out_channels=channels)
     for key in sorted(set(found) & set(options)):
         raise ValueError(
-            f'`assistant.{key}` is found by itself: {found[key]}. Remove the '
-            'key.'
+            f'`assistant.{key}` is inferred: {found[key]}. Remove the key.'
         )
     pair.backbone = ConfigDict(
         type='era_mm.ResidualPair',

@@ -70,9 +70,9 @@ class WrappingDistiller(BaseDistiller):
         return self.base.phase()
 
     @property
-    def least_iters(self) -> int:
+    def min_iters(self) -> int:
         """The wrapped distiller's."""
-        return self.base.least_iters
+        return self.base.min_iters
 
     def is_complete(self, step: int) -> bool:
         """The wrapped distiller's."""

@@ -53,7 +53,7 @@ class TrunkToBranchDistiller(BaseDistiller):
             without ``source``.
         num_peers: K. 3 is ONE's. 0: a plain run.
         kind: The one layer: 'conv1x1' on maps, or 'linear' on pooled
-            features, the one for backbones that put out vectors.
+            features, the one for backbones that output vectors.
         embed_channels: Numbers of an embedding. None: the channels of the
             last tap; of the pyramid in a detector.
         tap_mode: 'concat': every peer sees all taps. 'per_branch': peer k
@@ -175,7 +175,7 @@ class TrunkToBranchDistiller(BaseDistiller):
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None
     ) -> None:
-        """Tap the last stages; record what the trunk's head puts out."""
+        """Tap the last stages; record what the trunk's head outputs."""
         if not self.num_peers:
             self.student_sources = ()
             return

@@ -149,13 +149,13 @@ class ClassifierPeers(_Peers):
         if len({len(shape) for shape in shapes}) > 1:
             raise ValueError(
                 'The taps must be maps (N, C, H, W) or all of them vectors '
-                f'(N, C), but {self.tap_sources} put out {shapes}.'
+                f'(N, C), but {self.tap_sources} output {shapes}.'
             )
         if self.kind != 'linear' and len(shapes[0]) == 2:
             raise ValueError(
                 f'kind={self.kind!r} convolves maps (N, C, H, W), but '
-                f'{self.tap_sources} put out vectors {shapes}. Set '
-                "kind='linear', or let the backbone put out maps (ConvNeXt: "
+                f'{self.tap_sources} output vectors {shapes}. Set '
+                "kind='linear', or let the backbone output maps (ConvNeXt: "
                 'gap_before_final_norm=False).'
             )
 
@@ -303,7 +303,7 @@ class DensePeers(_Peers):
         if any(tap.dim() != 4 for tap in taps):
             raise ValueError(
                 "A detector's taps must be maps (N, C, H, W), but "
-                f'{self.tap_sources} put out '
+                f'{self.tap_sources} output '
                 f'{[tuple(tap.shape) for tap in taps]}.'
             )
         self._check_share(len(taps))
@@ -336,7 +336,7 @@ class DensePeers(_Peers):
         ):
             raise ValueError(
                 'Trunk-to-Branch needs a dense head that scores each level of '
-                f'the neck by sigmoid, but {type(head).__name__} puts out '
+                f'the neck by sigmoid, but {type(head).__name__} outputs '
                 f'{[tuple(out.shape) for out in outs]} for '
                 f'{[tuple(level.shape) for level in levels]}. RetinaNet, '
                 'FCOS, ATSS and GFL have such heads.'
@@ -384,7 +384,7 @@ class DensePeers(_Peers):
         from mmdet.models.utils import unpack_gt_instances
 
         outs, num_levels = feats['bbox_head'], len(feats['neck'])
-        # Boxes, centre-ness and what else the head puts out, by level.
+        # Boxes, centre-ness and what else the head outputs, by level.
         others = [
             [out.detach() for out in outs[start : start + num_levels]]
             for start in range(num_levels, len(outs), num_levels)

@@ -22,7 +22,7 @@ def stage_names(backbone: nn.Module) -> list[str]:
     - ResNet and its kin in both hosts: ``layer1``, ..., ``layer4``.
     - Backbones with ``stages`` (ConvNeXt, Swin, CSWin, ...): ``stages.0``,
       ...; where a stage is a list of ``blocks``, its last block, since what
-      Swin's stage itself puts out is more than a feature.
+      Swin's stage itself outputs is more than a feature.
     - Backbones with ``layers`` (MobileNet, CSPDarknet): of the layers that
       work at one resolution, the last.
 
@@ -65,7 +65,7 @@ def stage_names(backbone: nn.Module) -> list[str]:
 
 
 def as_feature(output: Tensor, *, source: str) -> Tensor:
-    """A map or a vector of what a stage puts out; tokens become a map.
+    """A map or a vector of what a stage outputs; tokens become a map.
 
     Source: ours.
 
@@ -82,9 +82,9 @@ def as_feature(output: Tensor, *, source: str) -> Tensor:
     side = math.isqrt(length)
     if side * side != length:
         raise ValueError(
-            f'{source!r} puts out {length} tokens, which fill no square, so '
+            f'{source!r} outputs {length} tokens, which fill no square, so '
             'their places are not known. Train on square images, or name a '
-            "source that puts out maps: source='backbone' with the "
+            "source that outputs maps: source='backbone' with the "
             "backbone's `out_indices`."
         )
     return output.transpose(1, 2).reshape(num, channels, side, side)
