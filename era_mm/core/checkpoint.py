@@ -12,11 +12,13 @@ the extras without one.
 import hashlib
 import logging
 import pickle
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -265,9 +267,81 @@ def load_strictly(
         for key in own
         if key in state_dict and state_dict[key].shape != own[key].shape
     ]
+    _refuse(model, name, missing, unexpected, reshaped)
+    incompatible = model.load_state_dict(state_dict, strict=False)
+    assert not incompatible.unexpected_keys, incompatible
+
+
+def load_whole(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, name: str
+) -> None:
+    """Load a host's file as the host does, and every tensor of the model.
+
+    The host's own hooks rename and resize what older files hold. What a file
+    has besides, such as averaged copies, is named in one line of the log.
+    ``num_batches_tracked`` may lack, as in :func:`load_strictly`.
+
+    Args:
+        model: The model, of a host.
+        state_dict: The weights.
+        name: How messages call the weights, usually the file's name.
+
+    Raises:
+        ValueError: The model has a tensor that the file lacks, or has in
+            another shape.
+    """
+    missing: list[str] = []
+    surplus: list[str] = []
+
+    def keep(_: nn.Module, incompatible: Any) -> None:
+        missing[:] = incompatible.missing_keys
+        surplus[:] = incompatible.unexpected_keys
+
+    reshaped: list[str] = []
+    handle = model.register_load_state_dict_post_hook(keep)
+    try:
+        model.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:
+        # A line of torch for each tensor of another shape, after the first.
+        reshaped = [
+            _SIZE_MISMATCH.sub(r'\1: file (\2), model (\3)', line.strip())
+            for line in str(error).splitlines()[1:]
+        ]
+    finally:
+        handle.remove()
+    missing = [
+        key for key in missing if not key.endswith('num_batches_tracked')
+    ]
+    if missing or reshaped:
+        _refuse(model, name, missing, surplus, reshaped)
+    if surplus:
+        print_log(
+            f'{name!r} has {len(surplus)} tensors besides those of '
+            f'{type(model).__name__}, which are not used: {_first(surplus)}.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+_SIZE_MISMATCH = re.compile(
+    r'size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\].*'
+)
+
+
+def _first(keys: Sequence[str]) -> str:
+    return ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
+
+
+def _refuse(
+    model: nn.Module,
+    name: str,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    reshaped: Sequence[str],
+) -> None:
+    """Say in what a file differs from a model, if it does."""
     problems = [
-        f'{title} ({len(keys)}): {", ".join(keys[:3])}'
-        + (', ...' if len(keys) > 3 else '')
+        f'{title} ({len(keys)}): {_first(keys)}'
         for title, keys in (
             ('missing in the file', missing),
             ('not in the model', unexpected),
@@ -282,8 +356,6 @@ def load_strictly(
             + '. Give the config and the checkpoint of the same model '
             '(classes, depth and widths included).'
         )
-    incompatible = model.load_state_dict(state_dict, strict=False)
-    assert not incompatible.unexpected_keys, incompatible
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
