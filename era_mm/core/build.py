@@ -15,6 +15,19 @@ from .host_models import resolve_model_config
 from .teacher import BaseTeacher, Teacher
 from .utils import preserve_rng
 
+#: Host models that cannot be a student, and why.
+_NO_STUDENTS = {
+    'BaseRetriever': (
+        "mmpretrain's hook renews the prototypes of its own class alone, so "
+        'they would stay those of the first validation. Distil a classifier.'
+    ),
+    'SemiBaseDetector': (
+        'it has a teacher of its own, and batches of several branches. '
+        'Distil the detector in it, on labelled images: '
+        '`student=_base_.model.detector` with a plain `train_dataloader`.'
+    ),
+}
+
 
 def distillation_kind(model: Mapping) -> str | None:
     """Which distillation a model's config describes.
@@ -140,13 +153,21 @@ def build_student(
         distillers: Each may change the config.
 
     Raises:
-        ValueError: The student is a distillation itself.
+        ValueError: The student is a distillation itself, a semi-supervised
+            detector or a retriever.
     """
     with preserve_rng():
         config, scope = _student_config(student, data_preprocessor, distillers)
     # Detectors write into the config that they are built from.
     with DefaultScope.overwrite_default_scope(scope):
-        return HostModel(config, MODELS.build(copy.deepcopy(config)))
+        module = MODELS.build(copy.deepcopy(config))
+    for cls in type(module).__mro__:
+        if cls.__name__ in _NO_STUDENTS:
+            raise ValueError(
+                f'{type(module).__name__} cannot be a student: '
+                + _NO_STUDENTS[cls.__name__]
+            )
+    return HostModel(config, module)
 
 
 def student_config_of(model: Mapping) -> tuple[ConfigDict, str | None]:

@@ -11,21 +11,26 @@ the extras without one.
 
 import hashlib
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .download import download
-from .fit import find_misfits
+from .fit import find_misfits, first_of, lines_of
 from .places import read_place
 from .safe_files import ADVICE, load_file
 from .utils import to_cpu
 
 METADATA_KEY = 'era_mm'
+_SIZE_MISMATCH = re.compile(
+    r'size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\].*'
+)
 
 
 class Extras(OrderedDict):
@@ -196,7 +201,74 @@ def load_strictly(
             place of real numbers, values that are not finite; the first ones
             are shown.
     """
-    problems = find_misfits(model.state_dict(), state_dict)
+    _refuse(model, name, find_misfits(model.state_dict(), state_dict))
+    incompatible = model.load_state_dict(state_dict, strict=False)
+    assert not incompatible.unexpected_keys, incompatible
+
+
+def load_whole(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, name: str
+) -> None:
+    """Load a host's file as the host does, and every tensor of the model.
+
+    The host's own hooks rename and resize what older files hold. What a file
+    has besides, such as averaged copies, is named in one line of the log.
+    ``num_batches_tracked`` may be missing, as in :func:`load_strictly`.
+
+    Args:
+        model: The model, of a host.
+        state_dict: The weights.
+        name: How messages call the weights, usually the file's name.
+
+    Raises:
+        ValueError: The model has a tensor that the file lacks, or has in
+            another shape.
+    """
+    missing: list[str] = []
+    surplus: list[str] = []
+    # The host may resize what it loads, so shapes are its business.
+    kinds = [
+        line
+        for line in find_misfits(model.state_dict(), state_dict, keys=False)
+        if not line.startswith('other shapes')
+    ]
+
+    def keep(_: nn.Module, incompatible: Any) -> None:
+        missing[:] = incompatible.missing_keys
+        surplus[:] = incompatible.unexpected_keys
+
+    reshaped: list[str] = []
+    handle = model.register_load_state_dict_post_hook(keep)
+    try:
+        model.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:
+        # A line of torch for each tensor of another shape, after the first.
+        reshaped = [
+            _SIZE_MISMATCH.sub(r'\1: file (\2), model (\3)', line.strip())
+            for line in str(error).splitlines()[1:]
+        ]
+    finally:
+        handle.remove()
+    missing = [
+        key for key in missing if not key.endswith('num_batches_tracked')
+    ]
+    ways = {'missing in the file': missing, 'other shapes': reshaped}
+    if any(ways.values()):
+        # Then what is left over may be what was meant.
+        ways['not in the model'] = surplus
+    _refuse(model, name, [*lines_of(ways), *kinds])
+    if surplus:
+        print_log(
+            f'{name!r} has {len(surplus)} tensors besides those of '
+            f'{type(model).__name__}, which are not used: '
+            f'{first_of(surplus)}.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def _refuse(model: nn.Module, name: str, problems: Sequence[str]) -> None:
+    """Say in what a file differs from a model, if it does."""
     if problems:
         raise ValueError(
             f'The weights in {name!r} do not fit {type(model).__name__}. '
@@ -204,8 +276,6 @@ def load_strictly(
             + '. Give the config and the checkpoint of the same model '
             '(classes, depth and widths included).'
         )
-    incompatible = model.load_state_dict(state_dict, strict=False)
-    assert not incompatible.unexpected_keys, incompatible
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

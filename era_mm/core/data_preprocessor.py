@@ -134,25 +134,36 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
     ) -> None:
         super().__init__()
         self.student = student
-        self._own: dict[str, BaseTeacher] = {}
-        self._augments = getattr(student, 'batch_augments', None) is not None
-        for name, teacher in teachers.items():
+        self._own: dict[str, BaseTeacher] = {
+            name: teacher
+            for name, teacher in teachers.items()
+            if differences(student, teacher.model.data_preprocessor)
+        }
+        self._check_augments()
+
+    def _augments(self) -> bool:
+        """Whether batches are augmented now; hooks switch it (mmpretrain)."""
+        return getattr(self.student, 'batch_augments', None) is not None
+
+    def _check_augments(self) -> None:
+        """Refuse augmented batches that a teacher cannot have."""
+        if not self._augments():
+            return
+        for name, teacher in self._own.items():
             preprocessor = teacher.model.data_preprocessor
-            if not differences(student, preprocessor):
-                continue
-            if self._augments and not all(
+            if not all(
                 hasattr(known, 'pad_value')
-                for known in (student, preprocessor)
+                for known in (self.student, preprocessor)
             ):
                 raise ValueError(
                     f'The {name} has another data_preprocessor than the '
                     'student, and the student has `batch_augments`, which '
-                    f'the teacher has to see. From {type(student).__name__} '
-                    f'to {type(preprocessor).__name__} batches cannot be '
+                    f'the teacher has to see. From '
+                    f'{type(self.student).__name__} to '
+                    f'{type(preprocessor).__name__} batches cannot be '
                     'converted: remove `batch_augments`, or use a teacher '
                     "with the student's preprocessing."
                 )
-            self._own[name] = teacher
 
     def __getattr__(self, name: str) -> Any:
         # Host code asks a model's preprocessor for mean, std or the padding.
@@ -162,6 +173,19 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
             if name == 'student':
                 raise
             return getattr(self.student, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Hooks of the hosts switch settings such as `batch_augments`.
+        student = self.__dict__.get('_modules', {}).get('student')
+        if (
+            student is None
+            or name in self.__dict__
+            or not hasattr(student, name)
+        ):
+            super().__setattr__(name, value)
+            return
+        setattr(student, name, value)
+        self._check_augments()
 
     def forward(self, data: Any, training: bool = False) -> Any:
         """Preprocess a batch.
@@ -192,7 +216,7 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
             name: teacher.model.data_preprocessor
             for name, teacher in self._own.items()
         }
-        if self._augments:
+        if self._augments():
             data = self.student(data, training)
             teacher_inputs = {
                 name: convert(

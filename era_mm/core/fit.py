@@ -1,6 +1,6 @@
 """Whether weights are those of a model: keys, shapes, kinds of numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,12 +50,21 @@ def find_misfits(
     }
     if not keys:
         del ways['missing in the file'], ways['not in the model']
+    return lines_of(ways)
+
+
+def lines_of(ways: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each way that weights differ in, with the first three."""
     return [
-        f'{title} ({len(names)}): {", ".join(names[:3])}'
-        + (', ...' if len(names) > 3 else '')
+        f'{title} ({len(names)}): {first_of(names)}'
         for title, names in ways.items()
         if names
     ]
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first three of some names."""
+    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
 
 
 def _shape(value: Any) -> Any:

@@ -184,7 +184,7 @@ class MutualDistillation(BaseModel):
             batch = half.data_preprocessor(_own(data), True)
             wrapper = optim_wrapper[name]
             with wrapper.optim_context(call):
-                total, values = self.parse_losses(call(**batch, mode='loss'))
+                total, values = half.parse_losses(call(**batch, mode='loss'))
             wrapper.update_params(total)
             losses[name] = values.pop('loss')
             logged |= {f'{name}.{key}': value for key, value in values.items()}

@@ -457,6 +457,20 @@ class DistilledStudent(StudentModel):
         }
         return {k: value for k, value in found.items() if value is not None}
 
+    def parse_losses(
+        self, losses: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and what is logged, where ``loss`` is the total.
+
+        A student's own loss of that name (mmpretrain's classifiers have one)
+        is logged as ``student_loss``.
+        """
+        total, logged = self.student.parse_losses(losses)
+        if 'loss' in losses:
+            logged['student_loss'] = logged['loss']
+            logged['loss'] = total
+        return total, logged
+
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Mmengine's step, or one of the pre-training phase."""
         if self.pretraining:

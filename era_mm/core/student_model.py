@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
@@ -15,28 +15,34 @@ from .teacher import BaseTeacher
 
 
 def _tidy_keys(model: 'StudentModel', incompatible: Any) -> None:
-    """Report keys as the file has them; extras are not in its state dict."""
+    """Leave out of what lacks the extras, which no state dict has as keys."""
     own = tuple(f'distillers.{key}' for key in model.distillers.state_dict())
-    missing = [
-        key.replace('student.', '', 1)
-        for key in incompatible.missing_keys
-        if not key.endswith(own)
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not key.endswith(own)
     ]
-    unexpected = [
-        key.replace('student.', '', 1) for key in incompatible.unexpected_keys
-    ]
-    incompatible.missing_keys[:] = missing
-    incompatible.unexpected_keys[:] = unexpected
+
+
+def _is_of_norms(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether it holds vectors alone, as what ``SyncNormHook`` averages."""
+    return all(
+        value.ndim < 2
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    )
 
 
 class StudentModel(BaseModel):
     """A student with teachers and distillers, and the student to others.
 
+    Its children are the student's under their own names, the preprocessor
+    around the student's, and ``distillers``; its direct parameters and
+    buffers are the student's. So whatever walks it meets the names of the
+    plain model: optimiser constructors, hooks and loaders of the hosts.
     Attributes that it does not have are the student's (``model.bbox_head``),
-    so hooks of the hosts find what they look for. Its ``state_dict`` is the
-    student's own, with the distillers' weights in the metadata; see
-    ``era_mm/core/checkpoint.py``. Its parameters go by the student's names. A
-    copy is one of the student and shares the rest.
+    and are set on the student. Its ``state_dict`` is the student's own, with
+    the distillers' weights in the metadata; see
+    ``era_mm/core/checkpoint.py``. A copy is one of the student and shares the
+    rest.
 
     Source: ours.
 
@@ -48,6 +54,8 @@ class StudentModel(BaseModel):
         data_preprocessor: Makes the batches.
     """
 
+    student: nn.Module
+    distillers: nn.ModuleDict
     _is_copy = False
     #: False once a file without extras was loaded and nothing trained since.
     has_extras = True
@@ -61,19 +69,66 @@ class StudentModel(BaseModel):
         data_preprocessor: nn.Module,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor)
-        self.student = student
         self.teachers: Mapping[str, BaseTeacher] = dict(teachers)
-        self.distillers = nn.ModuleDict(distillers)
+        own = self._modules | {'distillers': nn.ModuleDict(distillers)}
+        self._modules: dict[str, nn.Module | None] = student._modules | own
+        # The dicts themselves: what `_apply` puts into one is in the other.
+        for name in (
+            '_parameters',
+            '_buffers',
+            '_non_persistent_buffers_set',
+        ):
+            self.__dict__[name] = getattr(student, name)
+        # From here on attributes that the student has are set on it.
+        self.__dict__['student'] = student
         self.register_load_state_dict_post_hook(_tidy_keys)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            student = self.__dict__.get('_modules', {}).get('student')
+            student = self.__dict__.get('student')
             if student is None or name.startswith('__'):
                 raise
             return getattr(student, name)
+
+    def _is_students(self, name: str) -> bool:
+        """Whether an attribute is the student's and none of this model."""
+        student = self.__dict__.get('student')
+        return (
+            student is not None
+            and name not in (*self.__dict__, 'data_preprocessor', 'distillers')
+            and not hasattr(type(self), name)
+            and hasattr(student, name)
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self._is_students(name):
+            super().__setattr__(name, value)
+            if name == 'training' and 'student' in self.__dict__:
+                self.student.training = value
+            return
+        setattr(self.student, name, value)
+        self._adopt(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Replace a child of the student's, or add one of its own."""
+        if not self._is_students(name):
+            super().add_module(name, module)
+            return
+        self.student.add_module(name, module)
+        self._adopt(name)
+
+    def _adopt(self, name: str) -> None:
+        """Have the child that the student has."""
+        if name in self.student._modules:
+            self._modules[name] = self.student._modules[name]
+
+    def train(self, mode: bool = True) -> 'StudentModel':
+        """As the student does it: hosts freeze stages here."""
+        super().train(mode)
+        self.student.train(mode)
+        return self
 
     def inner_modules(self) -> list[nn.Module]:
         """The distillers' inner modules, which are not registered."""
@@ -107,22 +162,18 @@ class StudentModel(BaseModel):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The student's under its own names, then the extras'.
 
-        Optimiser constructors of the hosts decide by names that begin with
-        ``backbone``.
-
         What averages a copy (EMA) walks the parameters of both models in
         parallel, freezes the copy's and writes into them. So a copy lists
         stand-ins for the shared extras: equal in value, and nothing that is
         done to them reaches the original.
         """
-        start = f'{prefix}.' if prefix else ''
+        extras = f'{prefix}.distillers.' if prefix else 'distillers.'
         for name, parameter in super().named_parameters(
             prefix, recurse, **kwargs
         ):
-            if self._is_copy and name.startswith(f'{start}distillers.'):
+            if self._is_copy and name.startswith(extras):
                 parameter = parameter.detach().clone()
-            own = name.removeprefix(f'{start}student.')
-            yield (name if own == name else start + own), parameter
+            yield name, parameter
 
     def state_dict(
         self,
@@ -136,12 +187,6 @@ class StudentModel(BaseModel):
             *args, destination=destination, prefix=prefix, keep_vars=keep_vars
         )
         metadata = state._metadata
-        # Module versions, under the names that loading into this model uses.
-        for key in list(metadata):
-            if key == prefix[:-1] or key.startswith(prefix):
-                suffix = key[len(prefix) :]
-                alias = f'{prefix}student' + (f'.{suffix}' if suffix else '')
-                metadata[alias] = metadata[key]
         metadata[prefix[:-1]] = {
             **metadata[prefix[:-1]],
             METADATA_KEY: self._extras(),
@@ -205,13 +250,11 @@ class StudentModel(BaseModel):
         error_msgs: list,
     ) -> None:
         # mmengine and torch both walk the modules and call this one, and
-        # neither calls an overridden load_state_dict().
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict[f'{prefix}student.{key[len(prefix) :]}'] = (
-                state_dict.pop(key)
-            )
-        self._load_extras(local_metadata.get(METADATA_KEY) or {})
-        super()._load_from_state_dict(
+        # neither calls an overridden load_state_dict(). Children come next;
+        # here the student's own hooks rename what older files hold.
+        if not _is_of_norms(state_dict, prefix):
+            self._load_extras(local_metadata.get(METADATA_KEY) or {})
+        self.student._load_from_state_dict(
             state_dict,
             prefix,
             local_metadata,

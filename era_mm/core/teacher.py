@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
-from .checkpoint import fingerprint, load_strictly, read_with_meta
+from .checkpoint import fingerprint, load_whole, read_with_meta
 from .host_models import forget_files, forward_until, resolve_model_config
 from .recorder import Recorder
 from .utils import errors_only, preserve_rng
@@ -116,7 +116,7 @@ class BaseTeacher:
 
 @explain_unknown_keys
 class Teacher(BaseTeacher):
-    """A frozen model of a config, loaded strictly from a checkpoint.
+    """A frozen model of a config, every tensor of it from a checkpoint.
 
     Args:
         config: What :func:`resolve_model_config` takes.
@@ -199,7 +199,7 @@ class Teacher(BaseTeacher):
             return
         if not self.is_random:
             state_dict, meta = read_with_meta(self.checkpoint, self.sha256)
-            load_strictly(self.model, state_dict, name=str(self.checkpoint))
+            load_whole(self.model, state_dict, name=str(self.checkpoint))
             self.classes = classes_of(meta)
         self._check_brought()
         self.loaded_fingerprint = self.fingerprint()
