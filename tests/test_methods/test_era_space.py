@@ -507,6 +507,15 @@ def batch_of(model, seed=0, num=4):
     return data
 
 
+def test_form__leaves_the_released_way_of_choosing_estimates():
+    # `twi_on_aligned` weighs all of them, so the form's own choice goes.
+    era = build(loss=dict(twi_on_aligned=False)).distillers['distiller']
+    assert era.form == 'normalised'
+    assert era.loss_terms.step_weights(2) == [0.0, 0.5, 0.5]
+    era = build(loss=dict(align_weight=2.0)).distillers['distiller']
+    assert era.loss_terms.step_weights(2) == [1.0, 0.0, 1.0]
+
+
 def test_default__is_the_recipe():
     model = build()
     era = model.distillers['distiller']
