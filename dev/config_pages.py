@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import yaml
 from mmengine.config import Config
 
-from dev.summarize_runs import interval
+from era_mm.statistics import estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -260,7 +260,7 @@ def shown(config: Path) -> str:
     for runs, values in results_of(config):
         # Rare in training from scratch; a mean over it says nothing.
         whole = [value for value in values if value > 0]
-        mean, half = interval(whole)
+        mean, half, _ = estimate(whole)
         number = f'{mean:.1f}' + ('' if half is None else f' +- {half:.1f}')
         of = f'{len(whole)} seeds' if len(whole) > 1 else 'one seed'
         lost = len(values) - len(whole)
@@ -323,7 +323,7 @@ def metafile(folder: str) -> str:
         }
         results = []
         for runs, values in results_of(config):
-            mean, _ = interval([value for value in values if value > 0])
+            mean = estimate([value for value in values if value > 0]).mean
             results.append(
                 {
                     'Task': data.task,

@@ -15,9 +15,9 @@ from typing import Any
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from era_mm.errors import UserError
+from era_mm.statistics import estimate
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -106,19 +106,6 @@ def read_run(work_dir: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
     )
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half of its 95 % interval (Student's t).
-
-    None in place of the interval of a single value.
-    """
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    quantile = float(stats.t.ppf(0.975, len(values) - 1))
-    return mean, quantile * (variance / len(values)) ** 0.5
-
-
 def table(runs: Sequence[dict[str, Any]]) -> Table:
     """Mean and interval of each metric and value, by config and epochs."""
     groups: dict[tuple, list] = {}
@@ -138,7 +125,7 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
         for key, values in rows.items():
             if None in values:
                 continue
-            mean, half = interval(values)
+            mean, half, _ = estimate(values)
             result.add_row(
                 config,
                 str(epochs),

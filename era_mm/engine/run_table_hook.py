@@ -109,7 +109,7 @@ def table_of(work_dir: Path, plain: str | None = None) -> list[str]:
         if run.is_distillation:
             config = next(iter(sorted(work_dir.glob('*.py'))), work_dir)
             lines.append(
-                f'{"as a stock model":<20}python -m era_mm.export_student '
+                f'{"as a stock model":<20}python -m era_mm export_student '
                 f'{config} {run.checkpoint} --out {work_dir}/student'
             )
     folders = ' '.join(str(r.folder) for r in (run, other) if r is not None)

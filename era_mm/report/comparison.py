@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from era_mm.errors import UserError
@@ -69,40 +69,6 @@ class Group:
         """What each run was tested at, where it was."""
         key = f'{mode}/{key}' if mode else key
         return [run.test[key] for run in self.runs if key in run.test]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over seeds, and how far it can be trusted.
-
-    Args:
-        mean: The mean.
-        spread: Sample standard deviation; None for one value.
-        low: Lower end of the 95 % interval of the mean (Student's t); None
-            for one value.
-        high: Its upper end.
-        number: Values.
-    """
-
-    mean: float
-    spread: float | None
-    low: float | None
-    high: float | None
-    number: int
-
-
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean, deviation and 95 % interval; None without values."""
-    if not values:
-        return None
-    mean = fmean(values)
-    if len(values) == 1:
-        return Estimate(mean, None, None, None, 1)
-    from scipy.stats import t
-
-    spread = stdev(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * spread / len(values) ** 0.5
-    return Estimate(mean, spread, mean - half, mean + half, len(values))
 
 
 @dataclass

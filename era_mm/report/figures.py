@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
-from .comparison import Comparison, Group, estimate
+from .comparison import Comparison, Group
 from .runs import Run, Series
 
 #: Colours that stay apart for the colour-blind, on white and on near-black
@@ -230,17 +230,16 @@ def metric_over_time(comparison: Comparison, look: Look) -> Figure | None:
         return None
     rows = []
     for group, mode, _ in entries:
-        found = estimate(group.lasts(key, mode))
+        lasts = group.lasts(key, mode)
         bests = [b for r in group.runs if (b := r.best(key, mode))]
-        assert found is not None
         rows.append(
             [
                 label_of(group, mode),
-                show(found.mean * comparison.percent),
+                show(comparison.percent * fmean(lasts)),
                 'one run'
-                if found.spread is None
-                else show(found.spread * comparison.percent),
-                str(found.number),
+                if len(lasts) == 1
+                else show(comparison.percent * stdev(lasts)),
+                str(len(lasts)),
                 show(comparison.percent * fmean(value for _, value in bests)),
                 ', '.join(f'{step:g}' for step, _ in bests),
             ]

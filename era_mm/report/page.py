@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from era_mm.errors import UserError
+from era_mm.statistics import estimate
 from era_mm.version import __version__
 
-from .comparison import Comparison, Group, estimate
+from .comparison import Comparison, Group
 from .figures import Figure, Table, label_of, show
 from .panel_parts import Found
 
@@ -49,30 +50,31 @@ def summarise(comparison: Comparison, found: Found) -> dict[str, Any]:
             if tested:
                 values['test'] = group.tests(key, mode)
             for split, numbers in values.items():
-                of = estimate([percent * value for value in numbers])
-                row[split] = None if of is None else round(of.mean, 2)
-                row[f'{split}_deviation'] = (
-                    None
-                    if of is None or of.spread is None
-                    else round(of.spread, 2)
+                row[split] = (
+                    round(percent * fmean(numbers), 2) if numbers else None
                 )
-                more = None
-                if group.role == 'distilled':
-                    more = estimate(
-                        [
-                            percent * value
-                            for value in comparison.differences(
-                                group, key, mode, split
-                            )
-                        ]
-                    )
+                row[f'{split}_deviation'] = (
+                    round(percent * stdev(numbers), 2)
+                    if len(numbers) > 1
+                    else None
+                )
+                gains = (
+                    comparison.differences(group, key, mode, split)
+                    if group.role == 'distilled'
+                    else []
+                )
+                more = (
+                    estimate([percent * gain for gain in gains])
+                    if gains
+                    else None
+                )
                 row[f'{split}_gain'] = (
                     None if more is None else round(more.mean, 2)
                 )
                 row[f'{split}_interval'] = (
                     None
-                    if more is None or more.low is None or more.high is None
-                    else [round(more.low, 2), round(more.high, 2)]
+                    if more is None or more.interval is None
+                    else [round(end, 2) for end in more.interval]
                 )
             if not mode and group.name in found.deployed:
                 row['parameters'], row['flops'] = found.deployed[group.name]
@@ -112,22 +114,21 @@ def _headline(comparison: Comparison, summary: dict) -> str:
                 )
             )
             if failed:
-                kept = estimate(
-                    [
-                        percent * value
-                        for value in comparison.differences(
-                            group, key, of=split, without=failed
-                        )
-                    ]
-                )
+                gains = [
+                    percent * value
+                    for value in comparison.differences(
+                        group, key, of=split, without=failed
+                    )
+                ]
                 names = ', '.join(run.name for run in failed)
-                if kept is not None:
+                if gains:
+                    kept = estimate(gains)
                     text += (
                         f' Without {names}, which failed: {kept.mean:+.1f}'
                         + (
                             ''
-                            if kept.low is None
-                            else f' ({kept.low:+.1f} to {kept.high:+.1f})'
+                            if kept.interval is None
+                            else ' ({:+.1f} to {:+.1f})'.format(*kept.interval)
                         )
                         + '.'
                     )

@@ -46,15 +46,6 @@ def test_run__of_a_test_has_its_metrics(tmp_path):
     assert tool.read_run(folder)['metrics'] == {'coco/bbox_mAP': 0.3}
 
 
-def test_interval__of_three_values():
-    # Mean 2, variance ((-1)^2 + 0 + 1^2) / 2 = 1; t(0.975, 2) = 4.30265,
-    # and 4.30265 * sqrt(1 / 3) = 2.48414.
-    mean, half = tool.interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert half == pytest.approx(2.48414, abs=1e-5)
-    assert tool.interval([5.0]) == (5.0, None)
-
-
 def test_main__writes_a_line_per_run_and_a_table(tmp_path, capsys):
     folders = [
         str(write_run(tmp_path / name, i, 1.0, 0.5, ap))

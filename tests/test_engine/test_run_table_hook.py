@@ -3,6 +3,7 @@
 import pytest
 from mmengine.config import Config
 
+from era_mm import cli
 from era_mm.engine.run_table_hook import (
     RunTableHook,
     add_run_table,
@@ -61,8 +62,11 @@ def test_table__modes_plain_of_the_same_seed_and_what_to_do(kin):
     assert cells['student, S'] == ['42.0', '45.0', '1']
     assert cells['T'] == ['41.0', '41.0', '2']
     assert cells['its file'] == [str(kin / 'epoch_2.pth')]
-    assert 'era_mm.export_student' in cells['as a stock model']
-    assert 'era_mm' in cells['to look at it']
+    # Commands that the command line knows.
+    for name in ('as a stock model', 'to look at it'):
+        assert cells[name][:3] == ['python', '-m', 'era_mm']
+        assert cells[name][3] in cli.COMMANDS
+    assert 'export_student' in cells['as a stock model']
     assert str(kin.parent / 'b') in cells['to look at it']
 
 

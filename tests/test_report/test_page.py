@@ -18,8 +18,10 @@ from era_mm import testing
 from era_mm.cli import run_report
 from era_mm.errors import UserError
 from era_mm.report import write_demo_report, write_report
-from era_mm.report.page import summary_table
-from era_mm.testing.work_dirs import distilled, train_lines, write_run
+from era_mm.report.comparison import compare_runs
+from era_mm.report.page import summarise, summary_table
+from era_mm.report.panel_parts import Found
+from era_mm.testing.work_dirs import STUDENT, distilled, train_lines, write_run
 
 pytest.importorskip('plotly')
 pytest.importorskip('jinja2')
@@ -140,6 +142,31 @@ def test_page__summary_is_its_json(page):
     assert taught['val_gain'] == pytest.approx(
         taught['val'] - plain['val'], abs=0.011
     )
+
+
+def test_summary__by_hand(tmp_path):
+    # Plain 20, 21, 22 and ERA 21, 23, 25: mean 23, deviation 2. Differences
+    # 1, 2, 3: mean 2, half 4.30265 / sqrt(3) = 2.48414.
+    for seed in range(3):
+        for name, value, model in (
+            ('plain', 0.20 + 0.01 * seed, STUDENT),
+            ('era', 0.21 + 0.02 * seed, distilled()),
+        ):
+            write_run(
+                tmp_path / f'{name}_s{seed}',
+                model=model,
+                seed=seed,
+                metrics=[{AP: value, 'step': 2}],
+                train=train_lines(20),
+            )
+    runs = compare_runs(sorted(tmp_path.iterdir()))
+    plain, era = summarise(runs, Found())['rows']
+    assert (plain['val'], plain['val_deviation']) == (21.0, 1.0)
+    assert plain['val_gain'] is None
+    assert plain['val_interval'] is None
+    assert (era['val'], era['val_deviation']) == (23.0, 2.0)
+    assert era['val_gain'] == 2.0
+    assert era['val_interval'] == [-0.48, 4.48]
 
 
 def test_page__has_every_part(page):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from era_mm.errors import UserError
-from era_mm.report.comparison import compare_runs, estimate
+from era_mm.report.comparison import compare_runs
 from era_mm.report.runs import read_run
 from era_mm.testing.work_dirs import STUDENT, distilled, train_lines, write_run
 
@@ -245,13 +245,3 @@ def test_compare_runs__names_a_failed_seed(tmp_path):
     found = compare_runs(sorted(tmp_path.iterdir()))
     assert [run.name for _, run in found.failed] == ['plain_s1']
     assert 'plain_s1 failed: AP 0.0' in found.remarks[0]
-
-
-def test_estimate__student_t_by_hand():
-    # Mean 2, deviation 1, t(0.975, 2) = 4.3027: half 4.3027 / sqrt(3).
-    found = estimate([1.0, 2.0, 3.0])
-    assert found.mean == 2
-    assert found.spread == 1
-    assert found.high - found.mean == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
-    assert estimate([4.0]).low is None
-    assert estimate([]) is None

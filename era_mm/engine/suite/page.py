@@ -5,10 +5,11 @@ from pathlib import Path
 
 from terminaltables import GithubFlavoredMarkdownTable
 
+from era_mm.statistics import Estimate
+
 from .published import published_section
 from .results import PairResults, read_results
 from .rows import Row
-from .statistics import Estimate
 
 NOT_RUN = 'not run'
 

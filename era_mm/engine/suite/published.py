@@ -7,9 +7,10 @@ from typing import Any
 
 from terminaltables import GithubFlavoredMarkdownTable
 
+from era_mm.statistics import estimate
+
 from .rows import Row
 from .spec import Metric
-from .statistics import estimate
 
 FILE = 'published.json'
 

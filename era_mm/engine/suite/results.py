@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from era_mm.statistics import Estimate, estimate, mean_ratio, paired
+
 from .rows import Row, read_rows
 from .spec import TEACHER, Metric
-from .statistics import Estimate, estimate, mean_ratio, paired
 
 #: A plain run counts as long as a method if it lasts this share of its time:
 #: times of one run vary by a few percent.

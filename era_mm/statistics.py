@@ -1,10 +1,11 @@
 """Means, intervals and differences by seed."""
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
+from statistics import fmean, stdev
 from typing import NamedTuple
 
-import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -23,14 +24,21 @@ class Estimate(NamedTuple):
     number: int
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its ends; None for a single value."""
+        if self.half is None:
+            return None
+        return self.mean - self.half, self.mean + self.half
+
+    @property
     def is_above_0(self) -> bool:
         """Whether the whole interval is."""
-        return self.half is not None and self.mean - self.half > 0
+        return self.interval is not None and self.interval[0] > 0
 
     @property
     def is_below_0(self) -> bool:
         """Whether the whole interval is."""
-        return self.half is not None and self.mean + self.half < 0
+        return self.interval is not None and self.interval[1] < 0
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -48,9 +56,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     number = len(values)
     half = None
     if number > 1:
-        quantile = stats.t.ppf((1 + LEVEL) / 2, number - 1)
-        half = float(quantile * stats.sem(values))
-    return Estimate(float(np.mean(values)), half, number)
+        quantile = float(stdtrit(number - 1, (1 + LEVEL) / 2))
+        half = quantile * stdev(values) / sqrt(number)
+    return Estimate(fmean(values), half, number)
 
 
 def paired(
@@ -81,4 +89,4 @@ def mean_ratio(
     common = sorted(set(values) & set(others))
     if not common:
         return None
-    return float(np.mean([values[seed] / others[seed] for seed in common]))
+    return fmean(values[seed] / others[seed] for seed in common)
