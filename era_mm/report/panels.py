@@ -1,7 +1,7 @@
 """Chosen images: what each model sees in them, and what it makes of them.
 
-Read in this order: `look_at_images`, `Found`, `DetectionPanels`,
-`ClassifierPanels`.
+`look_at_images` does it; ``panel_parts`` holds what it finds, ``pictures``
+what is shown of a detector and of a classifier.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads work dirs: scalars, configs, logs, checkpoints. Writes nothing.
 
-Read in this order: `Run`, `read_run`, `Group`, `Comparison`, `compare_runs`.
+Read in this order: `Run`, `read_run`.
 What is not there is left out, and a remark says what and why.
 """
 
