@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from demo.report import TITLES, Table, report, versions
+from demo.report import TITLES, Table, report
 from demo.stages import (
     Screen,
     Stage,
@@ -35,6 +35,7 @@ from demo.stages import (
     run_stage,
     write_json,
 )
+from era_mm.hosts import versions
 from era_mm.report import write_demo_report
 
 if TYPE_CHECKING:

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.table import Table as RichTable
 
 from demo.stages import StageError, console, write_json
+from era_mm.hosts import versions
 
 TITLES = {
     'teacher': 'teacher',
     'plain': 'plain student',
     'era': 'ERA student',
 }
-PACKAGES = (
-    'torch',
-    'onedl-mmengine',
-    'onedl-mmcv',
-    'onedl-mmdetection',
-    'onedl-mmpretrain',
-    'mmengine',
-    'mmcv',
-    'mmdet',
-    'mmpretrain',
-    'era_mm',
-)
 
 
 @dataclass(frozen=True)
@@ -66,26 +52,6 @@ class Table:
             else (metrics.get(key, self.empty))
         )
         return round(self.percent * found, 1)
-
-
-def versions() -> dict[str, str]:
-    """What is installed."""
-    found = {'python': platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def machine() -> str:
-    """CPU model and cores."""
-    model = platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                model = line.split(':', 1)[1].strip()
-                break
-    return f'{model}, {os.cpu_count()} cores'
 
 
 def table_rows(records: dict[str, dict], task: Table) -> list[dict]:
@@ -156,10 +122,13 @@ def report(
         StageError: If the stock host misses keys, knows some not or gives
             another metric.
     """
+    # Brings torch, which the demo's own process needs here alone.
+    from era_mm.engine.benchmark_report import cpu_model
+
     result = records['measure']['result']
     minutes = sum(record['seconds'] for record in records.values()) / 60
     facts = {
-        'machine': machine(),
+        'machine': f'{cpu_model()}, {os.cpu_count()} cores',
         'versions': versions(),
         'minutes': round(minutes, 1),
         'resumed': any(record['resumed'] for record in records.values()),

@@ -11,6 +11,7 @@ metadata only and imports none of them.
 
 import importlib.metadata
 import importlib.util
+import platform
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,14 @@ def find_profile() -> str:
         for name, hosts in PROFILES.items()
     }
     return max(counts, key=lambda name: counts[name])
+
+
+def versions() -> dict[str, str]:
+    """era_mm, Python, and the packages that era_mm plugs into."""
+    found = {'era_mm': __version__, 'python': platform.python_version()}
+    for host in PROFILES[find_profile()]:
+        found[host.distribution] = str(installed_version(host.distribution))
+    return found
 
 
 def shipped(module: str, *inside: str) -> list[Path]:

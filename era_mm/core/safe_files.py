@@ -24,7 +24,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 #: Environment variable that lets files run code; ``--trust-checkpoint`` too.
 TRUST = 'ERA_MM_TRUST_CHECKPOINT'
@@ -100,7 +100,7 @@ def load_file(
         raise UserError(
             f'Checkpoint {name!r}{_size(file)} cannot be read: it is '
             f'truncated or not a checkpoint ({type(error).__name__}: '
-            f'{_first_line(error)}). {ADVICE}'
+            f'{first_line(error)}). {ADVICE}'
         ) from error
 
 
@@ -110,11 +110,6 @@ def _size(file: File) -> str:
     with contextlib.suppress(OSError):
         return f' ({Path(file).stat().st_size} bytes)'
     return ''
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else 'no details'
 
 
 # -- what is allowed ---------------------------------------------------------

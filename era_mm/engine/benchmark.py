@@ -33,12 +33,12 @@ from era_mm.engine.benchmark_report import (
     step_memory,
     step_times,
     timed,
-    versions,
 )
 from era_mm.engine.host_configs import image_size
 from era_mm.engine.peak_memory import gradient_bytes, peak_of, teacher_bytes
 from era_mm.engine.random_batch import random_batch
 from era_mm.errors import UserError
+from era_mm.hosts import versions
 
 #: The iteration in which a benchmark begins, unless something starts later.
 START_ITER = 1000

@@ -13,9 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from era_mm.engine.whole_files import write_whole
 from era_mm.errors import UserError
-from era_mm.hosts import PROFILES, find_profile, installed_version
-from era_mm.version import __version__
 
 MIB = 2**20
 #: Columns that no table needs.
@@ -117,23 +116,20 @@ def step_memory(
     )
 
 
-def versions() -> dict[str, str]:
-    """era_mm, and the packages that it plugs into."""
-    found = {'era_mm': __version__, 'python': platform.python_version()}
-    for host in PROFILES[find_profile()]:
-        found[host.distribution] = str(installed_version(host.distribution))
-    return found
+def cpu_model() -> str:
+    """What the processor is called, or its kind where nothing says."""
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    return platform.machine()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The processor that did the work, and the threads of the CPU."""
-    cpu = platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                cpu = line.split(':', 1)[1].strip()
-                break
-    found = dict(device=device.type, cpu=cpu, threads=torch.get_num_threads())
+    found = dict(
+        device=device.type, cpu=cpu_model(), threads=torch.get_num_threads()
+    )
     if device.type == 'cuda':
         found['gpu'] = torch.cuda.get_device_name(device)
     return found
@@ -237,6 +233,4 @@ def check_out(file: Path) -> None:
 
 def write(record: dict[str, Any], file: Path) -> None:
     """Write a record as JSON; a file is there whole or not at all."""
-    part = file.with_name(f'{file.name}.part')
-    part.write_text(json.dumps(record, indent=1) + '\n')
-    part.replace(file)
+    write_whole(file, (json.dumps(record, indent=1) + '\n').encode())

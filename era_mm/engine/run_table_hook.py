@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from era_mm.errors import UserError
+from era_mm.hosts import versions
 from era_mm.registry import HOOKS
 from era_mm.report.comparison import find_metric, is_same_student
 from era_mm.report.runs import METRICS, Run, read_run
@@ -56,7 +57,7 @@ class RunTableHook(Hook):
     @master_only
     def before_train(self, runner: Runner) -> None:
         """Log versions and machine, for the report."""
-        from era_mm.engine.benchmark_report import machine, versions
+        from era_mm.engine.benchmark_report import machine
 
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         found = machine(torch.device(device))

@@ -24,7 +24,7 @@ from mmengine.runner import Runner
 from era_mm.core import Teacher
 from era_mm.core.host_models import num_classes_of
 from era_mm.core.utils import errors_only
-from era_mm.errors import UserError
+from era_mm.errors import UserError, first_line
 
 #: Share of the way from chance to perfect that a useful teacher has made.
 USEFUL = 0.2
@@ -354,7 +354,7 @@ def check_teacher(
         # tested: it may have no head, the evaluator may need all.
         return (
             f'{name}: not evaluated, this raised {type(error).__name__}: '
-            f'{_first_line(error)}'
+            f'{first_line(error)}'
         )
     fault = find_fault(found, known or (len(classes) if classes else None))
     if fault:
@@ -377,8 +377,3 @@ def check_teacher(
         f'{name}: {shown or "no metric"} on {found.num_images} images of val '
         f'({found.seconds:.1f} s)'
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else 'no details'

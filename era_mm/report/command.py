@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,6 +125,8 @@ def write_report(
         UserError: A work dir is no folder, ``out`` cannot be written or lies
             in a work dir, plotly or jinja2 is not installed.
     """
+    from era_mm.engine.whole_files import write_whole
+
     from . import figures, residual_figures
     from .comparison import compare_runs
     from .page import read_measured, render
@@ -168,9 +169,7 @@ def write_report(
         measured=measured,
     )
     # So that an interrupted run leaves no half a page under the name.
-    part = out.with_name(out.name + '.part')
-    part.write_text(page, encoding='utf-8')
-    os.replace(part, out)
+    write_whole(out, page.encode())
     return out
 
 

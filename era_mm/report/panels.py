@@ -1,7 +1,7 @@
 """Chosen images: what each model sees in them, and what it makes of them.
 
-Read in this order: `look_at_images`, `Found`, `DetectionPanels`,
-`ClassifierPanels`.
+`look_at_images` does it; ``panel_parts`` holds what it finds, ``pictures``
+what is shown of a detector and of a classifier.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .panel_parts import (
 from .parts import parts_of
 from .pictures import ClassifierPanels, DetectionPanels, Panels
 from .residual_figures import level_bars
-from .runs import Run, _first_line
+from .runs import Run, said_by
 
 #: Images on which levels are compared; the means settle soon.
 DECOMPOSED = 32
@@ -75,7 +75,7 @@ def look_at_images(
     except Exception as error:
         found.missing.append(
             f'images: the val data of {main.name} could not be read '
-            f'({_first_line(error)}). Relative paths in its config are '
+            f'({said_by(error)}). Relative paths in its config are '
             'looked up from where the report runs'
         )
         dataset = batch = None
@@ -97,7 +97,7 @@ def look_at_images(
             ]
         except Exception as error:
             found.missing.append(
-                f'images: predicting failed ({_first_line(error)})'
+                f'images: predicting failed ({said_by(error)})'
             )
             return found
         for subject, result in zip(subjects, results, strict=True):
@@ -137,7 +137,7 @@ def _build_subjects(
         except Exception as error:
             found.missing.append(
                 f'{group.name}: its model could not be built '
-                f'({_first_line(error)})'
+                f'({said_by(error)})'
             )
             continue
         title = group.name if len(group.runs) == 1 else run.name
@@ -151,7 +151,7 @@ def _build_subjects(
                 pair = (run, build_pair(run))
             except Exception as error:
                 found.missing.append(
-                    f'{group.name}: no heat maps ({_first_line(error)})'
+                    f'{group.name}: no heat maps ({said_by(error)})'
                 )
     if pair is not None and isinstance(pair[1], Distillation):
         # With the preprocessing that the distillation gives it.
@@ -235,9 +235,7 @@ def _decompose(
                 )
             )
     except Exception as error:
-        found.missing.append(
-            f'{run.name}: no heat maps ({_first_line(error)})'
-        )
+        found.missing.append(f'{run.name}: no heat maps ({said_by(error)})')
 
 
 def _heat_lines(parts: Decomposition, names: list[str]) -> list[HeatLine]:

@@ -12,7 +12,7 @@ from .comparison import Group
 from .heat import data_uri
 from .models import quiet
 from .panel_parts import Column, Found, Mark, Options, Picture, Subject
-from .runs import _first_line
+from .runs import said_by
 
 #: A detection counts as one from this score and this overlap on.
 LEAST_SCORE = 0.3
@@ -70,7 +70,7 @@ class Panels(ABC):
                 picture, scale = self._draw(index)
             except Exception as error:
                 self.found.missing.append(
-                    f'image {index} could not be read ({_first_line(error)})'
+                    f'image {index} could not be read ({said_by(error)})'
                 )
                 continue
             picture.title = f'Image {index}: {why}'

@@ -1,6 +1,6 @@
 """Reads work dirs: scalars, configs, logs, checkpoints. Writes nothing.
 
-Read in this order: `Run`, `read_run`, `Group`, `Comparison`, `compare_runs`.
+Read in this order: `Run`, `read_run`.
 What is not there is left out, and a remark says what and why.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from era_mm.errors import UserError
+from era_mm.errors import UserError, first_line
 
 #: Values over time: steps (iterations or epochs) and what was logged there.
 Series = list[tuple[float, float]]
@@ -263,9 +263,7 @@ def _read_config(run: Run) -> Config | None:
             # built; figures can do without.
             return Config.fromfile(path, import_custom_modules=False)
         except Exception as error:
-            run.remarks.append(
-                f'{path} could not be read ({_first_line(error)})'
-            )
+            run.remarks.append(f'{path} could not be read ({said_by(error)})')
     run.remarks.append(
         'no config: neither *.py nor */vis_data/config.py is there, so '
         'method, schedule and seed are unknown and no images can be shown'
@@ -459,6 +457,6 @@ def _judge_length(run: Run) -> None:
             )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or ['no details']
-    return f'{type(error).__name__}: {lines[0][:160]}'
+def said_by(error: BaseException) -> str:
+    """An error's kind and first line, for a remark."""
+    return f'{type(error).__name__}: {first_line(error)[:160]}'

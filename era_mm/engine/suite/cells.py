@@ -15,6 +15,7 @@ from typing import Any
 from mmengine.config import Config
 
 from era_mm.engine.preflight import find_config, find_fault_among
+from era_mm.engine.whole_files import write_whole
 from era_mm.errors import UserError
 
 from .schedule import length_of, stretch
@@ -245,6 +246,4 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
-    part = file.with_name(f'{file.name}.part')
-    part.write_text(json.dumps(value, indent=1) + '\n')
-    part.replace(file)
+    write_whole(file, (json.dumps(value, indent=1) + '\n').encode())

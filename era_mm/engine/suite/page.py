@@ -5,6 +5,7 @@ from pathlib import Path
 
 from terminaltables import GithubFlavoredMarkdownTable
 
+from era_mm.engine.whole_files import write_whole
 from era_mm.statistics import Estimate
 
 from .published import published_section
@@ -39,10 +40,7 @@ def write_page(file: Path, results: Path, find: Sequence[Path] = ()) -> None:
         find: Folders of configs; what is published is shown beside the
             config of ours, if there is one.
     """
-    text = page(results, find)
-    part = file.with_name(f'{file.name}.part')
-    part.write_text(text)
-    part.replace(file)
+    write_whole(file, page(results, find).encode())
 
 
 def page(results: Path, find: Sequence[Path] = ()) -> str:

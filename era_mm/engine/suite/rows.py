@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from era_mm.engine.whole_files import write_whole
 from era_mm.errors import UserError
 
 from . import logs
@@ -93,9 +94,7 @@ def write_rows(file: Path, header: Row, rows: Iterable[Row]) -> None:
         json.dumps(line) + '\n' for line in [header, *sorted(rows, key=place)]
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f'{file.name}.part')
-    part.write_text(text)
-    part.replace(file)
+    write_whole(file, text.encode())
 
 
 def row_of(

@@ -89,7 +89,8 @@ def _of_this_process() -> dict[str, Any]:
     """Versions, machine and peak memory."""
     import torch
 
-    from era_mm.engine.benchmark_report import machine, versions
+    from era_mm.engine.benchmark_report import machine
+    from era_mm.hosts import versions
 
     on_gpu = torch.cuda.is_available()
     # Linux counts in KiB.
