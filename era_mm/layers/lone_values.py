@@ -6,6 +6,8 @@ from mmengine.dist import get_world_size
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_RESTS = 'rests_for_lone_value'
+
 
 def _rest(norm: nn.Module, args: tuple) -> None:
     inputs = args[0]
@@ -17,11 +19,11 @@ def _rest(norm: nn.Module, args: tuple) -> None:
         and not (isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1)
     ):
         norm.training = False
-        norm.rests_for_lone_value = True
+        norm.__dict__[_RESTS] = True
 
 
 def _wake(norm: nn.Module, args: tuple, output: Any) -> None:
-    if norm.__dict__.pop('rests_for_lone_value', False):
+    if norm.__dict__.pop(_RESTS, False):
         norm.training = True
 
 

@@ -1,4 +1,4 @@
-"""Batches of one image, as an epoch's last one may be."""
+"""Batches of one image, as an epoch's last one may be; grey images."""
 
 import copy
 
@@ -83,3 +83,52 @@ def test_batch_of_one__is_a_finite_step(host, distiller):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     assert all(module.training for module in model.distillers.modules())
+
+
+def grey(**kwargs):
+    config = copy.deepcopy(detector_config(**kwargs))
+    config['backbone']['in_channels'] = 1
+    config['data_preprocessor'].update(
+        mean=[110.0], std=[55.0], bgr_to_rgb=False
+    )
+    return config
+
+
+@pytest.mark.parametrize('colour', [False, True])
+def test_grey_student__trains(colour):
+    """A teacher of RGB images gets the one channel three times."""
+    wide = dict(width=16, channels=24)
+    teacher = detector_config(**wide) if colour else grey(**wide)
+    model = MODELS.build(
+        distillation_config(dict(type='era_mm.ERADistiller'), grey(), teacher)
+    )
+    model.init_weights()
+    raw = detection_batch(2)
+    raw['inputs'] = [image[:1] for image in raw['inputs']]
+    data = model.data_preprocessor(copy.deepcopy(raw), True)
+    total, _ = model.parse_losses(model(**data, mode='loss'))
+    total.backward()
+    assert total.isfinite()
+
+    image = torch.stack(raw['inputs']).float()
+    assert torch.equal(data['inputs'], (image - 110) / 55)
+    if not colour:
+        assert 'teacher_inputs' not in data
+        return
+    mean, std = (
+        torch.tensor(teacher['data_preprocessor'][key]).view(3, 1, 1)
+        for key in ('mean', 'std')
+    )
+    found = data['teacher_inputs']['teacher']
+    assert torch.allclose(found, (image.expand(2, 3, 64, 64) - mean) / std)
+
+
+def test_grey_teacher__of_a_colour_student_is_refused():
+    with pytest.raises(ValueError, match='images of one channel'):
+        MODELS.build(
+            distillation_config(
+                dict(type='era_mm.ERADistiller'),
+                detector_config(),
+                grey(width=16, channels=24),
+            )
+        )
