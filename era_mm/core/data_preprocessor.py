@@ -8,6 +8,7 @@ from mmengine.model import BaseDataPreprocessor
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .host_models import image_channels, three_channels
 from .teacher import BaseTeacher
 
 #: Settings that leave the images alone.
@@ -87,6 +88,8 @@ def convert(
         images = images * student.std + student.mean
     if _flips(student) != _flips(teacher):
         images = images.flip(1)
+    if len(getattr(teacher, 'mean', ())) == 3:
+        images = three_channels(images)
     if 'mean' in dict(teacher.named_buffers()):
         images = (images - teacher.mean) / teacher.std
     divisor = teacher.pad_size_divisor
@@ -116,7 +119,9 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
     A teacher whose own preprocessor makes the same images gets the student's
     tensors, batch augmentation (mixup, multi-scale) included. Any other gets
     the raw batch through its own preprocessor; where the student has batch
-    augmentation, the student's augmented batch by :func:`convert`.
+    augmentation, the student's augmented batch by :func:`convert`. A teacher
+    of RGB images gets a grey student's one channel three times
+    (``three_channels``).
 
     Source: ours.
 
@@ -233,6 +238,8 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
             # Preprocessors write into the data samples.
             samples = copy.deepcopy(data.get('data_samples'))
             raw = {**data, 'data_samples': samples}
+            if image_channels(self._own[name].model) == 3:
+                raw['inputs'] = three_channels(data['inputs'])
             teacher_inputs[name] = preprocessor(raw, False)['inputs']
         data = self.student(data, training)
         return {**data, 'teacher_inputs': teacher_inputs}

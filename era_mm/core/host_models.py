@@ -30,6 +30,32 @@ def num_classes_of(model: nn.Module) -> int | None:
     return None
 
 
+def image_channels(model: nn.Module) -> int:
+    """How many channels a model's images have: 1 (grey) or 3.
+
+    1 where the first convolution takes one.
+    """
+    for module in getattr(model, 'backbone', model).modules():
+        if isinstance(module, nn.Conv2d):
+            return 1 if module.in_channels == 1 else 3
+    return 3
+
+
+def three_channels(images: Any) -> Any:
+    """Grey images as an RGB teacher gets them: one channel three times.
+
+    Images that have three channels stay as they are.
+
+    Args:
+        images: A tensor ``(*, C, H, W)``, or a list of such.
+    """
+    if not isinstance(images, Tensor):
+        return [three_channels(image) for image in images]
+    if images.shape[-3] != 1:
+        return images
+    return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
+
+
 def kind_of(model: nn.Module) -> str:
     """'detector', 'classifier', or the class's name for what is neither."""
     for cls in type(model).__mro__:

@@ -9,6 +9,7 @@ from mmengine.dist import broadcast
 from mmengine.logging import MessageHub, print_log
 from torch import Tensor
 
+from ..layers import spare_lone_values
 from .base_distiller import BaseDistiller, HostModel
 from .build import Inheritance
 from .data_preprocessor import DistillationDataPreprocessor
@@ -79,6 +80,9 @@ class DistilledStudent(StudentModel):
                 ),
                 input_size=input_size,
             )
+        # The last batch of an epoch may have one image.
+        for extras in (self.distillers, *self.inner_modules()):
+            spare_lone_values(extras)
         self._inheritance = inheritance
         self._gradients = GradientWatch(self.distillers)
         self.inference_mode: str | None = None

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from .base_distiller import BaseDistiller, Features
 from .dry_run import explained
-from .host_models import blank_sample, forward_until
+from .host_models import (
+    blank_sample,
+    forward_until,
+    image_channels,
+    three_channels,
+)
 from .recorder import Recorder
 from .teacher import BaseTeacher
 from .utils import evaluating
@@ -25,6 +30,13 @@ def _shapes_of(feats: Features) -> Shapes:
     }
 
 
+def _images_for(teacher: BaseTeacher, images: Any) -> Any:
+    """A grey student's images, as a teacher of RGB ones gets them."""
+    if image_channels(teacher.model) == 1:
+        return images
+    return three_channels(images)
+
+
 class Wiring:
     """Listens to a student and its teachers for some distillers.
 
@@ -38,11 +50,12 @@ class Wiring:
         distillers: The distillers by name; an ``nn.ModuleDict``, which
             copies of the model share.
         input_size: Height and width of the dry run, in pixels; a number for
-            both.
+            both. It is grey where the student's images are.
 
     Raises:
-        ValueError: A distiller without its teacher, sources that do not
-            exist, pairs that do not fit.
+        ValueError: A distiller without its teacher, a teacher of grey images
+            for a student of others, sources that do not exist, pairs that do
+            not fit.
     """
 
     def __init__(
@@ -57,6 +70,7 @@ class Wiring:
         self._teachers = dict(teachers)
         self._distillers = distillers
         self._check_teachers()
+        self._check_images()
         for distiller in distillers.values():
             distiller.choose_sources(**self._pair_of(distiller))
         self._check_moved()
@@ -93,6 +107,16 @@ class Wiring:
                     '`model.teacher`.'
                 )
 
+    def _check_images(self) -> None:
+        """Refuse teachers of grey images where the student's are not."""
+        for name, teacher in self._teachers.items():
+            if image_channels(teacher.model) < image_channels(self._student):
+                raise ValueError(
+                    f'The {name} is for images of one channel, and the '
+                    "student's have three. Give a teacher of RGB images, or "
+                    'a student of grey ones.'
+                )
+
     def _check_moved(self) -> None:
         """Say under which name a source is that a method has moved."""
         for mover in self._distillers.values():
@@ -123,7 +147,8 @@ class Wiring:
         )
 
     def _dry_run(self) -> Recorded:
-        inputs = torch.zeros(1, 3, *self.input_size)
+        channels = image_channels(self._student)
+        inputs = torch.zeros(1, channels, *self.input_size)
         samples = [blank_sample(*self.input_size)]
         recorder = self._listen_to_all()
         own = explained('student', self.input_size)
@@ -142,7 +167,9 @@ class Wiring:
             )
             if teacher.is_recorded:
                 with explained(name, self.input_size):
-                    teacher_feats[name] = teacher.extract(inputs, samples)
+                    teacher_feats[name] = teacher.extract(
+                        _images_for(teacher, inputs), samples
+                    )
         self.student_shapes = _shapes_of(student_feats)
         self.teacher_shapes = {
             name: _shapes_of(feats) for name, feats in teacher_feats.items()
@@ -168,7 +195,9 @@ class Wiring:
         """
         own = teacher_inputs or {}
         return {
-            name: teacher.extract(own.get(name, inputs), data_samples)
+            name: teacher.extract(
+                _images_for(teacher, own.get(name, inputs)), data_samples
+            )
             for name, teacher in self._teachers.items()
             # One that is there to be inherited from alone is not asked.
             if teacher.is_recorded

@@ -24,7 +24,7 @@ from era_mm.core import (
     students_of,
 )
 from era_mm.core.checkpoint import read_with_meta
-from era_mm.core.host_models import whole_model
+from era_mm.core.host_models import image_channels, whole_model
 from era_mm.errors import UserError
 
 MODES = ('S', 'E0', 'T')
@@ -280,7 +280,13 @@ def _export_mode(
         mode,
         student=HostModel(student_config, model.student),
         teacher=HostModel(teacher.config, teacher.model),
-        inputs=torch.randn(2, 3, height, width, generator=generator),
+        inputs=torch.randn(
+            2,
+            image_channels(model.student),
+            height,
+            width,
+            generator=generator,
+        ),
         **({'keep_align': True} if keep_align else {}),
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from era_mm.core.host_models import (
     KINDS,
     blank_sample,
+    image_channels,
     is_query_based,
     kind_of,
     num_classes_of,
@@ -81,7 +82,9 @@ def observe(
         torch.manual_seed(0)
         model.train(training)
         buffers = [(b, b.clone()) for b in model.buffers() if training]
-        inputs = torch.randn(1 + training, 3, input_size, input_size)
+        inputs = torch.randn(
+            1 + training, image_channels(model), input_size, input_size
+        )
         handles = [watch(name) for name in names]
         try:
             if whole:

@@ -11,7 +11,7 @@ from mmengine.analysis import FlopAnalyzer
 from torch import nn
 
 from era_mm.core import BaseDistiller, Distillation, MutualDistillation
-from era_mm.core.host_models import blank_sample
+from era_mm.core.host_models import blank_sample, image_channels
 from era_mm.core.mutual import Peer
 from era_mm.core.utils import preserve_rng
 from era_mm.engine.step_cost import cost_line
@@ -124,7 +124,9 @@ def flops_text(
         model = copy.deepcopy(model).eval()
         if batch is None:
             device = next(model.parameters()).device
-            inputs = torch.zeros(1, 3, *size, device=device)
+            inputs = torch.zeros(
+                1, image_channels(model), *size, device=device
+            )
             samples = [blank_sample(*size)]
         else:
             data = model.data_preprocessor(copy.deepcopy(batch), False)

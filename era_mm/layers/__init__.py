@@ -17,6 +17,7 @@ from .logits import (
     standardise_logits,
     top_rows,
 )
+from .lone_values import spare_lone_values
 
 __all__ = [
     'Aligns',
@@ -36,6 +37,7 @@ __all__ = [
     'kl_loss',
     'levels_of',
     'rows_of_levels',
+    'spare_lone_values',
     'standardise_logits',
     'top_rows',
 ]
