@@ -117,6 +117,16 @@ class LogitTerm:
         kinds = [kind.__name__ for kind in type(head.head).__mro__]
         if 'MultiLabelClsHead' in kinds:
             return f"the classes of the teacher's {kinds[0]} may be several"
+        for role, module in (
+            ("teacher's", head.head),
+            ("student's", dict(student.named_modules()).get(self.sources[0])),
+        ):
+            loss = getattr(module, 'loss_module', None)
+            if getattr(loss, 'use_sigmoid', False):
+                return (
+                    f'the {role} {type(module).__name__} was trained with a '
+                    'sigmoid for each class, so its logits have no softmax'
+                )
         own = tuple(student_feats[self.sources[0]][0].shape)
         logits = head(teacher_feats)
         if not isinstance(logits, Tensor):

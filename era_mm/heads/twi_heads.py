@@ -236,10 +236,8 @@ class TWIHead(BaseModule):
         logits = (1 - alpha) * student_head(student_feats)
         logits = logits + alpha * self(feats)
         samples = [sample.new() for sample in data_samples]
-        for sample, scores in zip(samples, logits.softmax(dim=1), strict=True):
-            sample.set_pred_score(scores)
-            sample.set_pred_label(scores.argmax(dim=0, keepdim=True))
-        return samples
+        # Classes may be one or several of an image: the host's head knows.
+        return student_head.head._get_predictions(logits, samples)
 
 
 class DetectorTWIHead(TWIHead):

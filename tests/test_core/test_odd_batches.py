@@ -1,4 +1,5 @@
-"""Batches of one image, as an epoch's last one may be; grey images."""
+"""Batches of one image, as an epoch's last one may be; grey images;
+classifiers of several labels."""
 
 import copy
 
@@ -132,3 +133,58 @@ def test_grey_teacher__of_a_colour_student_is_refused():
                 grey(width=16, channels=24),
             )
         )
+
+
+def of_several_labels(width):
+    config = classifier_config(width)
+    config['head'] = dict(
+        type='mmpretrain.MultiLabelLinearClsHead',
+        num_classes=3,
+        in_channels=8 * width,
+    )
+    return config
+
+
+def with_sigmoids(width):
+    config = classifier_config(width)
+    config['head']['loss']['use_sigmoid'] = True
+    return config
+
+
+@pytest.mark.parametrize('config_of', [of_several_labels, with_sigmoids])
+@pytest.mark.parametrize(
+    'distiller',
+    [
+        dict(type='era_mm.ERADistiller', logit={}),
+        dict(type='era_mm.LogitDistiller'),
+    ],
+    ids=['era', 'logit'],
+)
+def test_sigmoid_classifiers__are_not_compared_by_softmax(
+    config_of, distiller
+):
+    with (
+        DefaultScope.overwrite_default_scope('mmpretrain'),
+        pytest.raises(ValueError, match=r'may be several|sigmoid'),
+    ):
+        MODELS.build(
+            distillation_config(distiller, config_of(8), config_of(16))
+        )
+
+
+@pytest.mark.parametrize('config_of', [of_several_labels, classifier_config])
+def test_mode_st__of_the_student_alone_is_the_students_prediction(config_of):
+    distiller = dict(type='era_mm.ERADistiller', alpha=0.0)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(
+            distillation_config(distiller, config_of(8), config_of(16))
+            | dict(inference_mode='ST')
+        ).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        samples = [DataSample() for _ in images]
+        own = model.student(images, copy.deepcopy(samples), mode='predict')
+        found = model(images, samples, mode='predict')
+    for expected, blend in zip(own, found, strict=True):
+        assert torch.equal(blend.pred_score, expected.pred_score)
+        assert torch.equal(blend.pred_label, expected.pred_label)
