@@ -10,7 +10,7 @@ from era_mm.core import LossSchedule, Teacher
 from era_mm.engine import PreflightHook
 from era_mm.engine.config_check import check_config, remarks_on
 from era_mm.errors import UserError
-from era_mm.methods.era import TWIHook
+from era_mm.methods.era import ERADistiller, TWIHook
 from era_mm.registry import MODELS
 from era_mm.validation import find_fault
 
@@ -106,9 +106,6 @@ def test_registered_class__takes_what_is_right():
 @pytest.mark.parametrize(
     ('kind', 'key'),
     [
-        ('ERALoss', 'align_weight'),
-        ('ERALoss', 'residual_weight'),
-        ('ERALoss', 'twi_weight'),
         ('CWDDistiller', 'loss_weight'),
         ('ResidualKDDistiller', 'student_weight'),
         ('IEKDDistiller', 'pretrain_iters'),
@@ -121,6 +118,15 @@ def test_weights__are_finite_and_not_negative(kind, key, value):
         check_config(
             Config(dict(model={'type': f'era_mm.{kind}', key: value}))
         )
+
+
+@pytest.mark.parametrize('value', [-1, NAN, INF, '1', None])
+@pytest.mark.parametrize(
+    'key', ['align_weight', 'residual_weight', 'twi_weight']
+)
+def test_weights__of_eras_losses_are_checked_where_they_are_built(key, value):
+    with pytest.raises(ValueError, match=key):
+        ERADistiller(loss={key: value})
 
 
 @pytest.mark.parametrize('key', ['start', 'ramp', 'scale'])

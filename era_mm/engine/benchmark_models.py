@@ -273,6 +273,9 @@ def _initialised(config: ConfigDict) -> nn.Module:
     seed(0)
     model = MODELS.build(copy.deepcopy(config))
     forget_files(model)
+    # No child of a distillation, which has the student's own children.
+    if isinstance(model, Distillation):
+        forget_files(model.student)
     model.init_weights()
     return model
 

@@ -928,7 +928,7 @@ def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant():
         (dict(source=['neck', 'backbone']), 'cuts at one source'),
         (dict(source='bbox_head'), r"behind one of \('backbone', 'neck'\)"),
         (dict(assistant=dict(form='images')), "but got 'images'"),
-        (dict(assistant=dict(in_channels=3)), 'found by itself'),
+        (dict(assistant=dict(in_channels=3)), 'is inferred'),
         (dict(student=dict(head={})), r"changes \['head'\]"),
         (dict(student=dict(neck=dict(num_outs=3))), 'all but the channels'),
         (dict(student_weight=0), 'nothing trains the convolution'),

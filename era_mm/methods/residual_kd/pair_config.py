@@ -54,7 +54,7 @@ def pair_config(
 
     Raises:
         ValueError: No such cut or form, a model without neck, a key that is
-            found by itself, features that are neither maps nor vectors,
+            inferred, features that are neither maps nor vectors,
             another number of levels or other map sizes than the given
             model's.
     """
