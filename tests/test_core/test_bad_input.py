@@ -226,3 +226,13 @@ def test_recorder__output_that_is_no_feature_is_refused():
         Recorder(net, ['0'], owner='student'),
     ):
         net(torch.ones(1))
+
+
+def test_student__that_is_semi_supervised_says_what_to_give():
+    student = dict(
+        type='mmdet.SemiBaseDetector',
+        detector=detector_config(),
+        semi_train_cfg=dict(freeze_teacher=True),
+    )
+    with pytest.raises(ValueError, match=r'_base_\.model\.detector'):
+        MODELS.build(distillation_config(ERA, student=student))
