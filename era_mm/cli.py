@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are parsed: mim asks for
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -336,7 +337,8 @@ def _make_config(args: argparse.Namespace) -> None:
             teacher_checkpoint=args.teacher_checkpoint,
         )
     )
-    print(f'wrote {args.out}; train it with\n  mim train era_mm {args.out}')
+    quoted = shlex.quote(str(args.out))
+    print(f'wrote {args.out}; train it with\n  mim train era_mm {quoted}')
 
 
 def _print_sources(args: argparse.Namespace) -> None:

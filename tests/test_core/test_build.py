@@ -217,3 +217,17 @@ def test_inherit__several_teachers_need_names():
 def test_inherit__no_distiller_and_nothing_to_inherit_is_refused():
     with pytest.raises(ValueError, match='`distiller` is empty'):
         build(None, distiller=None)
+
+
+def test_student__that_is_semi_supervised_says_what_to_give():
+    student = dict(
+        type='mmdet.SemiBaseDetector',
+        detector=detector_config(),
+        semi_train_cfg=dict(freeze_teacher=True),
+    )
+    with pytest.raises(ValueError, match=r'_base_\.model\.detector'):
+        MODELS.build(
+            distillation_config(
+                dict(type='era_mm.ERADistiller'), student=student
+            )
+        )

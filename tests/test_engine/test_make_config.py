@@ -6,6 +6,7 @@ The pairs are mmdet's and mmpretrain's own configs, cut down in width.
 import errno
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,23 @@ def test_simkd__puts_the_teachers_classifier_into_the_student(
             *('--out', str(tmp_path / 'o.py')),
         )
         assert message in error
+
+
+def test_printed_command__can_be_pasted_where_the_path_has_a_space(
+    host, tmp_path, capsys
+):
+    out = tmp_path / 'my runs' / 'pair.py'
+    status = cli.run_make_config(
+        [
+            *('--student', host('resnet'), '--teacher', host('resnet_wide')),
+            *('--teacher-checkpoint', 'random', '--method', 'at'),
+            *('--out', str(out)),
+        ]
+    )
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    command = printed.out.splitlines()[-1]
+    assert shlex.split(command) == ['mim', 'train', 'era_mm', str(out)]
 
 
 def test_stages__are_asked_for_by_hand_where_there_are_none(

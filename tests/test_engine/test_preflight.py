@@ -135,6 +135,16 @@ def test_check_checkpoints__names_a_missing_teacher() -> None:
     check_checkpoints(cfg)
 
 
+def test_check_checkpoints__asks_for_no_file_that_a_teacher_never_reads():
+    config = dict(backbone=dict(init_cfg=dict(checkpoint='no.pth')))
+    torch.save({}, 'teacher.pth')
+    teacher = dict(config=config, checkpoint='teacher.pth')
+    check_checkpoints(Config(dict(model=dict(teacher=teacher))))
+    check_checkpoints(Config(dict(model=dict(teacher=dict(big=teacher)))))
+    with pytest.raises(UserError, match=r'no\.pth'):
+        check_checkpoints(Config(dict(model=dict(student=config))))
+
+
 def test_check_checkpoints__tells_a_cut_off_file_from_another() -> None:
     cfg = Config(dict(load_from='epoch_1.pth'))
     file = Path('epoch_1.pth')
