@@ -19,7 +19,26 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 mkdir -p "$out"
 
-"$python" -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" || true
+failed=()
+
+# step NAME COMMAND...: what fails is told at the end; the rest is run all the
+# same, as the machine may not come back.
+step() {
+    local name=$1
+    shift
+    if ! "$@" 2>&1 | tee "$out/$name.txt"; then
+        failed+=("$name")
+    fi
+}
+
+# For a while only: being stopped when the time is over is no failure.
+for_a_while() {
+    local status=0
+    timeout --signal=INT "${MINUTES:-8}m" "$@" || status=$?
+    [ "$status" = 124 ] || return "$status"
+}
+
+step tests "$python" -m pytest -q -m gpu
 
 # The shapes of COCO; weights and images are random.
 for config in era_retinanet_r101_r50 era_faster_rcnn_r101_r50 era_gfl_r101_r50
@@ -28,14 +47,17 @@ do
         for amp in '' --amp; do
             name=benchmark_${config}_b${batch}${amp:+_amp}
             # shellcheck disable=SC2086
-            "$python" -m era_mm benchmark "$config" --device cuda \
-                --batch-size "$batch" --size 800 1333 $amp \
-                --out "$out/$name.json" 2>&1 | tee "$out/$name.txt" || true
+            step "$name" "$python" -m era_mm benchmark "$config" \
+                --device cuda --batch-size "$batch" --size 800 1333 $amp \
+                --out "$out/$name.json"
         done
     done
 done
 
-timeout --signal=INT "${MINUTES:-8}m" \
-    "$python" -m era_mm suite suites/digit_scenes.py --jobs "${JOBS:-12}" \
-    --results "$out" --page "$out/results.md" 2>&1 |
-    tee "$out/suite.txt" || true
+step suite for_a_while "$python" -m era_mm suite suites/digit_scenes.py \
+    --jobs "${JOBS:-12}" --results "$out" --page "$out/results.md"
+
+if [ "${#failed[@]}" -gt 0 ]; then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi
