@@ -4,6 +4,7 @@ from .checks import checksums, differ, noise, run_ranks
 from .runs import recorded_run
 from .toy import (
     classifier_config,
+    classifier_loader,
     detection_batch,
     detector_config,
     distillation_config,
@@ -12,12 +13,14 @@ from .toy import (
     run_config,
     save_teacher,
     two_stage_config,
+    write_class_folders,
     write_coco,
 )
 
 __all__ = [
     'checksums',
     'classifier_config',
+    'classifier_loader',
     'detection_batch',
     'detector_config',
     'differ',
@@ -30,5 +33,6 @@ __all__ = [
     'run_ranks',
     'save_teacher',
     'two_stage_config',
+    'write_class_folders',
     'write_coco',
 ]

@@ -428,6 +428,34 @@ def write_coco(folder: str | Path, num_images: int = 8, seed: int = 0) -> str:
     return str(folder)
 
 
+def write_class_folders(folder: str | Path, seed: int = 0) -> str:
+    """Write a tiny data set for classifiers: two images in a folder each."""
+    rng = np.random.default_rng(seed)
+    for name in 'abc':
+        (Path(folder) / name).mkdir(parents=True)
+        for index in range(2):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(Path(folder) / name / f'{index}.png')
+    return str(folder)
+
+
+def classifier_loader(
+    data_root: str, batch_size: int = 2, shuffle: bool = True
+) -> dict:
+    """A dataloader config of what :func:`write_class_folders` wrote."""
+    return dict(
+        batch_size=batch_size,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=shuffle),
+        collate_fn=dict(type='default_collate'),
+        dataset=dict(
+            type='CustomDataset',
+            data_root=data_root,
+            pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+        ),
+    )
+
+
 def run_config(
     model: dict, data_root: str, work_dir: str | Path, **kwargs: Any
 ) -> ConfigDict:

@@ -26,16 +26,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
-from PIL import Image
 
 from era_mm import cli
 from era_mm.core.safe_files import TRUST, load_file
 from era_mm.engine import whole_files
 from era_mm.engine.work_dir import checkpoints_in
-from era_mm.testing import classifier_config, run_config, save_teacher
+from era_mm.testing import (
+    classifier_config,
+    classifier_loader,
+    run_config,
+    save_teacher,
+    write_class_folders,
+)
 
 DOC = Path(__file__).resolve().parents[2] / 'docs' / 'reliability.md'
 DISTILLER = dict(
@@ -88,29 +92,9 @@ class Toy:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._number = 0
-        rng = np.random.default_rng(0)
-        for name in ('a', 'b', 'c'):
-            (folder / 'data' / name).mkdir(parents=True)
-            for index in range(2):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(
-                    folder / 'data' / name / f'{index}.png'
-                )
+        data = write_class_folders(folder / 'data')
         teacher = classifier_config(width=16)
-        loader = dict(
-            batch_size=2,
-            num_workers=0,
-            sampler=dict(type='DefaultSampler', shuffle=True),
-            collate_fn=dict(type='default_collate'),
-            dataset=dict(
-                type='CustomDataset',
-                data_root=str(folder / 'data'),
-                pipeline=[
-                    dict(type='LoadImageFromFile'),
-                    dict(type='PackInputs'),
-                ],
-            ),
-        )
+        loader = classifier_loader(data)
         file = save_teacher(teacher, folder / 't.pth', 'mmpretrain')
         self.config = run_config(
             dict(

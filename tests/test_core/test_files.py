@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from mmdet.apis import init_detector
@@ -14,16 +13,17 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from mmpretrain import get_model
-from PIL import Image
 
 from era_mm.core import extras_of
 from era_mm.hosts import PROFILES, find_profile
 from era_mm.testing import (
     classifier_config,
+    classifier_loader,
     detector_config,
     distillation_config,
     run_config,
     save_teacher,
+    write_class_folders,
 )
 
 ERA = dict(type='era_mm.ERADistiller')
@@ -172,14 +172,7 @@ def test_files__are_tested_by_mim_as_they_lie(runs, coco, tmp_path):
 
 
 def test_files__of_a_classifier_are_what_get_model_loads(tmp_path, caplog):
-    rng = np.random.default_rng(0)
-    for name in ('a', 'b', 'c'):
-        (tmp_path / 'data' / name).mkdir(parents=True)
-        for index in range(2):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(
-                tmp_path / 'data' / name / f'{index}.png'
-            )
+    data = write_class_folders(tmp_path / 'data')
     teacher = classifier_config(width=16)
     model = dict(
         type='era_mm.Distillation',
@@ -190,17 +183,7 @@ def test_files__of_a_classifier_are_what_get_model_loads(tmp_path, caplog):
         ),
         distiller=ERA,
     )
-    loader = dict(
-        batch_size=3,
-        num_workers=0,
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
-        dataset=dict(
-            type='CustomDataset',
-            data_root=str(tmp_path / 'data'),
-            pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
-        ),
-    )
+    loader = classifier_loader(data, batch_size=3, shuffle=False)
     config = run_config(
         model,
         '',

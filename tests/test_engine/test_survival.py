@@ -8,7 +8,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -16,7 +15,6 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS, METRICS
-from PIL import Image
 
 from era_mm import cli
 from era_mm.core.safe_files import load_file
@@ -24,7 +22,13 @@ from era_mm.core.utils import run_seed
 from era_mm.engine import whole_files, work_dir
 from era_mm.engine.whole_files import WholeFileBackend, write_whole
 from era_mm.engine.work_dir import held, newest_whole
-from era_mm.testing import classifier_config, run_config, save_teacher
+from era_mm.testing import (
+    classifier_config,
+    classifier_loader,
+    run_config,
+    save_teacher,
+    write_class_folders,
+)
 
 NUMBERS = itertools.count()
 STRIDE = int(os.environ.get('ERA_MM_SOAK_STRIDE', '7'))
@@ -55,26 +59,9 @@ def _environment(monkeypatch):
 def config(tmp_path_factory):
     """A distillation of three epochs of three steps, in a file."""
     folder = tmp_path_factory.mktemp('survival')
-    rng = np.random.default_rng(0)
-    for name in ('a', 'b', 'c'):
-        (folder / 'data' / name).mkdir(parents=True)
-        for index in range(2):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(
-                folder / 'data' / name / f'{index}.png'
-            )
+    data = write_class_folders(folder / 'data')
     teacher = classifier_config(width=16)
-    loader = dict(
-        batch_size=2,
-        num_workers=0,
-        sampler=dict(type='DefaultSampler', shuffle=True),
-        collate_fn=dict(type='default_collate'),
-        dataset=dict(
-            type='CustomDataset',
-            data_root=str(folder / 'data'),
-            pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
-        ),
-    )
+    loader = classifier_loader(data)
     cfg = run_config(
         dict(
             type='era_mm.Distillation',
