@@ -225,7 +225,7 @@ def _train(args: argparse.Namespace) -> int:
     from era_mm.engine.progress_hook import progress_of
     from era_mm.engine.run_table_hook import add_run_table
     from era_mm.engine.runner import TrainingRunner
-    from era_mm.engine.stop_hook import StopHook, Stopped
+    from era_mm.engine.stop_hook import StopHook, Stopped, shielded_workers
     from era_mm.engine.whole_files import guard_writing
     from era_mm.engine.work_dir import check_work_dir, held
 
@@ -260,7 +260,7 @@ def _train(args: argparse.Namespace) -> int:
         add_run_table(runner, cfg)
         runner.register_hook(StopHook())
         try:
-            with progress_of(runner):
+            with progress_of(runner), shielded_workers():
                 runner.train()
         except Stopped as stopped:
             print(f'\n{stopped}', file=sys.stderr)

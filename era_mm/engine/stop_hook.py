@@ -1,9 +1,12 @@
 """Ends a run that is asked to end, with a checkpoint to go on from."""
 
+import contextlib
 import ctypes
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +29,34 @@ SIGNALS = tuple(
 )
 #: Steps between two looks at what the other ranks were sent.
 AGREE_EVERY = 5
+
+
+#: Whether children that are forked now are to outlast the signals.
+_shield = {'is_up': False}
+
+
+def _take_cover() -> None:
+    if _shield['is_up']:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_take_cover)
+
+
+@contextlib.contextmanager
+def shielded_workers() -> Iterator[None]:
+    """Let the data workers that start meanwhile outlast the signals.
+
+    Batch systems and ``timeout`` signal a whole process group. A worker that
+    dies of it raises in the middle of the run's step. The workers end with
+    the run: it tells them to, and they look whether it is gone.
+    """
+    _shield['is_up'] = True
+    try:
+        yield
+    finally:
+        _shield['is_up'] = False
 
 
 class Stopped(BaseException):

@@ -3,9 +3,12 @@
 import contextlib
 import itertools
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -500,16 +503,29 @@ class AtIterationHook(Hook):
             return
         if self.what == 'nan':
             next(runner.model.student.parameters()).data.fill_(torch.nan)
-        else:
-            os.kill(os.getpid(), getattr(signal, self.what))
+            return
+        name = self.what.removeprefix('group ')
+        if name != self.what:
+            # As ``timeout`` and batch systems do; the data workers are told
+            # first, and have time to die of it.
+            workers = multiprocessing.active_children()
+            assert workers
+            # Not from here: torch's workers end quietly for their parent.
+            told = ['kill', '-s', name.removeprefix('SIG')]
+            subprocess.run(
+                told + [str(worker.pid) for worker in workers], check=True
+            )
+            time.sleep(0.5)
+        os.kill(os.getpid(), getattr(signal, name))
 
 
 @pytest.fixture
 def at_iteration(config, tmp_path):
     """A config that does something in its fifth step."""
 
-    def write(what):
+    def write(what, **changes):
         cfg = Config.fromfile(config)
+        cfg.merge_from_dict(changes)
         cfg.custom_hooks = [
             dict(type='AtIterationHook', iteration=4, what=what)
         ]
@@ -537,6 +553,19 @@ def test_signal__writes_a_checkpoint_from_which_the_run_goes_on(
     assert Path(pointer).name == 'iter_5.pth'
     assert train(config, folder, '--resume') == 0
     check_same(folder, whole)
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_signal__to_the_whole_group_leaves_the_data_workers(
+    name, at_iteration, tmp_path, capsys
+):
+    folder = tmp_path / 'run'
+    file = at_iteration(f'group {name}', **{'train_dataloader.num_workers': 1})
+    assert train(file, folder) == 128 + getattr(signal, name)
+    printed = capsys.readouterr().err
+    assert f'stopped by {name}; --resume goes on from' in printed
+    assert 'DataLoader worker' not in printed
+    assert load_file(folder / 'iter_5.pth')['meta']['iter'] == 5
 
 
 def test_ctrl_c__is_said_in_one_line(at_iteration, tmp_path, capsys):
