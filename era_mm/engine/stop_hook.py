@@ -38,9 +38,17 @@ _shield = {'is_up': False}
 def _take_cover() -> None:
     if _shield['is_up']:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_obey_the_parent, daemon=True).start()
 
 
-if hasattr(os, 'register_at_fork'):
+def _obey_the_parent() -> None:
+    # `terminate` of multiprocessing is a SIGTERM of the parent's.
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+if hasattr(signal, 'sigwaitinfo'):
     os.register_at_fork(after_in_child=_take_cover)
 
 
@@ -49,8 +57,8 @@ def shielded_workers() -> Iterator[None]:
     """Let the data workers that start meanwhile outlast the signals.
 
     Batch systems and ``timeout`` signal a whole process group. A worker that
-    dies of it raises in the middle of the run's step. The workers end with
-    the run: it tells them to, and they look whether it is gone.
+    dies of it raises in the middle of the run's step. To the run itself they
+    listen: it ends them when it ends.
     """
     _shield['is_up'] = True
     try:

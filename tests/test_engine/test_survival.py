@@ -3,11 +3,11 @@
 import contextlib
 import itertools
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -503,29 +503,16 @@ class AtIterationHook(Hook):
             return
         if self.what == 'nan':
             next(runner.model.student.parameters()).data.fill_(torch.nan)
-            return
-        name = self.what.removeprefix('group ')
-        if name != self.what:
-            # As ``timeout`` and batch systems do; the data workers are told
-            # first, and have time to die of it.
-            workers = multiprocessing.active_children()
-            assert workers
-            # Not from here: torch's workers end quietly for their parent.
-            told = ['kill', '-s', name.removeprefix('SIG')]
-            subprocess.run(
-                told + [str(worker.pid) for worker in workers], check=True
-            )
-            time.sleep(0.5)
-        os.kill(os.getpid(), getattr(signal, name))
+        else:
+            os.kill(os.getpid(), getattr(signal, self.what))
 
 
 @pytest.fixture
 def at_iteration(config, tmp_path):
     """A config that does something in its fifth step."""
 
-    def write(what, **changes):
+    def write(what):
         cfg = Config.fromfile(config)
-        cfg.merge_from_dict(changes)
         cfg.custom_hooks = [
             dict(type='AtIterationHook', iteration=4, what=what)
         ]
@@ -556,16 +543,44 @@ def test_signal__writes_a_checkpoint_from_which_the_run_goes_on(
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
-def test_signal__to_the_whole_group_leaves_the_data_workers(
-    name, at_iteration, tmp_path, capsys
+def test_signal__to_the_whole_group_ends_run_and_workers(
+    name, config, tmp_path
 ):
+    """As ``timeout`` and batch systems send it: data workers get it too."""
+    cfg = Config.fromfile(config)
+    cfg.train_cfg.max_epochs = 10000
+    # Its metric is known here alone.
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.default_hooks.checkpoint.pop('save_best')
+    cfg.train_dataloader |= dict(num_workers=1, persistent_workers=True)
+    cfg.dump(tmp_path / 'long.py')
     folder = tmp_path / 'run'
-    file = at_iteration(f'group {name}', **{'train_dataloader.num_workers': 1})
-    assert train(file, folder) == 128 + getattr(signal, name)
-    printed = capsys.readouterr().err
+    with open(tmp_path / 'log', 'w') as log:
+        run = subprocess.Popen(
+            [
+                *(sys.executable, '-m', 'era_mm', 'train'),
+                *(str(tmp_path / 'long.py'), '--work-dir', str(folder)),
+            ],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            for _ in range(600):
+                if any(folder.glob('epoch_*')) or run.poll() is not None:
+                    break
+                time.sleep(0.2)
+            os.killpg(run.pid, getattr(signal, name))
+            status = run.wait(timeout=60)
+        finally:
+            # Whoever is left of the group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    printed = (tmp_path / 'log').read_text()
     assert f'stopped by {name}; --resume goes on from' in printed
+    assert status == 128 + getattr(signal, name)
     assert 'DataLoader worker' not in printed
-    assert load_file(folder / 'iter_5.pth')['meta']['iter'] == 5
+    assert list(folder.glob('iter_*.pth'))
 
 
 def test_ctrl_c__is_said_in_one_line(at_iteration, tmp_path, capsys):
