@@ -19,7 +19,7 @@ model = dict(
         source=dict(
             student='backbone',
             teacher='backbone',
-            connector=dict(student=dict(scales=[2.0])),
+            resample=dict(student=dict(scales=[2.0])),
         ),
         mask_ratio=0.15,
         loss_weight=7e-5,

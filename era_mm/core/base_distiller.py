@@ -7,6 +7,7 @@ saved is the core's business.
 """
 
 import fnmatch
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -77,9 +79,10 @@ class BaseDistiller(BaseModule):
         source: Module whose output is distilled, in student and teacher
             alike, or ``dict(student=..., teacher=...)`` where the names
             differ, each a name or a list of names. A further key
-            ``connector=dict(student=..., teacher=...)``, each the arguments
-            of ``Connector``, makes unlike features comparable: it takes one
-            name for each of the two.
+            ``resample=dict(student=..., teacher=...)``, each the arguments
+            of ``Resampler``, makes unlike features comparable. It needs one
+            name for each of the two. Its former name ``connector`` is
+            deprecated.
         teacher: Name of the teacher it learns from.
         schedules: Factors of its loss terms over the run, each the arguments
             of :class:`LossSchedule` under the key of a loss, in which ``*``
@@ -115,8 +118,19 @@ class BaseDistiller(BaseModule):
             if isinstance(source, dict)
             else {'student': source, 'teacher': source}
         )
+        if 'connector' in pair and 'resample' not in pair:
+            print_log(
+                '`source.connector` is now `source.resample`, with the same '
+                "arguments. 'connector' goes with version 0.3.",
+                logger='current',
+                level=logging.WARNING,
+            )
+            pair = {
+                'resample' if key == 'connector' else key: value
+                for key, value in pair.items()
+            }
         roles = {'student', 'teacher'} if self.needs_teacher else {'student'}
-        if not roles <= set(pair) <= {'student', 'teacher', 'connector'}:
+        if not roles <= set(pair) <= {'student', 'teacher', 'resample'}:
             raise ValueError(
                 '`source` must be a module name, a list of them, or '
                 f'dict(student=..., teacher=...), but got {source!r}.'
@@ -126,7 +140,7 @@ class BaseDistiller(BaseModule):
             self._names(pair['teacher']) if self.needs_teacher else ()
         )
         self.connections = Connections(
-            pair.get('connector'),
+            pair.get('resample'),
             student=self.student_sources,
             teacher=self.teacher_sources,
             owner=type(self).__name__,

@@ -1,18 +1,38 @@
 """Whether features of two models are comparable, and what makes them so."""
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..layers import Connector, check_alike, crop_to_common
+from ..layers import Resampler, check_alike, crop_to_common
 from ..registry import MODELS
 
 Features = Mapping[str, tuple[Tensor, ...]]
 
-# Layers import nothing of ours; as a neck it is looked up by its name.
-MODELS.register_module(module=Connector)
+# Layers import nothing of ours; as a neck they are looked up by name.
+MODELS.register_module(module=Resampler)
+
+
+@MODELS.register_module()
+class Connector(Resampler):
+    """The former name of ``Resampler``, in exported configs. Deprecated.
+
+    Args:
+        kwargs: As in ``Resampler``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        print_log(
+            "`era_mm.Connector` is now `era_mm.Resampler`. 'Connector' goes "
+            'with version 0.3.',
+            logger='current',
+            level=logging.WARNING,
+        )
+        super().__init__(**kwargs)
 
 
 def _grids(feats: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -39,22 +59,22 @@ def _differ_by_padding(
 class Connections:
     """Stands between the recorders and a distiller.
 
-    Applies the connectors of a ``source`` and cuts maps of equal stride,
+    Resamples the outputs of a ``source`` and cuts maps of equal stride,
     which padding made unequal, to what both have. Nothing in it learns or is
     saved.
 
     Source: ours.
 
     Args:
-        config: ``connector`` of the distiller's ``source``: a dict with the
-            arguments of ``Connector`` for 'student', 'teacher' or both. None:
-            no connectors.
+        config: ``resample`` of the distiller's ``source``: a dict with the
+            arguments of ``Resampler`` for 'student', 'teacher' or both. None:
+            no resamplers.
         student: The student's sources.
         teacher: The teacher's.
         owner: How messages call the distiller.
 
     Raises:
-        ValueError: Other keys, or connectors for several sources.
+        ValueError: Other keys, or resamplers for several sources.
     """
 
     def __init__(
@@ -68,7 +88,7 @@ class Connections:
         self._sources = {'student': tuple(student), 'teacher': tuple(teacher)}
         self._owner = owner
         #: Those of student and teacher; empty where there are none.
-        self.connectors: dict[str, Connector] = {}
+        self.resamplers: dict[str, Resampler] = {}
         #: Sources of student and teacher whose maps have the same strides.
         self._of_one_grid: list[tuple[str, str]] = []
         if config is None:
@@ -77,29 +97,29 @@ class Connections:
             len(names) != 1 for names in self._sources.values()
         ):
             raise ValueError(
-                '`source.connector` must be dict(student=..., teacher=...) '
-                'with the arguments of Connector, and student and teacher '
+                '`source.resample` must be dict(student=..., teacher=...) '
+                'with the arguments of Resampler, and student and teacher '
                 f'one module name each, but got {config!r} for '
                 f'{self._sources}.'
             )
-        self.connectors = {
-            role: Connector(**(config.get(role) or {}))
+        self.resamplers = {
+            role: Resampler(**(config.get(role) or {}))
             for role in self._sources
         }
 
     def connected(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Outputs of the student's source as the distiller gets them."""
-        connector = self.connectors.get('student')
-        return tuple(feats) if connector is None else connector(feats)
+        resampler = self.resamplers.get('student')
+        return tuple(feats) if resampler is None else resampler(feats)
 
     def connect_student(self, feats: Features) -> Features:
-        """The student's features with the connector applied."""
+        """The student's features, resampled."""
         return self._apply('student', feats)
 
     def connect(
         self, *, student_feats: Features, teacher_feats: Features
     ) -> dict[str, Features]:
-        """The features of both with the connectors applied.
+        """The features of both, resampled.
 
         Maps of equal stride that padding made unequal are cut to what both
         have, of whatever sources they are.
@@ -128,11 +148,10 @@ class Connections:
         """As :meth:`connect`, for the features of the dry run.
 
         Both come from one image of one size, which shows the strides. What
-        the connectors do is logged.
+        is resampled is logged.
 
         Raises:
-            ValueError: Behind the connectors maps differ by more than
-                rounding.
+            ValueError: Once resampled, maps differ by more than rounding.
         """
         feats = dict(
             student_feats=self._apply('student', student_feats),
@@ -142,16 +161,16 @@ class Connections:
         return self._cut(**feats)
 
     def _apply(self, role: str, feats: Features) -> Features:
-        if role not in self.connectors:
+        if role not in self.resamplers:
             return feats
         (source,) = self._sources[role]
         if source not in feats:
             raise ValueError(
                 f'{self._owner} reads {list(feats)} of the {role}, not '
-                f'{source!r}, so `source.connector` has nothing to connect. '
+                f'{source!r}, so `source.resample` has nothing to resample. '
                 'Remove it.'
             )
-        return {**feats, source: self.connectors[role](feats[source])}
+        return {**feats, source: self.resamplers[role](feats[source])}
 
     def _cut(
         self, *, student_feats: Features, teacher_feats: Features
@@ -161,7 +180,7 @@ class Connections:
             maps = dict(
                 student_feats=own_feats[own], teacher_feats=their_feats[theirs]
             )
-            if self.connectors or _differ_by_padding(**maps):
+            if self.resamplers or _differ_by_padding(**maps):
                 own_feats[own], their_feats[theirs] = crop_to_common(**maps)
         return dict(student_feats=own_feats, teacher_feats=their_feats)
 
@@ -169,7 +188,7 @@ class Connections:
         self, *, student_feats: Features, teacher_feats: Features
     ) -> None:
         """Note which sources have the same strides, from one image."""
-        if self.connectors:
+        if self.resamplers:
             (own,), (theirs,) = self._sources.values()
             self._check_connected(
                 student_feats=student_feats[own],
@@ -191,16 +210,16 @@ class Connections:
             own,
             theirs,
             names=(
-                'Behind the connectors, on one image, the student',
+                'Once resampled, on one image, the student',
                 'the teacher',
             ),
-            advice='Correct `source.connector`; tools/print_sources.py shows '
+            advice='Correct `source.resample`; tools/print_sources.py shows '
             'the strides.',
             # What resizing rounds.
             slack=1,
         )
-        for role, connector in self.connectors.items():
-            for step in connector.steps():
+        for role, resampler in self.resamplers.items():
+            for step in resampler.steps():
                 print_log(
-                    f'Connector of the {role}: {step}.', logger='current'
+                    f'Resampler of the {role}: {step}.', logger='current'
                 )

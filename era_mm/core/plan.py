@@ -25,8 +25,8 @@ class FeatureMatch(Protocol):
     """Which outputs of two models go together."""
 
     @property
-    def connector(self) -> dict[str, dict]:
-        """The ``connector`` of a ``source``; empty where none is needed."""
+    def resample(self) -> dict[str, dict]:
+        """The ``resample`` of a ``source``; empty where none is needed."""
 
     def config(self) -> dict[str, Any]:
         """``source`` as a distiller takes it; empty where it is 'neck'."""

@@ -22,7 +22,7 @@ class Rerun:
         recorder: What listens to it.
         inputs: The batch.
         data_samples: Its ground truth.
-        connect: What the distiller's connectors make of the features.
+        connect: How the distiller resamples the features.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from era_mm.core import Distillation, Plan
 from era_mm.core.data_preprocessor import differences
 from era_mm.engine.pairing import Match, Pair, Side
-from era_mm.layers import Connector
+from era_mm.layers import Resampler
 
 
 class Made(NamedTuple):
@@ -46,7 +46,7 @@ def report(made: Made, teacher_checkpoint: str) -> str:
             f'{_names(match.teacher)}, on {pair.input_size}x{pair.input_size}'
         )
         lines += _report_levels(match)
-        lines.append(f'{"connectors":11}{_report_connectors(match)}')
+        lines.append(f'{"resampling":11}{_report_resampling(match)}')
         if plan.head is not None:
             lines.append(f'{"head":11}{plan.head}')
     lines.append(f'{"input":11}{_report_input(pair)}')
@@ -98,11 +98,11 @@ def _level(match: Match, side: Side, level: int) -> str:
     return f'[{level}] {at}{channels} channels'
 
 
-def _report_connectors(match: Match) -> str:
+def _report_resampling(match: Match) -> str:
     steps = [
         f'{role}: {step}'
-        for role, config in match.connector.items()
-        for step in Connector(**config).steps()
+        for role, config in match.resample.items()
+        for step in Resampler(**config).steps()
     ]
     return '; '.join(steps) or 'none needed'
 

@@ -21,7 +21,7 @@ from era_mm.engine.measure import (
     observe,
 )
 from era_mm.errors import UserError
-from era_mm.layers import Connector, crop_to_common
+from era_mm.layers import Resampler, crop_to_common
 
 #: Strides that differ by less than this factor count as one.
 SAME_STRIDE = 1.25
@@ -33,12 +33,12 @@ class Side(NamedTuple):
     Args:
         source: Module, or several.
         feats: Outputs on the trial image, of several one after the other.
-        connector: Arguments of ``Connector``.
+        resample: Arguments of ``Resampler``.
     """
 
     source: str | list[str]
     feats: Feats
-    connector: dict[str, Any]
+    resample: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,24 @@ class Match:
     input_size: int
 
     @property
-    def connector(self) -> dict[str, dict]:
-        """The ``connector`` of a ``source``; empty where none is needed."""
+    def resample(self) -> dict[str, dict]:
+        """The ``resample`` of a ``source``; empty where none is needed."""
         sides = {'student': self.student, 'teacher': self.teacher}
         return {
-            role: side.connector
+            role: side.resample
             for role, side in sides.items()
-            if side.connector
+            if side.resample
         }
 
     def config(self) -> dict[str, Any]:
         """``source`` as a distiller takes it; empty where it is 'neck'."""
         names = (self.student.source, self.teacher.source)
-        if self.connector:
+        if self.resample:
             return {
                 'source': dict(
                     student=names[0],
                     teacher=names[1],
-                    connector=self.connector,
+                    resample=self.resample,
                 )
             }
         if names[0] != names[1]:
@@ -83,7 +83,7 @@ class Match:
     def feats(self) -> tuple[Feats, Feats]:
         """The trial image's features as the distiller would get them."""
         student, teacher = (
-            Connector(**side.connector)(side.feats)
+            Resampler(**side.resample)(side.feats)
             for side in (self.student, self.teacher)
         )
         return crop_to_common(student_feats=student, teacher_feats=teacher)
@@ -91,17 +91,17 @@ class Match:
     def pairs(self) -> list[tuple[int, int, float]]:
         """Student's output, teacher's output and the factor of resizing."""
         chosen = [
-            side.connector.get('levels', range(len(side.feats)))
+            side.resample.get('levels', range(len(side.feats)))
             for side in (self.student, self.teacher)
         ]
-        scales = self.student.connector.get('scales', [1] * len(chosen[0]))
+        scales = self.student.resample.get('scales', [1] * len(chosen[0]))
         return list(zip(*chosen, scales, strict=True))
 
     def stride(self, side: Side, level: int) -> float | None:
         """Of an output of one side; None for what has no places."""
         feat = side.feats[level]
-        if feat.dim() == 3 and side.connector.get('tokens') == 'map':
-            extra = side.connector.get('num_extra', 1)
+        if feat.dim() == 3 and side.resample.get('tokens') == 'map':
+            extra = side.resample.get('num_extra', 1)
             return self.input_size / math.isqrt(feat.shape[1] - extra)
         return self.input_size / feat.shape[2] if feat.dim() == 4 else None
 
@@ -298,17 +298,17 @@ class Pair:
         )
         return Match(student, teacher, self.input_size)
 
-    def _matched(self, student: str, teacher: str, **connectors: Any) -> Match:
+    def _matched(self, student: str, teacher: str, **resample: Any) -> Match:
         return Match(
             Side(
                 student,
                 self.student.feats[student],
-                connectors.get('student', {}),
+                resample.get('student', {}),
             ),
             Side(
                 teacher,
                 self.teacher.feats[teacher],
-                connectors.get('teacher', {}),
+                resample.get('teacher', {}),
             ),
             self.input_size,
         )
@@ -332,7 +332,7 @@ class Pair:
     def _vector(self, member: Member) -> Side:
         """A classifier's features as ``(N, C)``, of its last output."""
         source = member.outputs(2)
-        connector: dict[str, Any] = {}
+        resample: dict[str, Any] = {}
         if source is None:
             source = (
                 member.outputs(4)
@@ -341,29 +341,29 @@ class Pair:
             )
             if source is None:
                 raise self._nothing(member, 'vectors, maps or tokens')
-            connector['tokens'] = 'mean'
+            resample['tokens'] = 'mean'
         feats = member.feats[source]
         if feats[-1].dim() == 3:
-            connector['num_extra'] = member.extra_tokens(feats[-1])
+            resample['num_extra'] = member.extra_tokens(feats[-1])
         if len(feats) > 1:
-            connector = {'levels': [len(feats) - 1], **connector}
-        return Side(source, feats, connector)
+            resample = {'levels': [len(feats) - 1], **resample}
+        return Side(source, feats, resample)
 
     def _maps(self, member: Member) -> Side:
         """The maps that a model outputs; of a classifier the last one."""
         source = member.outputs(4)
-        connector: dict[str, Any] = {}
+        resample: dict[str, Any] = {}
         if source is None and not self.is_detector:
             source = member.outputs(3, inner=True)
             if source is not None:
                 extra = member.extra_tokens(member.feats[source][-1])
-                connector = dict(tokens='map', num_extra=extra)
+                resample = dict(tokens='map', num_extra=extra)
         if source is None:
             raise self._nothing(member, 'maps (N, C, H, W)')
         feats = member.feats[source]
         if not self.is_detector and len(feats) > 1:
-            connector = {'levels': [len(feats) - 1], **connector}
-        return Side(source, feats, connector)
+            resample = {'levels': [len(feats) - 1], **resample}
+        return Side(source, feats, resample)
 
     def _nothing(self, member: Member, wanted: str) -> UserError:
         found = {
@@ -383,11 +383,11 @@ class Pair:
         student, teacher = self._maps(self.student), self._maps(self.teacher)
         sides: list[list[tuple[int, int, int]]] = []
         for side in (student, teacher):
-            levels = side.connector.get('levels', range(len(side.feats)))
-            connector = {
-                k: v for k, v in side.connector.items() if k != 'levels'
+            levels = side.resample.get('levels', range(len(side.feats)))
+            resample = {
+                k: v for k, v in side.resample.items() if k != 'levels'
             }
-            maps = Connector(**connector)(side.feats)
+            maps = Resampler(**resample)(side.feats)
             sides.append([(level, *maps[level].shape[2:]) for level in levels])
         chosen = self._levels(*sides, cover=cover)
         return Match(
@@ -442,10 +442,10 @@ class Pair:
         levels: list[int],
         chosen: list[tuple[int, int, float]] | None,
     ) -> Side:
-        connector = {k: v for k, v in side.connector.items() if k != 'levels'}
+        resample = {k: v for k, v in side.resample.items() if k != 'levels'}
         scales = [scale for _, _, scale in chosen or ()]
         if levels != list(range(len(side.feats))):
-            connector = {'levels': levels, **connector}
+            resample = {'levels': levels, **resample}
         if any(scale != 1 for scale in scales):
-            connector['scales'] = scales
-        return Side(side.source, side.feats, connector)
+            resample['scales'] = scales
+        return Side(side.source, side.feats, resample)

@@ -1,6 +1,5 @@
 """Small parts that several methods use; they import nothing of ours."""
 
-from .connector import Connector, crop_to_common
 from .features import check_alike, full_precision, levels_of
 from .first_batches import FirstBatches
 from .levels import Aligns, check_maps
@@ -18,11 +17,12 @@ from .logits import (
     top_rows,
 )
 from .lone_values import spare_lone_values
+from .resampler import Resampler, crop_to_common
 
 __all__ = [
     'Aligns',
-    'Connector',
     'FirstBatches',
+    'Resampler',
     'Rows',
     'bernoulli_entropy',
     'bernoulli_kl',

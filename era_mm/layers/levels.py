@@ -44,7 +44,7 @@ def check_maps(
             f'{method} needs levels in pairs'
             f'{" of one size" if same_size else ""}, but {found}. Choose '
             'sources of the same levels and strides, or let '
-            'tools/make_config.py write a `source.connector`.'
+            'tools/make_config.py write a `source.resample`.'
         )
 
 

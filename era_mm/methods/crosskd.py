@@ -143,7 +143,7 @@ class CrossKDDistiller(BaseDistiller):
         """
         match = pair.match()
         reason = _why_not(pair.student.model, pair.teacher.model)
-        if reason is None and (match.connector or match.unused()):
+        if reason is None and (match.resample or match.unused()):
             reason = 'their levels have other strides'
         if reason is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Connectors between the recorders and a method."""
+"""Resampling between the recorders and a method."""
 
 import copy
 
@@ -6,8 +6,13 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from era_mm.core import BaseDistiller, connections, student_config_of
-from era_mm.layers import Connector
+from era_mm.core import (
+    BaseDistiller,
+    base_distiller,
+    connections,
+    student_config_of,
+)
+from era_mm.layers import Resampler
 from era_mm.testing import (
     detection_batch,
     detector_config,
@@ -27,7 +32,7 @@ class Hearing(BaseDistiller):
         return {'loss_hearing': 0 * total}
 
 
-MODELS.register_module(name='HearingForConnectors', module=Hearing)
+MODELS.register_module(name='ReadingForResample', module=Hearing)
 
 
 def build(distiller=None, **source):
@@ -38,18 +43,27 @@ def build(distiller=None, **source):
     teacher['bbox_head']['anchor_generator']['strides'] = [8, 16, 32]
     return MODELS.build(
         distillation_config(
-            dict(distiller or dict(type='HearingForConnectors'))
+            dict(distiller or dict(type='ReadingForResample'))
             | dict(source=dict(student='neck', teacher='neck', **source)),
             teacher=teacher,
         )
     )
 
 
+def logged_by(module, monkeypatch):
+    """What the module logs from now on."""
+    said = []
+    monkeypatch.setattr(
+        module, 'print_log', lambda text, **kwargs: said.append(text)
+    )
+    return said
+
+
 COVER = dict(student=dict(levels=[0, 1, 1], scales=[1, 1, 0.5]))
 
 
-def test_connector__stands_before_prepare_and_loss():
-    model = build(connector=COVER)
+def test_resample__stands_before_prepare_and_loss():
+    model = build(resample=COVER)
     hearing = model.distillers['distiller']
     for feats in hearing.prepared:
         assert [f.shape[2] for f in feats['neck']] == [8, 4, 2]
@@ -75,7 +89,7 @@ def test_padding__is_cut_off_without_a_connector(unpadded):
     for role, model in models.items():
         divisor = 1 if role == unpadded else 32
         model['data_preprocessor'] |= dict(pad_size_divisor=divisor)
-    hearing = dict(type='HearingForConnectors')
+    hearing = dict(type='ReadingForResample')
     model = MODELS.build(distillation_config(hearing, **models)).train()
     data = model.data_preprocessor(detection_batch(size=100), True)
     model(**data, mode='loss')
@@ -123,57 +137,54 @@ def test_padding__explains_no_other_stride():
     assert connect([4, 2], [2, 1]) == [[4, 2], [2, 1]]
 
 
-def test_connector__has_no_part_in_the_files():
-    model = build(connector=COVER)
+def test_resample__has_no_part_in_the_files():
+    model = build(resample=COVER)
     assert not list(model.distillers.state_dict())
     plain = MODELS.build(detector_config())
     assert set(model.state_dict()) == set(plain.state_dict())
 
 
-def test_connector__says_what_it_resizes(monkeypatch):
-    said = []
-    monkeypatch.setattr(
-        connections, 'print_log', lambda text, **kwargs: said.append(text)
-    )
-    build(connector=COVER)
+def test_resample__says_what_it_resizes(monkeypatch):
+    said = logged_by(connections, monkeypatch)
+    build(resample=COVER)
     assert said == [
-        'Connector of the student: outputs [0, 1, 1].',
-        'Connector of the student: level 2 resized by 0.5 (mean of the '
+        'Resampler of the student: outputs [0, 1, 1].',
+        'Resampler of the student: level 2 resized by 0.5 (mean of the '
         'cells).',
     ]
 
 
 @pytest.mark.parametrize(
-    ('connector', 'message'),
+    ('resample', 'message'),
     [
         (dict(student=dict(levels=[1, 0, 0])), 'all but the channels'),
         (dict(student=dict(levels=[0, 5])), 'outputs 2'),
         (dict(pupil=dict(levels=[0])), r'dict\(student='),
     ],
 )
-def test_connector__that_does_not_fit_is_refused(connector, message):
+def test_resample__that_does_not_fit_is_refused(resample, message):
     with pytest.raises(ValueError, match=message):
-        build(connector=connector)
+        build(resample=resample)
 
 
-def test_connector__takes_one_name_for_each():
+def test_resample__takes_one_name_for_each():
     with pytest.raises(ValueError, match='one module name each'):
         MODELS.build(
             distillation_config(
                 dict(
-                    type='HearingForConnectors',
+                    type='ReadingForResample',
                     source=dict(
                         student=['neck', 'backbone'],
                         teacher='neck',
-                        connector=dict(student=dict(levels=[0])),
+                        resample=dict(student=dict(levels=[0])),
                     ),
                 )
             )
         )
 
 
-def test_connector__with_nothing_to_connect_is_refused():
-    with pytest.raises(ValueError, match='nothing to connect'):
+def test_resample__with_nothing_to_resample_is_refused():
+    with pytest.raises(ValueError, match='nothing to resample'):
         MODELS.build(
             distillation_config(
                 dict(
@@ -181,7 +192,7 @@ def test_connector__with_nothing_to_connect_is_refused():
                     source=dict(
                         student='neck',
                         teacher='neck',
-                        connector=dict(student=dict(levels=[0, 1])),
+                        resample=dict(student=dict(levels=[0, 1])),
                     ),
                 )
             )
@@ -190,7 +201,7 @@ def test_connector__with_nothing_to_connect_is_refused():
 
 def test_era__predicts_through_the_connector_but_does_not_blend():
     era = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=1))
-    model = build(era, connector=COVER).eval()
+    model = build(era, resample=COVER).eval()
     distiller = model.distillers['distiller']
     assert distiller.inference_modes() == ('E0', 'T')
     model.active_modes = ('T',)
@@ -198,7 +209,7 @@ def test_era__predicts_through_the_connector_but_does_not_blend():
     with torch.no_grad():
         model(**data, mode='predict')
         own = model.student.extract_feat(data['inputs'])
-        estimate = distiller.mbrnet(Connector(**COVER['student'])(own))
+        estimate = distiller.mbrnet(Resampler(**COVER['student'])(own))
         expected = model.teachers['teacher'].model.bbox_head.predict(
             estimate, data['data_samples'], rescale=True
         )
@@ -215,7 +226,7 @@ def test_student_config_of__does_not_mind():
         teacher=dict(config=detector_config(), checkpoint='random'),
         distiller=dict(
             type='era_mm.ERADistiller',
-            source=dict(student='neck', teacher='neck', connector=COVER),
+            source=dict(student='neck', teacher='neck', resample=COVER),
         ),
     )
     assert student_config_of(config)[0].type == 'mmdet.RetinaNet'
@@ -224,7 +235,7 @@ def test_student_config_of__does_not_mind():
 def test_sokd__hears_what_its_base_connects():
     base = dict(
         type='era_mm.FeatureImitationDistiller',
-        source=dict(student='neck', teacher='neck', connector=COVER),
+        source=dict(student='neck', teacher='neck', resample=COVER),
     )
     teacher = detector_config(width=16, channels=24)
     teacher['neck'] = dict(teacher['neck'], num_outs=3)
@@ -239,3 +250,21 @@ def test_sokd__hears_what_its_base_connects():
     losses = model(**data, mode='loss')
     assert len(model.distillers['distiller'].base.connectors) == 3
     assert losses['loss_sokd_adapter'] > 0
+
+
+def test_resample__has_its_former_name_for_now(monkeypatch):
+    said = logged_by(base_distiller, monkeypatch)
+    model = build(connector=COVER)
+    (distiller,) = model.distillers.values()
+    assert distiller.connections.resamplers['student'].levels == (0, 1, 1)
+    assert '`source.connector` is now `source.resample`' in said[0]
+    with pytest.raises(ValueError, match=r'dict\(student='):
+        build(connector=COVER, resample=COVER)
+
+
+def test_resampler__has_its_former_name_for_now(monkeypatch):
+    said = logged_by(connections, monkeypatch)
+    former = MODELS.build(dict(type='era_mm.Connector', levels=[1, 0]))
+    assert isinstance(former, Resampler)
+    assert former.levels == (1, 0)
+    assert '`era_mm.Connector` is now `era_mm.Resampler`' in said[0]

@@ -270,17 +270,17 @@ def test_detector__predicts_what_the_mode_predicts(
 
 @pytest.mark.parametrize('form', FORMS)
 def test_detector__takes_its_connector_along(tmp_path, form):
-    connector = dict(student=dict(levels=[0, 1, 1], scales=[1, 1, 0.5]))
-    source = dict(student='neck', teacher='neck', connector=connector)
+    resample = dict(student=dict(levels=[0, 1, 1], scales=[1, 1, 0.5]))
+    source = dict(student='neck', teacher='neck', resample=resample)
     teacher = detector(add_extra_convs='on_input', num_outs=3, width=16)
     era = ERA | dict(source=source, form=form)
     run = Run(tmp_path, detector(), teacher, era)
     exported = run.export('T')
     assert_same_boxes(run, 'T', exported, exact=True)
     neck = Config.fromfile(exported.config).model.neck
-    kinds = ['FPN', 'era_mm.Connector', 'era_mm.MBRNet']
+    kinds = ['FPN', 'era_mm.Resampler', 'era_mm.MBRNet']
     assert [part.type for part in neck] == kinds
-    with pytest.raises(UserError, match='a connector that resizes'):
+    with pytest.raises(UserError, match='are resampled or chosen'):
         run.export('E0')
     assert_same_boxes(run, 'E0', run.export('E0', keep_align=True), exact=True)
 

@@ -104,10 +104,10 @@ def test_detectors__pair_by_stride_and_train(make, student, teacher):
     own, theirs, scales, is_reused = DETECTORS[student, teacher]
     config, printed = make(student, teacher)
     distiller = config.model.distiller
-    connector = distiller.get('source', {}).get('connector', {})
-    assert connector.get('student', {}).get('levels') == own
-    assert connector.get('teacher', {}).get('levels') == theirs
-    assert connector.get('student', {}).get('scales') == scales
+    resample = distiller.get('source', {}).get('resample', {})
+    assert resample.get('student', {}).get('levels') == own
+    assert resample.get('teacher', {}).get('levels') == theirs
+    assert resample.get('student', {}).get('scales') == scales
     assert (distiller.get('twi_steps') == 'none') is not is_reused
     assert ('head       reused' in printed) is is_reused
     assert ('custom_hooks' in config) is is_reused
@@ -144,19 +144,19 @@ def test_detectors__of_other_padding_are_cut_to_what_both_have(make):
     ],
 )
 def test_detectors__of_other_padding_train_by_every_method(make, method):
-    """No connector is needed, and 100 pixels are padded to 128 or not."""
+    """Nothing is resampled, and 100 pixels are padded to 128 or not."""
     config, printed = make(
         'retinanet', 'retinanet_unpadded', '--method', method
     )
-    assert 'connectors none needed' in printed
+    assert 'resampling none needed' in printed
     train_and_predict(build(config), lambda: detection_batch(2, size=100))
 
 
 def test_detectors__only_the_shared_strides_without_the_head(make):
     config, printed = make('retinanet_3_levels', 'faster_rcnn')
-    connector = config.model.distiller.source.connector
-    assert 'student' not in connector
-    assert connector.teacher == dict(levels=[1, 2, 3])
+    resample = config.model.distiller.source.resample
+    assert 'student' not in resample
+    assert resample.teacher == dict(levels=[1, 2, 3])
     assert (
         'without partner: teacher neck[0] (stride 4); teacher neck[4] '
         '(stride 64)' in printed
@@ -193,7 +193,7 @@ def test_ie_kd__puts_the_tokens_of_a_vit_on_their_grid(make):
         source=dict(
             student='backbone',
             teacher='backbone.ln1',
-            connector=dict(
+            resample=dict(
                 student=dict(scales=[2.0]),
                 teacher=dict(tokens='map', num_extra=1),
             ),

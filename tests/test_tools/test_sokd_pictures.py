@@ -89,7 +89,7 @@ def test_areas__see_the_features_that_the_base_connects(teacher_file):
         source=dict(
             student='neck',
             teacher='neck',
-            connector=dict(student=leave, teacher=leave),
+            resample=dict(student=leave, teacher=leave),
         ),
     )
     model = MODELS.build(

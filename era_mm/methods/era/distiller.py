@@ -279,7 +279,7 @@ class ERADistiller(HeadUser):
             names=('The student', 'the teacher'),
             at=(self.feature_sources, self.teacher_sources),
             advice='Choose sources of the same levels and strides, or let '
-            'make_config write a `source.connector`.',
+            'make_config write a `source.resample`.',
         )
         found: dict[str, Any] = dict(
             in_channels=[m.shape[1] for m in student_maps],

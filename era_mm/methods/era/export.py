@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...core import HostModel, load_strictly
 from ...core.connections import Connections
 from ...errors import UserError
-from ...layers import Connector
+from ...layers import Resampler
 from .mbrnet import MBRNet
 
 #: Parts of a model config that come from the student; the rest (type, heads,
@@ -76,14 +76,14 @@ def export_estimate(
             feeds the head, or the result is not the same.
     """
     stages = _neck_stages(source, student)
-    connector = connections.connectors.get('student')
-    if connector is not None:
+    resampler = connections.resamplers.get('student')
+    if resampler is not None:
         if mode != 'T' and not keep_align:
             raise _cannot_fold(
                 "the student's neck",
-                'a connector that resizes or chooses its levels follows it',
+                'its outputs are resampled or chosen (`source.resample`)',
             )
-        stages.append((_connector_config(connector), {}))
+        stages.append((_resampler_config(resampler), {}))
     folded = mbrnet.folded()
     aligns: Any = folded.aligns
     config, state = _teacher_around(student, teacher)
@@ -198,13 +198,13 @@ def _mbrnet_config(mbrnet: MBRNet, given: Mapping[str, Any]) -> dict:
     )
 
 
-def _connector_config(connector: Connector) -> dict:
+def _resampler_config(resampler: Resampler) -> dict:
     return dict(
-        type='era_mm.Connector',
-        levels=connector.levels,
-        tokens=connector.tokens,
-        num_extra=connector.num_extra,
-        scales=connector.scales,
+        type='era_mm.Resampler',
+        levels=resampler.levels,
+        tokens=resampler.tokens,
+        num_extra=resampler.num_extra,
+        scales=resampler.scales,
     )
 
 

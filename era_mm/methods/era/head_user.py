@@ -138,7 +138,7 @@ class HeadUser(BaseDistiller):
         # The blend needs the student's features as its own head gets them.
         student_head = find_head(student, self.twi_place)
         self._blends = (
-            student_head is not None and not self.connections.connectors
+            student_head is not None and not self.connections.resamplers
         )
         self._lacks_masks = getattr(student, 'with_mask', False) and not (
             isinstance(head, TwoStageTWIHead) and head.has_masks
@@ -300,9 +300,9 @@ class HeadUser(BaseDistiller):
         teacher_maps: tuple[Tensor, ...],
     ) -> None:
         assert self.logit is not None
-        if self.connections.connectors and isinstance(self.logit, RoITerm):
+        if self.connections.resamplers and isinstance(self.logit, RoITerm):
             # Its RoI head reads what its neck gives.
-            reason: str | None = 'a connector follows its neck'
+            reason: str | None = 'the outputs of its neck are resampled'
         else:
             reason = self._try_logit(student, student_feats, teacher_maps)
         if reason is None:

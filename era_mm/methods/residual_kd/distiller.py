@@ -158,13 +158,13 @@ class ResidualKDDistiller(BaseDistiller):
             ValueError: The levels of the two are not the same.
         """
         match = pair.match()
-        if match.connector or match.unused():
+        if match.resample or match.unused():
             unused = ', '.join(match.unused()) or 'none'
             raise ValueError(
                 f'{cls.__name__} adds the features of a whole neck, so both '
                 'models must have the same levels and strides. Here these '
-                f'have no partner: {unused}; connectors needed: '
-                f'{match.connector or "none"}. Choose another teacher or '
+                f'have no partner: {unused}; resampling needed: '
+                f'{match.resample or "none"}. Choose another teacher or '
                 'another method.'
             )
         return Plan(

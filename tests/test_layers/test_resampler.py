@@ -1,11 +1,11 @@
-"""What connectors do, by hand."""
+"""What resamplers do, by hand."""
 
 import pytest
 import torch
 from mmengine.registry import MODELS
 
-from era_mm.layers import Connector, crop_to_common
-from era_mm.layers.connector import resize, tokens_to_map
+from era_mm.layers import Resampler, crop_to_common
+from era_mm.layers.resampler import resize, tokens_to_map
 
 
 def grid(height, width):
@@ -49,7 +49,7 @@ def test_resize__rounds_up_as_strided_convolutions_do(side, scale, expected):
 
 def test_connector__chooses_then_resizes():
     feats = (grid(4, 4), grid(2, 2), torch.zeros(1, 1, 1, 1))
-    found = Connector(levels=[1, 1, 0], scales=[1, 0.5, 0.5])(feats)
+    found = Resampler(levels=[1, 1, 0], scales=[1, 0.5, 0.5])(feats)
     assert found[0] is feats[1]
     assert found[1].tolist() == [[[[1.5]]]]
     assert found[2].tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
@@ -57,25 +57,25 @@ def test_connector__chooses_then_resizes():
 
 def test_connector__reduces_tokens_and_maps():
     tokens = torch.tensor([[[7.0], [1], [3]]])
-    assert Connector(tokens='mean')([tokens])[0].tolist() == [[2]]
-    assert Connector(tokens='mean', num_extra=0)([tokens])[0].allclose(
+    assert Resampler(tokens='mean')([tokens])[0].tolist() == [[2]]
+    assert Resampler(tokens='mean', num_extra=0)([tokens])[0].allclose(
         torch.tensor([[11 / 3]])
     )
-    assert Connector(tokens='class')([tokens])[0].tolist() == [[7]]
-    assert Connector(tokens='mean')([grid(2, 2)])[0].tolist() == [[1.5]]
-    mapped = Connector(tokens='map', num_extra=2, scales=[2])([tokens])
+    assert Resampler(tokens='class')([tokens])[0].tolist() == [[7]]
+    assert Resampler(tokens='mean')([grid(2, 2)])[0].tolist() == [[1.5]]
+    mapped = Resampler(tokens='map', num_extra=2, scales=[2])([tokens])
     assert mapped[0].tolist() == [[[[3, 3], [3, 3]]]]
 
 
 def test_connector__does_nothing_by_default():
     feats = (grid(2, 2), torch.zeros(1, 3))
-    assert all(a is b for a, b in zip(Connector()(feats), feats, strict=True))
-    assert Connector().steps() == []
+    assert all(a is b for a, b in zip(Resampler()(feats), feats, strict=True))
+    assert Resampler().steps() == []
 
 
 def test_connector__says_what_it_does():
-    connector = Connector(levels=[2, 0, 1], tokens='map', scales=[2, 1, 0.5])
-    assert connector.steps() == [
+    resampler = Resampler(levels=[2, 0, 1], tokens='map', scales=[2, 1, 0.5])
+    assert resampler.steps() == [
         'outputs [2, 0, 1]',
         'places put on their grid as a map',
         'level 0 resized by 2 (bilinear)',
@@ -85,7 +85,7 @@ def test_connector__says_what_it_does():
 
 def test_connector__gradients_pass():
     feat = torch.ones(1, 1, 4, 4, requires_grad=True)
-    Connector(scales=[0.5])([feat])[0].sum().backward()
+    Resampler(scales=[0.5])([feat])[0].sum().backward()
     assert feat.grad.tolist() == torch.full((1, 1, 4, 4), 0.25).tolist()
 
 
@@ -99,20 +99,20 @@ def test_connector__gradients_pass():
 )
 def test_connector__refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        Connector(**kwargs)
+        Resampler(**kwargs)
 
 
 def test_connector__refuses_levels_that_are_not_there():
     with pytest.raises(ValueError, match=r'levels \[0, 2\].*outputs 2'):
-        Connector(levels=[0, 2])([grid(1, 1), grid(1, 1)])
+        Resampler(levels=[0, 2])([grid(1, 1), grid(1, 1)])
     with pytest.raises(ValueError, match='outputs 2'):
-        Connector(scales=[1])([grid(1, 1), grid(1, 1)])
+        Resampler(scales=[1])([grid(1, 1), grid(1, 1)])
 
 
 def test_connector__is_a_neck_of_configs():
-    assert isinstance(MODELS.build(dict(type='era_mm.Connector')), Connector)
+    assert isinstance(MODELS.build(dict(type='era_mm.Resampler')), Resampler)
     with pytest.raises(TypeError, match="Did you mean 'scales'"):
-        MODELS.build(dict(type='era_mm.Connector', scale=[1]))
+        MODELS.build(dict(type='era_mm.Resampler', scale=[1]))
 
 
 def test_crop_to_common__keeps_the_top_left():

@@ -83,7 +83,7 @@ def crop_to_common(
     return tuple(students), tuple(teachers)
 
 
-class Connector(nn.Module):
+class Resampler(nn.Module):
     """Chooses, reshapes and resizes the outputs of one source, in this order.
 
     Source: ours.
@@ -143,9 +143,9 @@ class Connector(nn.Module):
             0 <= level < len(feats) for level in levels
         ):
             raise ValueError(
-                f'The connector asks for levels {list(levels)} with scales '
+                f'The resampler asks for levels {list(levels)} with scales '
                 f'{list(scales)}, but its source outputs {len(feats)}. '
-                'Correct `source.connector`.'
+                'Correct `source.resample`.'
             )
         return tuple(
             self._resize(self._reshape(feats[level]), scale)
