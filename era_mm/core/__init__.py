@@ -1,4 +1,4 @@
-"""The machine; it knows no paper."""
+"""The machinery that all methods share; it knows none of them."""
 
 from .base_distiller import (
     BaseDistiller,

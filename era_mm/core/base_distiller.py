@@ -1,9 +1,9 @@
 """The contract of a distillation method.
 
 A method is a subclass of :class:`BaseDistiller`, registered in
-``era_mm.registry.MODELS``, in one module of ``era_mm/methods/``. It gets
-features and gives losses; where features come from, when it runs and what is
-saved is the core's business.
+``era_mm.registry.MODELS``, in one module of ``era_mm/methods/``. It turns
+features into losses. The core decides where features come from, when the
+method runs and what is saved.
 """
 
 import fnmatch
@@ -32,8 +32,8 @@ class HostModel(NamedTuple):
     """An ordinary model of a host.
 
     Args:
-        config: Its config, as one writes it.
-        module: It, built.
+        config: Its config, as a config file has it.
+        module: The model built from it.
     """
 
     config: ConfigDict
@@ -56,19 +56,19 @@ class BaseDistiller(BaseModule):
       the student's. It is in none of the run's optimiser groups nor DDP
       buckets; its gradients are averaged over the ranks. :meth:`inner_step`
       is handed ``rerun``, the student's losses and features at other weights.
-    - ``pretrain_iters``: for so many iterations from the start of the run
-      only the inner module trains; the student stays as it is.
-    - ``freeze_inner``: the inner module learns in that phase alone.
+    - ``pretrain_iters``: for this many iterations at the start of the run,
+      only the inner module trains; the student does not change.
+    - ``freeze_inner``: the inner module is frozen after that phase.
     - ``schedules``: a factor per loss term over the global step.
     - :meth:`loss_weights`: the weight of each loss term, for the summary.
-    - :meth:`is_complete`: not where some of its loss terms rest in a step.
+    - :meth:`is_complete`: False where a step leaves out some loss terms.
     - :meth:`choose_sources`: sources that depend on the pair.
     - :meth:`plan_for`: what ``tools/make_config.py`` writes for a pair.
     - :meth:`student_config`: a student that is more than the given model,
       for methods that keep a module at inference; ``moved_sources``: which
       modules of the given model have other names there.
-    - ``has_phases``, :meth:`phase`: stretches of the run in which parts of
-      the student rest; ``min_iters``: how long all but the last take.
+    - ``has_phases``, :meth:`phase`: phases of the run in which parts of the
+      student are frozen; ``min_iters``: the length of all but the last.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
       student's own.
     - :meth:`extra_flops`: what a step costs, for the summary.
@@ -86,21 +86,21 @@ class BaseDistiller(BaseModule):
         teacher: Name of the teacher it learns from.
         schedules: Factors of its loss terms over the run, each the arguments
             of :class:`LossSchedule` under the key of a loss, in which ``*``
-            stands for anything: ``{'loss_era_twi_*': dict(ramp=500)}``.
-            Where several keys meet a loss, their factors are multiplied.
+            matches anything: ``{'loss_era_twi_*': dict(ramp=500)}``. Where
+            several keys match a loss, their factors are multiplied.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: A schedule for a loss that the method does not have shows
-            up at the first step.
+        ValueError: At the first step, for a schedule of a loss that the
+            method does not have.
     """
 
     needs_teacher = True
     pretrain_iters = 0
-    #: Whether the inner module stays as it is after the pre-training phase.
+    #: Whether the inner module is frozen after the pre-training phase.
     freeze_inner = False
-    #: What :meth:`student_config` has taken away, by the name it had in the
-    #: given model, and the module that puts it out now.
+    #: Modules of the given model that :meth:`student_config` has replaced,
+    #: and the module that has the same output now.
     moved_sources: Mapping[str, str] = MappingProxyType({})
     #: Whether :meth:`phase` ever freezes anything.
     has_phases = False
@@ -121,7 +121,7 @@ class BaseDistiller(BaseModule):
         if 'connector' in pair and 'resample' not in pair:
             print_log(
                 '`source.connector` is now `source.resample`, with the same '
-                "arguments. 'connector' goes with version 0.3.",
+                "arguments. 'connector' will be removed in version 0.3.",
                 logger='current',
                 level=logging.WARNING,
             )
@@ -162,8 +162,9 @@ class BaseDistiller(BaseModule):
     def plan_for(cls, pair: MeasuredPair) -> Plan:
         """The config of this method for a pair of models.
 
-        Asked by ``tools/make_config.py``. This one distils the outputs of
-        the necks (of the backbones where there is none), level by level.
+        Called by ``tools/make_config.py``. By default the outputs of the
+        necks are distilled (of the backbones where there is no neck), level
+        by level.
 
         Args:
             pair: The models, built and measured.
@@ -181,7 +182,7 @@ class BaseDistiller(BaseModule):
     def predict_sources(self) -> tuple[str, ...]:
         """The student's sources that :meth:`predict` reads.
 
-        Losses may read more; a mode alone need not run them.
+        Losses may read more; to predict, those sources need not run.
         """
         return self.student_sources
 
@@ -190,23 +191,23 @@ class BaseDistiller(BaseModule):
     ) -> None:
         """Set ``student_sources`` and ``teacher_sources`` by the pair.
 
-        Called once, before the dry run, for methods that find some of their
-        sources in the models themselves.
+        Called once, before the dry run, for methods whose sources depend on
+        the models.
 
         Args:
             student: The student. Do not register it.
             teacher: The teacher. Do not register it; see ``Unregistered``.
 
         Raises:
-            ValueError: The pair lacks what is looked for.
+            ValueError: The pair has no such source.
         """
 
     def student_config(self, config: ConfigDict) -> ConfigDict:
         """The host model that is trained, saved and used afterwards.
 
-        Called once, before the student is built. What it returns is a host
-        config like any other, so files, modes of use, parameter counts and
-        export are those of the model it describes.
+        Called once, before the student is built. It returns an ordinary host
+        config, so checkpoints, use, parameter counts and export are those of
+        the model that this config describes.
 
         Args:
             config: The given student. Not to be changed.
@@ -221,10 +222,10 @@ class BaseDistiller(BaseModule):
         student_feats: Features,
         teacher_feats: Features,
     ) -> None:
-        """Build what depends on the pair, from one dry run.
+        """Build what depends on the pair, from the features of a dry run.
 
-        Called once, when the model is built: the place to infer channels,
-        build connectors and refuse a pair that does not fit.
+        Called once, when the model is built. Infer channels, build
+        connectors and refuse pairs that do not fit here.
 
         Args:
             student: The student. Do not register it.
@@ -259,7 +260,7 @@ class BaseDistiller(BaseModule):
     def compare(
         self, *, student_feats: Features, teacher_feats: Features
     ) -> Tensor | None:
-        """What it measures on a batch of validation, without gradient.
+        """Quantities measured on a validation batch, without gradient.
 
         Args:
             student_feats: Features by source, in eval mode.
@@ -277,16 +278,16 @@ class BaseDistiller(BaseModule):
         student_feats: Features,
         teacher_feats: Features,
     ) -> float | None:
-        """FLOPs of a step beyond the student's own and the teachers'.
+        """FLOPs of a step on top of the student's own and the teachers'.
 
         Args:
-            count: Gives the FLOPs of a call.
+            count: Returns the FLOPs of a call.
             student_feats: Features of one image by source, in eval mode.
             teacher_feats: The teacher's.
 
         Returns:
-            Those of the forward and the backward pass for such an image;
-            None: not known.
+            FLOPs of the forward and the backward pass for one image of this
+            size; None if not known.
         """
         return None
 
@@ -298,7 +299,7 @@ class BaseDistiller(BaseModule):
         return self._step
 
     def begin_step(self, step: int) -> None:
-        """Be told the iteration; called before the losses of each.
+        """Set the current iteration; called before the losses of each step.
 
         Args:
             step: The run's global iteration.
@@ -306,15 +307,15 @@ class BaseDistiller(BaseModule):
         self._step = step
 
     def phase(self) -> Phase | None:
-        """The phase at ``self.step``; None where everything learns.
+        """The phase at ``self.step``; None where everything is trained.
 
-        A function of the step alone, so a resumed run goes on where it was.
+        It depends on the step only, so a resumed run continues correctly.
         """
         return None
 
     @property
     def min_iters(self) -> int:
-        """How many iterations a run must exceed for its last phase to come."""
+        """Number of iterations after which the last phase begins."""
         return self.pretrain_iters
 
     # -- inner module ------------------------------------------------------
@@ -333,7 +334,7 @@ class BaseDistiller(BaseModule):
         data_samples: list,
     ) -> Tensor:
         """What the inner module minimises; a scalar."""
-        # Optional, so not abstract: `set_up_inner` asks for it when built.
+        # Optional, so not abstract: `set_up_inner` requires it if needed.
         raise NotImplementedError(
             f'{type(self).__name__} has no inner module to train.'
         )
@@ -356,7 +357,7 @@ class BaseDistiller(BaseModule):
                 raise ValueError(
                     f'{type(self).__name__} builds an inner module but has '
                     'no `inner_loss` to train it. Define `inner_loss`, or '
-                    'leave `build_inner` out.'
+                    'remove `build_inner`.'
                 )
             module, self._inner_optimizer = built
             self._inner = Unregistered(module)
@@ -377,14 +378,15 @@ class BaseDistiller(BaseModule):
     ) -> Tensor:
         """One step of the inner optimiser; returns the detached loss.
 
-        Gradients are taken by ``autograd.grad`` for the inner parameters
-        alone, so neither the student's gradients nor DDP's hooks notice.
+        ``autograd.grad`` takes gradients for the inner parameters only, so
+        the student's gradients and DDP's hooks are not affected.
 
         Args:
             student_feats: Features by source.
             teacher_feats: The teacher's.
             data_samples: The batch's ground truth and meta data.
-            rerun: The student once more on this batch; None in pre-training.
+            rerun: Runs the student again on this batch; None in
+                pre-training.
         """
         assert self.inner is not None
         assert self._inner_optimizer is not None
@@ -405,7 +407,7 @@ class BaseDistiller(BaseModule):
     # -- inference ---------------------------------------------------------
 
     def inference_modes(self) -> tuple[str, ...]:
-        """Names of the predictions it offers beside the student's own."""
+        """Names of its predictions other than the student's own."""
         return ()
 
     def predict(
@@ -416,14 +418,13 @@ class BaseDistiller(BaseModule):
         student_feats: Features,
         data_samples: list,
     ) -> dict[str, list]:
-        """Predictions of a batch in several modes, features shared.
+        """Predictions of a batch in several modes, from the same features.
 
         Args:
             modes: Some of :meth:`inference_modes`.
             student: The student.
             student_feats: Features by source.
-            data_samples: Meta data, without predictions. Not to be written
-                to.
+            data_samples: Meta data, without predictions. Read-only.
 
         Returns:
             For each mode a list of data samples with predictions.
@@ -449,7 +450,7 @@ class BaseDistiller(BaseModule):
             student: The student, in eval mode. Not to be changed.
             teacher: The same of the teacher.
             inputs: Images to try the exported model on, ``(N, 3, H, W)``.
-            options: What the method offers.
+            options: Options of the method.
         """
         raise NotImplementedError(
             f'{type(self).__name__} exports no mode, but {mode!r} was asked '
@@ -464,15 +465,15 @@ class BaseDistiller(BaseModule):
         Called after :meth:`prepare`.
 
         Returns:
-            Weights by the key of a loss, in which ``*`` stands for anything;
-            all terms or, where the method does not say, none.
+            Weights by the key of a loss, in which ``*`` matches anything;
+            of all terms, or empty where the method does not define it.
         """
         return {}
 
     def is_complete(self, step: int) -> bool:
         """Whether a step has every loss term.
 
-        Only then is a schedule without a term an error.
+        Only in such a step is a schedule without a matching term an error.
 
         Args:
             step: The run's global iteration.
@@ -492,7 +493,7 @@ class BaseDistiller(BaseModule):
             ]
             if not keys and self.is_complete(step):
                 raise ValueError(
-                    f'`schedules` of {type(self).__name__} names {pattern!r}, '
+                    f'`schedules` of {type(self).__name__} has {pattern!r}, '
                     f'which is none of its losses: {sorted(losses)}.'
                 )
             for key in keys:

@@ -18,11 +18,11 @@ from .utils import preserve_rng
 #: Host models that cannot be a student, and why.
 _NO_STUDENTS = {
     'BaseRetriever': (
-        "mmpretrain's hook renews the prototypes of its own class alone, so "
+        "mmpretrain's hook updates the prototypes of its own class only, so "
         'they would stay those of the first validation. Distil a classifier.'
     ),
     'SemiBaseDetector': (
-        'it has a teacher of its own, and batches of several branches. '
+        'it has its own teacher, and batches of several branches. '
         'Distil the detector in it, on labelled images: '
         '`student=_base_.model.detector` with a plain `train_dataloader`.'
     ),
@@ -53,7 +53,7 @@ def check_name(name: str, role: str) -> None:
 
     Args:
         name: The name.
-        role: What has it, for the message.
+        role: What the name is for, as the message calls it.
 
     Raises:
         ValueError: It holds "loss" or a dot.
@@ -68,17 +68,16 @@ def check_name(name: str, role: str) -> None:
 
 
 def as_named_configs(value: Any, role: str, key: str) -> dict[str, Any]:
-    """Configs by name, from one config or from a dict of such.
+    """Configs by name, from one config or from a dict of named ones.
 
     Args:
-        value: One config, which has ``key``, or a dict of such by name, or
-            None.
-        role: What the configs are of; the name of a single one.
-        key: What each must have.
+        value: One config, which has ``key``, a dict of named ones, or None.
+        role: What the configs describe; also the name of a single one.
+        key: The key that each must have.
 
     Raises:
         TypeError: ``value`` is neither.
-        ValueError: A name that cannot prefix logged quantities, an entry
+        ValueError: A name that cannot prefix logged quantities, or an entry
             without ``key``.
     """
     if value is None:
@@ -100,13 +99,13 @@ def as_named_configs(value: Any, role: str, key: str) -> dict[str, Any]:
 
 
 def build_distillers(config: Mapping | None) -> dict[str, BaseDistiller]:
-    """The distillers by name; the random state stays as it is.
+    """The distillers by name; the random state is not changed.
 
     Args:
         config: One distiller's config, or a dict of named ones.
 
     Raises:
-        TypeError: One is no distiller.
+        TypeError: One is not a distiller.
     """
     with preserve_rng():
         distillers = {
@@ -118,14 +117,14 @@ def build_distillers(config: Mapping | None) -> dict[str, BaseDistiller]:
     for name, distiller in distillers.items():
         if not isinstance(distiller, BaseDistiller):
             raise TypeError(
-                f'Distiller {name!r} must be a BaseDistiller, but is '
+                f'Distiller {name!r} must be a BaseDistiller, but got '
                 f'{type(distiller).__name__}.'
             )
     return distillers
 
 
 def build_teachers(config: Mapping | None) -> dict[str, Teacher]:
-    """The teachers by name; they have no weights yet.
+    """The teachers by name; their weights are not loaded yet.
 
     Args:
         config: Arguments of :class:`Teacher`, or a dict of named ones.
@@ -143,9 +142,9 @@ def build_student(
     data_preprocessor: Mapping | None,
     distillers: Mapping[str, BaseDistiller],
 ) -> HostModel:
-    """The student as the distillers want it, and its config.
+    """The student, as changed by the distillers, and its config.
 
-    It draws from the random state what the plain model would.
+    It draws the same random numbers as the plain model.
 
     Args:
         student: See ``Distillation``.
@@ -171,17 +170,16 @@ def build_student(
 
 
 def student_config_of(model: Mapping) -> tuple[ConfigDict, str | None]:
-    """The host model whose weights a distillation's files hold.
+    """The host model whose weights a distillation's checkpoints hold.
 
-    The config's ``student``, or what a method makes of it that keeps a
-    module at inference. Neither teacher nor weights are needed.
+    The config's ``student``, as changed by methods that keep a module at
+    inference. Neither teacher nor weights are needed.
 
     Args:
         model: The config of a ``Distillation``.
 
     Returns:
-        Its config, and the scope in which its types are looked up (None: the
-        current one).
+        Its config, and the scope of its types (None: the current one).
     """
     with preserve_rng():
         return _student_config(
@@ -214,19 +212,19 @@ def _student_config(
 class Inheritance:
     """Modules of a student that start from the teachers' weights.
 
-    Where names and shapes match; the student trains them as the rest.
+    Where names and shapes match. They are trained like the rest.
 
     Source: ours; MGD and others in the lineage start detectors so.
 
     Args:
-        inherit: A list of modules, such as ``['neck', 'bbox_head']``, or a
-            dict from module to teacher where there are several; None: none.
+        inherit: A list of modules, such as ``['neck', 'bbox_head']``, or
+            with several teachers a dict from module to teacher. None: none.
         student: The student.
         teachers: The teachers by name.
 
     Raises:
-        ValueError: An unknown teacher, or a module that has nothing in common
-            with the teacher's.
+        ValueError: An unknown teacher, or a module of which no tensor matches
+            the teacher's.
     """
 
     def __init__(
@@ -237,7 +235,7 @@ class Inheritance:
         teachers: Mapping[str, BaseTeacher],
     ) -> None:
         self._teachers = dict(teachers)
-        #: Keys of the student to take over, by teacher and module.
+        #: Keys of the student to copy, by teacher and module.
         self._keys: dict[str, dict[str, list[str]]] = {}
         own = student.state_dict()
         for module, name in self._by_module(inherit).items():
@@ -256,9 +254,9 @@ class Inheritance:
             if not match:
                 raise ValueError(
                     f'The student can inherit nothing of {module!r} from '
-                    f'{name!r}: of its {len(keys)} tensors there, none has '
-                    'the name and shape of one of the teacher. Give modules '
-                    'that are alike in both, usually the neck and the head.'
+                    f'{name!r}: none of its {len(keys)} tensors has the name '
+                    'and shape of one of the teacher. Give modules that are '
+                    'the same in both, usually the neck and the head.'
                 )
             self._keys.setdefault(name, {})[module] = match
 
@@ -273,7 +271,7 @@ class Inheritance:
             inherit = [inherit]
         if len(self._teachers) != 1:
             raise ValueError(
-                f'`inherit` {list(inherit)} does not say from which teacher, '
+                f'`inherit` {list(inherit)} does not name a teacher, '
                 f'and there are {sorted(self._teachers)}. Give one teacher, '
                 'or a dict {module: teacher}.'
             )
@@ -284,7 +282,7 @@ class Inheritance:
 
     @torch.no_grad()
     def apply(self, student: nn.Module) -> None:
-        """Copy the weights; the teachers must have theirs.
+        """Copy the weights; those of the teachers must be loaded.
 
         Args:
             student: The student.

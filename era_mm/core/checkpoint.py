@@ -1,12 +1,11 @@
-"""Reading teacher weights strictly; keeping a student file plain.
+"""Strict loading of teacher weights, and checkpoints of the plain student.
 
-What training writes has in ``state_dict`` the student's own keys only. The
-rest (distillers, inner modules and their optimisers) rides in the metadata of
-the same ``state_dict``, where torch keeps the version numbers of modules and
-where every loader of the hosts hands it back to the module that wrote it:
+The ``state_dict`` of a checkpoint has only the student's own keys. The extras
+(distillers, inner modules and their optimisers) are in its metadata, where
+torch keeps the version numbers of modules and from which every loader of the
+hosts passes them to the module that wrote them:
 ``checkpoint['state_dict']._metadata['']['era_mm']``. So no hook has to be
-configured for a file to be right, and EMA, ``--resume`` and ``mim test`` find
-the extras without one.
+configured, and EMA, ``--resume`` and ``mim test`` find the extras.
 """
 
 import hashlib
@@ -36,9 +35,8 @@ _SIZE_MISMATCH = re.compile(
 class Extras(OrderedDict):
     """Extras in a state dict's metadata; pickled as a plain dict on the CPU.
 
-    The tensors stay where they are until a file is written: a state dict is
-    taken in every iteration under EMA, and copying to the CPU there would
-    cost a synchronisation.
+    Tensors are copied to the CPU only when a file is written: EMA takes a
+    state dict in every iteration, and a copy would synchronise the device.
     """
 
     def __reduce__(self) -> tuple:
@@ -46,7 +44,7 @@ class Extras(OrderedDict):
 
 
 def extras_of(state_dict: Mapping[str, Tensor]) -> dict | None:
-    """The extras that ride in a state dict's metadata, or None."""
+    """The extras in a state dict's metadata, or None."""
     metadata = getattr(state_dict, '_metadata', None) or {}
     return metadata.get('', {}).get(METADATA_KEY)
 
@@ -55,8 +53,8 @@ def students_of(state_dict: Mapping[str, Tensor]) -> dict[str, OrderedDict]:
     """The students of a ``MutualDistillation``'s state dict, each plain.
 
     Returns:
-        Each student's own state dict by its name; empty for a state dict of
-        another model.
+        Each student's own state dict by its name; empty if the state dict is
+        another model's.
     """
     students: dict[str, OrderedDict] = {}
     for key, value in state_dict.items():
@@ -77,21 +75,21 @@ def read_checkpoint(
 def read_with_meta(
     filename: str | Sequence[str], sha256: str | None = None
 ) -> tuple[OrderedDict, dict]:
-    """Read the state dict of a checkpoint file and what it says of itself.
+    """Read the state dict and the meta data of a checkpoint file.
 
     Args:
         filename: Path or URL, whatever mmengine's loader takes; or several,
-            which are tried in their order until one can be read.
-        sha256: The first digits of the file's SHA-256, as the hosts' file
-            names end in. None: not looked at.
+            which are tried in order until one can be read.
+        sha256: The first digits of the file's SHA-256, as at the end of the
+            hosts' file names. None: not checked.
 
     Returns:
         The state dict, and the file's ``meta`` (classes, epoch, ...).
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, not a checkpoint, or another one
-            than ``sha256`` says; or none of several could be read.
+        ValueError: The file is truncated, not a checkpoint, or does not have
+            this ``sha256``; or none of several could be read.
     """
     names = [filename] if isinstance(filename, str) else list(filename)
     if not names:
@@ -107,7 +105,7 @@ def read_with_meta(
     if len(faults) == 1:
         raise faults[0]
     raise ValueError(
-        f'None of {len(names)} places of the checkpoint can be read:\n'
+        f'None of the {len(names)} given checkpoints can be read:\n'
         + '\n'.join(f'  {fault}' for fault in faults)
     )
 
@@ -122,8 +120,8 @@ def _check_digest(path: Path, sha256: str, *, name: str) -> None:
         raise ValueError(
             f'Checkpoint {name!r} is another file: expected a SHA-256 that '
             f'begins with {sha256}, but {path} has '
-            f'{found[: max(8, len(sha256))]}. Remove that file and fetch it '
-            'again, or correct `sha256`.'
+            f'{found[: max(8, len(sha256))]}. Delete that file and download '
+            'it again, or correct `sha256`.'
         )
 
 
@@ -194,12 +192,12 @@ def load_strictly(
     Args:
         model: The model.
         state_dict: The weights.
-        name: How the message calls the weights, usually the file's name.
+        name: What the message calls the weights, usually the file's name.
 
     Raises:
-        ValueError: Missing or unexpected keys, other shapes, integers in
-            place of real numbers, values that are not finite; the first ones
-            are shown.
+        ValueError: Missing or unexpected keys, other shapes, integers
+            instead of floating-point numbers, or values that are not finite.
+            The first ones are shown.
     """
     _refuse(model, name, find_misfits(model.state_dict(), state_dict))
     incompatible = model.load_state_dict(state_dict, strict=False)
@@ -209,24 +207,24 @@ def load_strictly(
 def load_whole(
     model: nn.Module, state_dict: Mapping[str, Tensor], *, name: str
 ) -> None:
-    """Load a host's file as the host does, and every tensor of the model.
+    """Load a file as the host does, but require every tensor of the model.
 
-    The host's own hooks rename and resize what older files hold. What a file
-    has besides, such as averaged copies, is named in one line of the log.
+    The host's own hooks rename and resize tensors of older files. Further
+    tensors of the file, such as averaged copies, are named in one log line.
     ``num_batches_tracked`` may be missing, as in :func:`load_strictly`.
 
     Args:
         model: The model, of a host.
         state_dict: The weights.
-        name: How messages call the weights, usually the file's name.
+        name: What messages call the weights, usually the file's name.
 
     Raises:
-        ValueError: The model has a tensor that the file lacks, or has in
-            another shape.
+        ValueError: A tensor of the model is missing in the file, or has
+            another shape there.
     """
     missing: list[str] = []
     surplus: list[str] = []
-    # The host may resize what it loads, so shapes are its business.
+    # The host may resize what it loads, so it checks the shapes.
     kinds = [
         line
         for line in find_misfits(model.state_dict(), state_dict, keys=False)
@@ -242,7 +240,7 @@ def load_whole(
     try:
         model.load_state_dict(state_dict, strict=False)
     except RuntimeError as error:
-        # A line of torch for each tensor of another shape, after the first.
+        # After its first line, torch has one per tensor of another shape.
         reshaped = [
             _SIZE_MISMATCH.sub(r'\1: file (\2), model (\3)', line.strip())
             for line in str(error).splitlines()[1:]
@@ -254,13 +252,13 @@ def load_whole(
     ]
     ways = {'missing in the file': missing, 'other shapes': reshaped}
     if any(ways.values()):
-        # Then what is left over may be what was meant.
+        # Then an unused tensor may be the one that is missing.
         ways['not in the model'] = surplus
     _refuse(model, name, [*lines_of(ways), *kinds])
     if surplus:
         print_log(
-            f'{name!r} has {len(surplus)} tensors besides those of '
-            f'{type(model).__name__}, which are not used: '
+            f'{name!r} has {len(surplus)} tensors that '
+            f'{type(model).__name__} does not use: '
             f'{first_of(surplus)}.',
             logger='current',
             level=logging.WARNING,
@@ -268,7 +266,7 @@ def load_whole(
 
 
 def _refuse(model: nn.Module, name: str, problems: Sequence[str]) -> None:
-    """Say in what a file differs from a model, if it does."""
+    """Raise an error that says how a file differs, if it does."""
     if problems:
         raise ValueError(
             f'The weights in {name!r} do not fit {type(model).__name__}. '

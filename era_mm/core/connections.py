@@ -27,8 +27,8 @@ class Connector(Resampler):
 
     def __init__(self, **kwargs: Any) -> None:
         print_log(
-            "`era_mm.Connector` is now `era_mm.Resampler`. 'Connector' goes "
-            'with version 0.3.',
+            "`era_mm.Connector` is now `era_mm.Resampler`. 'Connector' will "
+            'be removed in version 0.3.',
             logger='current',
             level=logging.WARNING,
         )
@@ -42,10 +42,11 @@ def _grids(feats: Sequence[Tensor]) -> list[tuple[int, ...]]:
 def _differ_by_padding(
     *, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]
 ) -> bool:
-    """Whether padding explains the sizes of maps that shared a small image.
+    """Whether padding can explain how the sizes of two models' maps differ.
 
-    It adds to the coarser maps no more cells than to the finest. Where it
-    does, strides differ that the small image did not tell apart.
+    Padding adds no more cells to a coarse map than to the finest. If a
+    coarse map differs by more, its strides differ, which the small image of
+    the dry run did not show.
     """
     grids = zip(_grids(student_feats), _grids(teacher_feats), strict=True)
     pairs = sorted((g for g in grids if all(g)), reverse=True)
@@ -57,24 +58,24 @@ def _differ_by_padding(
 
 
 class Connections:
-    """Stands between the recorders and a distiller.
+    """Makes recorded features comparable before a distiller gets them.
 
-    Resamples the outputs of a ``source`` and cuts maps of equal stride,
-    which padding made unequal, to what both have. Nothing in it learns or is
-    saved.
+    Resamples the outputs of a ``source``, and crops maps of equal stride to
+    their common size where padding made it differ. It has no parameters, and
+    nothing of it is saved.
 
     Source: ours.
 
     Args:
         config: ``resample`` of the distiller's ``source``: a dict with the
             arguments of ``Resampler`` for 'student', 'teacher' or both. None:
-            no resamplers.
+            nothing is resampled.
         student: The student's sources.
-        teacher: The teacher's.
-        owner: How messages call the distiller.
+        teacher: The teacher's sources.
+        owner: What messages call the distiller.
 
     Raises:
-        ValueError: Other keys, or resamplers for several sources.
+        ValueError: Unknown keys, or resampling of several sources.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Connections:
     ) -> None:
         self._sources = {'student': tuple(student), 'teacher': tuple(teacher)}
         self._owner = owner
-        #: Those of student and teacher; empty where there are none.
+        #: By role, 'student' and 'teacher'; empty if nothing is resampled.
         self.resamplers: dict[str, Resampler] = {}
         #: Sources of student and teacher whose maps have the same strides.
         self._of_one_grid: list[tuple[str, str]] = []
@@ -108,7 +109,7 @@ class Connections:
         }
 
     def connected(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Outputs of the student's source as the distiller gets them."""
+        """Outputs of the student's source, resampled."""
         resampler = self.resamplers.get('student')
         return tuple(feats) if resampler is None else resampler(feats)
 
@@ -119,14 +120,14 @@ class Connections:
     def connect(
         self, *, student_feats: Features, teacher_feats: Features
     ) -> dict[str, Features]:
-        """The features of both, resampled.
+        """The features of both, resampled and cropped to a common size.
 
-        Maps of equal stride that padding made unequal are cut to what both
-        have, of whatever sources they are.
+        Maps of all pairs of sources with equal strides are cropped, where
+        padding made their sizes differ.
 
         Args:
-            student_feats: The student's by source.
-            teacher_feats: The teacher's.
+            student_feats: The student's features by source.
+            teacher_feats: The teacher's features by source.
         """
         return self._cut(
             student_feats=self._apply('student', student_feats),
@@ -136,7 +137,7 @@ class Connections:
     def connect_like(
         self, teacher_feats: Features, student_feats: Features
     ) -> Features:
-        """Further features of the student, as beside the same teacher's."""
+        """Other features of the student, cropped like those of the step."""
         feats = self.connect(
             student_feats=student_feats, teacher_feats=teacher_feats
         )
@@ -147,8 +148,8 @@ class Connections:
     ) -> dict[str, Features]:
         """As :meth:`connect`, for the features of the dry run.
 
-        Both come from one image of one size, which shows the strides. What
-        is resampled is logged.
+        Both models get one image of the same size, which shows the strides.
+        Logs how features are resampled.
 
         Raises:
             ValueError: Once resampled, maps differ by more than rounding.
@@ -215,11 +216,11 @@ class Connections:
             ),
             advice='Correct `source.resample`; tools/print_sources.py shows '
             'the strides.',
-            # What resizing rounds.
+            # Rounding of resized maps.
             slack=1,
         )
         for role, resampler in self.resamplers.items():
             for step in resampler.steps():
                 print_log(
-                    f'Resampler of the {role}: {step}.', logger='current'
+                    f'Resampling of the {role}: {step}.', logger='current'
                 )

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from .host_models import image_channels, three_channels
 from .teacher import BaseTeacher
 
-#: Settings that leave the images alone.
+#: Settings that do not change the images.
 _NOT_OF_IMAGES = {
     '_device',
     '_non_blocking',
@@ -29,7 +29,7 @@ _NOT_OF_IMAGES = {
 
 
 def _settings(preprocessor: nn.Module) -> dict[str, Any]:
-    """What decides the images a preprocessor makes, augmentation aside."""
+    """The settings that determine a preprocessor's images, unaugmented."""
     # mmengine keeps some of them under private names (the channel order).
     settings = {
         key: value
@@ -44,9 +44,9 @@ def _settings(preprocessor: nn.Module) -> dict[str, Any]:
 def differences(
     student: nn.Module, teacher: nn.Module
 ) -> dict[str, tuple[Any, Any]]:
-    """What differs between two preprocessors, student's and teacher's.
+    """The settings in which student's and teacher's preprocessor differ.
 
-    Empty where both make the same images.
+    Empty if both make the same images.
     """
     own, theirs = _settings(student), _settings(teacher)
     return {
@@ -67,14 +67,14 @@ def convert(
 
         x_t = (flip(x_s * std_s + mean_s) - mean_t) / std_t
 
-    with padding as the teacher pads. For batches that were augmented after
-    the preprocessing: scaling and mixing of images commute with it.
+    with the teacher's padding. It is for batches that were augmented after
+    preprocessing: scaling and mixing images commute with it.
 
     Source: ours.
 
     Args:
-        inputs: What the student's preprocessor has output.
-        data_samples: With ``img_shape``, what is image and not padding.
+        inputs: The output of the student's preprocessor.
+        data_samples: Their ``img_shape`` tells the image from the padding.
         student: The student's preprocessor.
         teacher: The teacher's.
 
@@ -108,20 +108,20 @@ def convert(
 
 
 def _flips(preprocessor: nn.Module) -> bool:
-    """Whether it turns the channels round; mmpretrain's, then mmengine's."""
+    """Whether it reverses the channels; mmpretrain's, then mmengine's."""
     settings = vars(preprocessor)
     return settings.get('to_rgb', settings.get('_channel_conversion', False))
 
 
 class DistillationDataPreprocessor(BaseDataPreprocessor):
-    """The student's preprocessor, with the teachers' inputs beside.
+    """The student's preprocessor, which also makes the teachers' inputs.
 
-    A teacher whose own preprocessor makes the same images gets the student's
-    tensors, batch augmentation (mixup, multi-scale) included. Any other gets
-    the raw batch through its own preprocessor; where the student has batch
-    augmentation, the student's augmented batch by :func:`convert`. A teacher
-    of RGB images gets a grey student's one channel three times
-    (``three_channels``).
+    A teacher whose preprocessor makes the same images gets the student's
+    tensors, batch augmentation (mixup, multi-scale) included. Any other
+    teacher gets the raw batch through its own preprocessor or, if the
+    student has batch augmentation, the student's augmented batch converted
+    by :func:`convert`. If the student's images are grey, a teacher of RGB
+    images gets their channel three times (``three_channels``).
 
     Source: ours.
 
@@ -130,8 +130,8 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
         teachers: The teachers by name.
 
     Raises:
-        ValueError: The student has batch augmentation and one of the two
-            preprocessors is none of which the arithmetic is known.
+        ValueError: The student has batch augmentation, and the arithmetic of
+            one of the two preprocessors is not known.
     """
 
     def __init__(
@@ -147,11 +147,11 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
         self._check_augments()
 
     def _augments(self) -> bool:
-        """Whether batches are augmented now; hooks switch it (mmpretrain)."""
+        """Whether batches are augmented now; hooks of mmpretrain set it."""
         return getattr(self.student, 'batch_augments', None) is not None
 
     def _check_augments(self) -> None:
-        """Refuse augmented batches that a teacher cannot have."""
+        """Refuse augmented batches that cannot be made for a teacher."""
         if not self._augments():
             return
         for name, teacher in self._own.items():
@@ -163,15 +163,15 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
                 raise ValueError(
                     f'The {name} has another data_preprocessor than the '
                     'student, and the student has `batch_augments`, which '
-                    f'the teacher has to see. From '
-                    f'{type(self.student).__name__} to '
-                    f'{type(preprocessor).__name__} batches cannot be '
-                    'converted: remove `batch_augments`, or use a teacher '
-                    "with the student's preprocessing."
+                    f'the teacher has to see. Batches of '
+                    f'{type(self.student).__name__} cannot be converted to '
+                    f'{type(preprocessor).__name__}: remove '
+                    '`batch_augments`, or use a teacher with the '
+                    "student's preprocessing."
                 )
 
     def __getattr__(self, name: str) -> Any:
-        # Host code asks a model's preprocessor for mean, std or the padding.
+        # Host code reads mean, std or padding from a model's preprocessor.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -198,8 +198,8 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
         Args:
             data: What the dataloader gives.
             training: In training the result has ``teacher_inputs``, a dict
-                with an entry for each teacher that sees other tensors than
-                the student.
+                with an entry for each teacher whose tensors differ from the
+                student's.
         """
         if not training:
             return self.student(data, training)

@@ -15,14 +15,14 @@ from .teacher import Teacher
 
 @MODELS.register_module()
 class Distillation(DistilledStudent):
-    """Trains a student with the help of distillers; *is* the student else.
+    """Trains a student with distillers; in all else it *is* the student.
 
         loss = student's own losses + the distillers' losses
-        predict, tensor = the student's, untouched
+        predict, tensor = the student's, unchanged
 
-    With all distillation weights 0, losses and weights are those of the plain
-    student, bit for bit: building and initialising teacher and distillers
-    does not touch the random state that the student's run sees.
+    With all distillation weights 0, losses and weights equal those of the
+    plain student, bit for bit: building and initialising teacher and
+    distillers does not change the random state of the student's run.
 
     Its attributes, parameter names and ``state_dict`` are the student's own;
     see ``StudentModel``.
@@ -30,30 +30,29 @@ class Distillation(DistilledStudent):
     Source: ours.
 
     Args:
-        student: A host model config, as the user's own config has it; or a
+        student: A host model config, as in the user's own config, or a
             reference ('mmdet::...' or a path).
         distiller: One distiller config, or a dict of named ones. None only
-            together with ``inherit``: the student then trains as a plain one
-            from an inherited start.
+            with ``inherit``: the student is then trained without distillation
+            from inherited weights.
         teacher: Arguments of :class:`~era_mm.core.teacher.Teacher`
             (``config``, ``checkpoint``, ``dtype``), or a dict of named ones;
             None for methods that need none.
-        data_preprocessor: The student's, where the host keeps it beside the
+        data_preprocessor: The student's, where the host keeps it outside the
             model (mmpretrain).
-        input_size: Height and width of the dry run that finds the channels,
-            in pixels.
-        inference_mode: Whose predictions :meth:`predict` returns: None for
+        input_size: Height and width of the image of the dry run, in pixels.
+        inference_mode: The predictions that :meth:`predict` returns: None for
             the student's own, or one of the distillers' modes.
         inherit: Modules of the student that start from the teacher's weights
             where names and shapes match, such as ``['neck', 'bbox_head']``;
-            a list, or a dict from module to teacher where there are several.
+            a list or, with several teachers, a dict from module to teacher.
             They stay trainable. None: all start as in a plain run. [ours];
             MGD and others in the lineage start detectors so.
 
     Raises:
         ValueError: Pairs that do not fit, sources that do not exist, a
-            distiller without its teacher, an inherited module that has
-            nothing in common with the teacher's.
+            distiller without its teacher, or an inherited module of which no
+            tensor matches the teacher's.
     """
 
     teachers: Mapping[str, Teacher]
@@ -69,8 +68,8 @@ class Distillation(DistilledStudent):
         inherit: str | Sequence[str] | dict[str, str] | None = None,
     ) -> None:
         distillers = build_distillers(distiller)
-        # The student comes first: it must find the random state of a plain
-        # run. Neither teachers nor dry run change it.
+        # The student comes first: it must see the random state of a plain
+        # run. Teachers and dry run do not change it.
         built = build_student(student, data_preprocessor, distillers)
         teachers = build_teachers(teacher)
         super().__init__(

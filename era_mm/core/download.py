@@ -1,4 +1,4 @@
-"""Fetching checkpoints of the web: once, and by one rank for all."""
+"""Download of checkpoints: once, and by one rank for all."""
 
 import sys
 from http.client import HTTPException
@@ -10,13 +10,13 @@ from mmengine.dist import broadcast_object_list, get_rank
 
 
 def download(url: str, sha256: str | None) -> Path:
-    """Where a file of the web lies, after it was fetched if need be.
+    """Path of a downloaded file; downloads it if it is not there.
 
-    What is no checkpoint, or not the one of ``sha256``, is not kept: it would
-    stand in the way of the next place, whose file usually has the same name.
+    A file that is not a checkpoint, or does not have this ``sha256``, is
+    deleted: the next URL of a list usually has the same file name.
 
-    Rank 0 fetches and tells the others how it went: they would wait for ever
-    for one that has stopped with an error.
+    Rank 0 downloads and tells the other ranks the result: they would wait
+    for ever for a rank that has stopped with an error.
     """
     path = Path(
         torch.hub.get_dir(), 'checkpoints', Path(urlsplit(url).path).name
@@ -25,19 +25,19 @@ def download(url: str, sha256: str | None) -> Path:
     if get_rank() == 0:
         problem[0] = _fetch(url, path, sha256)
     broadcast_object_list(problem)
-    # Other machines have no part in rank 0's folder.
+    # Other machines do not share rank 0's folder.
     if get_rank() > 0 and not problem[0]:
         problem[0] = _fetch(url, path, sha256)
     if problem[0]:
         raise FileNotFoundError(
-            f'Checkpoint {url!r} cannot be fetched: {problem[0]}. Give a path '
-            'or another URL; `checkpoint` takes a list of them.'
+            f'Checkpoint {url!r} cannot be downloaded: {problem[0]}. Give a '
+            'path or another URL; `checkpoint` takes a list of them.'
         )
     return path
 
 
 def _fetch(url: str, path: Path, sha256: str | None) -> str:
-    """Fetch a file that is not there yet; what went wrong, or ''."""
+    """Download a file that is not there yet; returns the error, or ''."""
     if path.is_file():
         return ''
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def _fetch(url: str, path: Path, sha256: str | None) -> str:
             hash_prefix=sha256 and sha256.lower(),
             progress=sys.stderr.isatty(),
         )
-    # It says with a RuntimeError that the digest is another.
+    # It raises a RuntimeError if the digest differs.
     except (OSError, HTTPException, RuntimeError) as error:
         return f'{type(error).__name__}: {error}'
     with open(path, 'rb') as file:
@@ -56,5 +56,5 @@ def _fetch(url: str, path: Path, sha256: str | None) -> str:
     # A zip archive, or a pickle of torch before version 1.6.
     if start != b'PK' and not start.startswith(b'\x80'):
         path.unlink()
-        return 'what came is no checkpoint (often a page that says why)'
+        return 'the file is not a checkpoint (often a page that says why)'
     return ''

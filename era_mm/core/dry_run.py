@@ -1,4 +1,4 @@
-"""What a model that cannot run on a small image is said to have wrong."""
+"""Explains errors of models in the dry run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def explained(owner: str, size: tuple[int, ...]) -> Iterator[None]:
-    """Say of an error in a model's dry run whose it is.
+    """Name the model in errors of its dry run.
 
-    torch names shapes and no part of a config. Errors of ours and of the
-    hosts, which do, pass.
+    Errors of torch name shapes but no part of a config. Our own errors and
+    those of the hosts do, so they are passed on.
 
     Args:
         owner: 'student', or a teacher's name.
         size: Height and width of the image.
 
     Raises:
-        ValueError: In place of an error of torch.
+        ValueError: Instead of an error of torch.
     """
     try:
         yield
@@ -26,7 +26,7 @@ def explained(owner: str, size: tuple[int, ...]) -> Iterator[None]:
             f'The {owner} cannot run on an image of '
             f'{" x ".join(map(str, size))} ({type(error).__name__}: '
             f'{lines[0]}). Its parts do not fit together, or it needs a '
-            'larger image: compare `in_channels` of neck and head with what '
-            'the part before outputs, or set `input_size` of the '
+            'larger image: compare `in_channels` of neck and head with the '
+            'output of the part before, or set `input_size` of the '
             'Distillation.'
         ) from error

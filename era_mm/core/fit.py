@@ -1,4 +1,4 @@
-"""Whether weights are those of a model: keys, shapes, kinds of numbers."""
+"""Whether weights fit a model: keys, shapes, types of numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 def find_misfits(
     own: Mapping[str, Any], given: Mapping[str, Any], keys: bool = True
 ) -> list[str]:
-    """Say how weights differ from a model's, a line for each way.
+    """How weights differ from a model's, a line for each kind of difference.
 
     ``num_batches_tracked`` may be missing, as the hosts allow: checkpoints
     older than PyTorch 0.4.1 do not have it and evaluation does not use it.
@@ -18,10 +18,10 @@ def find_misfits(
     Args:
         own: The model's state dict.
         given: The weights.
-        keys: Whether keys that only one side has count.
+        keys: Whether keys that only one side has count as a difference.
 
     Returns:
-        The ways, the first three weights named in each; empty where all fit.
+        The lines, each with the first three weights; empty if all fit.
     """
     both = [key for key in own if key in given]
     ways = {
@@ -54,7 +54,7 @@ def find_misfits(
 
 
 def lines_of(ways: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line for each way that weights differ in, with the first three."""
+    """A line for each kind of difference, with the first three weights."""
     return [
         f'{title} ({len(names)}): {first_of(names)}'
         for title, names in ways.items()

@@ -1,4 +1,4 @@
-"""What would train nothing, and would not say so."""
+"""Checks for losses and parameters that would silently not train."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def learns(loss: Any) -> bool:
 
 
 def check_graph(student_feats: Mapping[str, tuple[Tensor, ...]]) -> None:
-    """Refuse sources whose losses could not train the student.
+    """Refuse sources whose features carry no gradient to the student.
 
     Args:
         student_feats: The student's features in a training step, by source.
@@ -35,18 +35,18 @@ def check_graph(student_feats: Mapping[str, tuple[Tensor, ...]]) -> None:
 
 
 class GradientWatch:
-    """Notes which trainable extras the first step reaches.
+    """Notes which trainable extras get a gradient in the first step.
 
-    By hooks on the tensors and not by a look at ``grad``: when the next step
-    begins, mmengine has cleared it. A copy of the model shares the extras,
-    and so this.
+    It uses hooks on the tensors, because mmengine has cleared ``grad`` when
+    the next step begins. A copy of the model shares the extras, and so this
+    watch.
 
     Args:
         extras: The module whose trainable parameters are watched.
     """
 
     def __init__(self, extras: nn.Module) -> None:
-        #: Names of what got no gradient yet.
+        #: Names of the parameters that got no gradient yet.
         self.unreached: dict[str, str] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._steps = 0
@@ -67,7 +67,7 @@ class GradientWatch:
         return mark
 
     def check(self) -> None:
-        """Called at the start of each training step; looks in the second.
+        """Called at the start of each training step; checks in the second.
 
         Raises:
             RuntimeError: Extras without a gradient in the step before.
@@ -86,6 +86,6 @@ class GradientWatch:
                 f'{len(names)} trainable extras got no gradient in the first '
                 f'step: {", ".join(names[:4])}'
                 + (', ...' if len(names) > 4 else '')
-                + '. Every parameter that a distiller makes must take part '
+                + '. Every parameter of a distiller must take part '
                 'in its loss; build only what is used.'
             )

@@ -1,4 +1,4 @@
-"""What is known of the hosts' models: their parts, kinds and configs."""
+"""Knowledge of the hosts' models: their parts, kinds and configs."""
 
 import copy
 import os
@@ -19,7 +19,7 @@ def is_query_based(model: nn.Module) -> bool:
 
 
 def num_classes_of(model: nn.Module) -> int | None:
-    """How many classes a model tells apart, if its head says so."""
+    """Number of classes of a model, if its head tells."""
     owner = getattr(model, 'roi_head', model)
     for name in ('bbox_head', 'head', 'mask_head'):
         head = getattr(owner, name, None)
@@ -31,9 +31,9 @@ def num_classes_of(model: nn.Module) -> int | None:
 
 
 def image_channels(model: nn.Module) -> int:
-    """How many channels a model's images have: 1 (grey) or 3.
+    """Number of channels of a model's images: 1 (grey) or 3.
 
-    1 where the first convolution takes one.
+    It is 1 if the first convolution has one input channel.
     """
     for module in getattr(model, 'backbone', model).modules():
         if isinstance(module, nn.Conv2d):
@@ -42,12 +42,12 @@ def image_channels(model: nn.Module) -> int:
 
 
 def three_channels(images: Any) -> Any:
-    """Grey images as an RGB teacher gets them: one channel three times.
+    """Grey images for an RGB teacher: their channel three times.
 
-    Images that have three channels stay as they are.
+    Images with three channels are returned unchanged.
 
     Args:
-        images: A tensor ``(*, C, H, W)``, or a list of such.
+        images: A tensor ``(*, C, H, W)``, or a list of them.
     """
     if not isinstance(images, Tensor):
         return [three_channels(image) for image in images]
@@ -57,7 +57,7 @@ def three_channels(images: Any) -> Any:
 
 
 def kind_of(model: nn.Module) -> str:
-    """'detector', 'classifier', or the class's name for what is neither."""
+    """'detector', 'classifier', or the class name if it is neither."""
     for cls in type(model).__mro__:
         if cls.__name__ in KINDS:
             return KINDS[cls.__name__]
@@ -67,7 +67,7 @@ def kind_of(model: nn.Module) -> str:
 def resolve_model_config(
     config: str | Mapping,
 ) -> tuple[ConfigDict, str | None]:
-    """Find the model config that a short reference means.
+    """Find the model config for a short reference.
 
     Args:
         config: ``mmdet::retinanet/retinanet_r101_fpn_2x_coco.py`` (or
@@ -76,7 +76,7 @@ def resolve_model_config(
 
     Returns:
         The model's config, its ``data_preprocessor`` included, and the scope
-        in which its types are looked up (None: the current one).
+        of its types (None: the current one).
 
     Raises:
         FileNotFoundError: No such config file.
@@ -126,9 +126,9 @@ def forward_until(
 ) -> None:
     """Run a model only as deep as its deepest source.
 
-    Backbone sources run the backbone alone, neck sources ``extract_feat``,
-    those of a region proposal network or a dense head that one too, anything
-    else the whole ``forward(mode='tensor')``.
+    For sources in the backbone only the backbone runs, for those in the neck
+    ``extract_feat``, for those in a region proposal network or a dense head
+    these as well, and for any other the whole ``forward(mode='tensor')``.
     """
     parts = {source.partition('.')[0] for source in sources}
     if parts <= {'backbone'} and hasattr(model, 'backbone'):
@@ -138,8 +138,8 @@ def forward_until(
     elif 'rpn_head' in parts <= {'backbone', 'neck', 'rpn_head'}:
         model.rpn_head(model.extract_feat(inputs))
     elif 'bbox_head' in parts <= {'backbone', 'neck', 'bbox_head'}:
-        # mmdet's own 'tensor' mode calls the head's `forward`, which no
-        # recorder of the head itself would hear.
+        # mmdet's own 'tensor' mode calls the head's `forward` directly, so
+        # a hook on the head itself would not fire.
         model.bbox_head(model.extract_feat(inputs))
     else:
         model(inputs, data_samples, mode='tensor')
@@ -149,7 +149,7 @@ def forget_files(model: nn.Module) -> None:
     """Make ``init_weights`` read no weights from a file.
 
     Args:
-        model: A model of a host, built and not yet initialised.
+        model: A host model, built but not initialised.
     """
     module: Any
     for module in model.modules():
@@ -159,7 +159,7 @@ def forget_files(model: nn.Module) -> None:
         kept = [init for init in inits or [] if 'checkpoint' not in init]
         if len(kept) < len(inits or []):
             module.init_cfg = kept or None
-        # DetectoRS keeps the file's name here as well.
+        # DetectoRS keeps the file name here as well.
         if isinstance(getattr(module, 'pretrained', None), str):
             module.pretrained = None
 
@@ -168,8 +168,8 @@ def blank_sample(height: int, width: int) -> BaseDataElement:
     """Meta data of an image for a dry run, as preprocessors write it.
 
     Args:
-        height: Of the image, in pixels.
-        width: Likewise.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
     """
     size = (height, width)
     return BaseDataElement(

@@ -22,12 +22,12 @@ from .utils import broadcast_buffers, evaluating, preserve_rng
 
 
 class Peer(BaseTeacher):
-    """The other student as a teacher: as it is now, in eval mode.
+    """The other student as a teacher, with its current weights.
 
-    In eval mode and without gradient, so that teaching leaves the peer bit
-    for bit as it is, its norms' statistics included; of several ranks all
-    take the first one's. The half whose student it is trains, moves and saves
-    it, so it loads nothing and follows nothing.
+    It runs in eval mode and without gradient, so teaching does not change
+    it, norm statistics included; all ranks use the statistics of the first.
+    Its own half trains, moves and saves it, so nothing is loaded or moved
+    here.
 
     Source: ours. DML's released loops run both networks in train mode.
     """
@@ -48,8 +48,8 @@ def _build_methods(config: Any) -> dict[str, BaseDistiller]:
             raise ValueError(
                 f'Distiller {name!r} ({type(method).__name__}) pre-trains '
                 f'for {method.pretrain_iters} iterations, but in '
-                'MutualDistillation the teacher is a student that changes in '
-                'every step. Set pretrain_iters=0.'
+                'MutualDistillation the teacher is a student, which changes '
+                'in every step. Set pretrain_iters=0.'
             )
     return distillers
 
@@ -61,20 +61,19 @@ class MutualDistillation(BaseModel):
         turn of the first:   one step on  L_1 + distillers(f_1, sg f_2)
         turn of the second:  one step on  L_2 + distillers(f_2, sg f_1')
 
-    L are a student's own losses; f_1' comes from the first as its own turn
-    has left it. Each student has its own optimiser, its own distillers, whose
-    teacher is the other student, and its own view of the batch through its
-    own data preprocessor.
+    L_i are the losses of student i alone; f_1' is the feature of the first
+    after its own turn. Each student has its own optimiser, its own data
+    preprocessor and its own distillers, whose teacher is the other student.
 
     A checkpoint's ``state_dict`` has both students, under
-    ``students.<name>.``, in the keys of their hosts; ``students_of`` and
-    ``era_mm.StudentFilesHook`` give each as a plain host file. Metrics and
-    predictions are those of the first student; ``era_mm.ModesHook`` adds the
-    second's under its name.
+    ``students.<name>.``, with the keys of their hosts; ``students_of`` and
+    ``era_mm.StudentFilesHook`` write each as a plain host checkpoint. Metrics
+    and predictions are those of the first student; ``era_mm.ModesHook`` adds
+    the second's under its name.
 
-    With all distillation weights 0 the first student's run is that of its
-    plain twin with the same seed, unless the second draws random numbers in
-    its turns (dropout, box samplers); the second starts from other weights.
+    With all distillation weights 0 the first student's run equals that of
+    its plain twin with the same seed, unless the second draws random numbers
+    in its turns (dropout, box samplers). The second starts from other weights.
 
     Source: turns with a fresh forward pass are DML's (arXiv 1706.00384), as
     IE-KD's [official code] has it; the rest is ours.
@@ -82,16 +81,16 @@ class MutualDistillation(BaseModel):
     Args:
         students: Two host model configs by name, such as
             ``dict(first=..., second=...)``.
-        distiller: What :class:`Distillation` takes, for both; or one for each
-            student's name.
-        data_preprocessor: The students', where the host keeps it beside the
+        distiller: As in :class:`Distillation`, for both students; or one for
+            each student's name.
+        data_preprocessor: The students', where the host keeps it outside the
             model (mmpretrain).
         input_size: See :class:`Distillation`.
 
     Raises:
-        ValueError: Another number of students, a name that cannot prefix
-            logged quantities, a distiller with a pre-training phase, pairs
-            that do not fit.
+        ValueError: Not two students, a name that cannot prefix logged
+            quantities, a distiller with a pre-training phase, or pairs that
+            do not fit.
     """
 
     def __init__(
@@ -113,8 +112,8 @@ class MutualDistillation(BaseModel):
 
         models = {names[0]: build(names[0])}
         with preserve_rng():
-            # From the random state after the first: two students of one
-            # architecture must not start alike.
+            # From the random state after the first: two students of the
+            # same architecture must start from different weights.
             models[names[1]] = build(names[1])
             halves = {
                 name: DistilledStudent(
@@ -160,14 +159,14 @@ class MutualDistillation(BaseModel):
         Args:
             data: What the dataloader gives.
             optim_wrapper: One optimiser wrapper per student.
-            turns: What to call for each student in its turn, where halves are
-                wrapped (DDP); None: the halves themselves.
+            turns: What to call for each student in its turn, if halves are
+                wrapped (DDP). None: the halves themselves.
 
         Returns:
-            Every student's losses under ``<name>.``, and their sum.
+            Each student's losses under ``<name>.``, and their sum.
 
         Raises:
-            TypeError: A single optimiser.
+            TypeError: Only one optimiser is given.
         """
         if not isinstance(optim_wrapper, OptimWrapperDict):
             raise TypeError(
@@ -213,20 +212,20 @@ class MutualDistillation(BaseModel):
         """The first student's 'tensor' or 'predict'.
 
         Raises:
-            RuntimeError: In mode 'loss'. There is no one loss: the second
+            RuntimeError: In mode 'loss'. There is no single loss: the second
                 student's depends on the first's update.
         """
         if mode == 'loss':
             raise RuntimeError(
                 'MutualDistillation updates its students in turns, so '
-                'mmengine has to call its `train_step`. Train with '
+                'mmengine must call its `train_step`. Train with '
                 "`model_wrapper_cfg=dict(type='era_mm.MutualDataParallel')`, "
                 'as tools/train.py sets it.'
             )
         return self.first(inputs, data_samples, mode=mode)
 
     def check_modes(self, modes: list[str] | tuple[str, ...]) -> None:
-        """Refuse modes that are no student but the first."""
+        """Refuse modes other than the names of the further students."""
         for mode in modes:
             if mode not in list(self.students)[1:]:
                 raise ValueError(
@@ -239,10 +238,10 @@ class MutualDistillation(BaseModel):
     def named_parameters(
         self, prefix: str = '', recurse: bool = True, **kwargs: Any
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The halves' own lists, under the names of ``state_dict``.
+        """The parameters that the halves list, with ``state_dict`` names.
 
-        Not mmengine's walk: what averages a copy (EMA) freezes all that the
-        copy lists, and a half lists stand-ins for what it shares.
+        EMA freezes all parameters that a copy lists, so a half lists
+        stand-ins for those that it shares.
         """
         start = f'{prefix}.' if prefix else ''
         for name, half in self.students.items():
@@ -285,8 +284,8 @@ def _by_student(
 class MutualOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """One optimiser wrapper per student of a ``MutualDistillation``.
 
-    The settings of ``optim_wrapper`` hold for each student alike, or each
-    has its own under its name::
+    The settings of ``optim_wrapper`` apply to each student, or each has its
+    own under its name::
 
         optim_wrapper = dict(
             constructor='era_mm.MutualOptimWrapperConstructor',
@@ -300,11 +299,11 @@ class MutualOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Args:
         optim_wrapper_cfg: Settings of the wrapper and its ``optimizer``, or
-            such settings by student.
-        paramwise_cfg: As in mmengine, for each student alike.
+            settings by student.
+        paramwise_cfg: As in mmengine, the same for each student.
 
     Raises:
-        TypeError: The model is no ``MutualDistillation``.
+        TypeError: The model is not a ``MutualDistillation``.
         ValueError: Settings for some students only.
     """
 

@@ -1,4 +1,4 @@
-"""Stretches of a run in which parts of the student rest."""
+"""Phases of a run in which parts of the student are frozen."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -11,13 +11,13 @@ from .utils import evaluating
 
 @dataclass(frozen=True)
 class Phase:
-    """What rests in a stretch of the run.
+    """What is frozen in a phase of the run.
 
     Args:
         name: For messages.
-        frozen: Dotted names of the student's modules that rest: they are in
-            eval mode, so norms keep their statistics, and learn nothing.
-        task: Whether the student's own losses count. Without them the
+        frozen: Dotted names of the student's modules that are frozen. They
+            are in eval mode, so norms keep their statistics.
+        task: Whether the student's own losses are used. Without them the
             student runs only as deep as the deepest source.
     """
 
@@ -27,7 +27,7 @@ class Phase:
 
     @classmethod
     def together(cls, phases: Iterable['Phase']) -> 'Phase':
-        """What several distillers ask for at once: all that any freezes."""
+        """Join the phases of several distillers: all that any freezes."""
         phases = list(phases)
         return cls(
             name='+'.join(phase.name for phase in phases),
@@ -38,10 +38,10 @@ class Phase:
 
 @contextlib.contextmanager
 def resting(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Leave modules out of what a forward pass records.
+    """Leave modules out of the autograd graph of a forward pass.
 
-    Only for the forward: a gradient that is not recorded stays None, and
-    optimisers pass such a parameter over, weight decay and momentum included.
+    Their gradients stay None, and optimisers skip such parameters, weight
+    decay and momentum included.
 
     Args:
         model: The student.

@@ -1,4 +1,4 @@
-"""Reading a checkpoint from wherever mmengine can, and running nothing."""
+"""Reads checkpoints from wherever mmengine can, without running code."""
 
 import io
 import os
@@ -22,7 +22,7 @@ from ..errors import UserError
 from .download import download
 from .safe_files import TRUST, UntrustedFileError, is_trusted, load_file
 
-#: Prefixes for which mmengine has a reader of its own; '' is a local path.
+#: Prefixes for which mmengine has its own reader; '' is a local path.
 PREFIXES = (
     '',
     'http://',
@@ -39,7 +39,7 @@ PREFIXES = (
 
 
 def read_place(place: str, map_location: Any = 'cpu') -> Any:
-    """Read a checkpoint from a place, as ``load_file`` reads a file.
+    """Read a checkpoint from a path, URL or name, like ``load_file``.
 
     Args:
         place: A path, a URL, or a name that mmengine knows, such as
@@ -50,10 +50,10 @@ def read_place(place: str, map_location: Any = 'cpu') -> Any:
         What was saved.
 
     Raises:
-        FileNotFoundError: There is nothing.
-        UntrustedFileError: See ``load_file``; and what only mmengine's
-            unguarded reader can fetch (``pavi://``).
-        UserError: It is no checkpoint, or the name is not known.
+        FileNotFoundError: There is no such file.
+        UntrustedFileError: See ``load_file``; also for places that only
+            mmengine's unsafe reader knows (``pavi://``).
+        UserError: It is not a checkpoint, or the name is not known.
     """
     scheme, separator, rest = place.partition('://')
     if not separator:
@@ -83,8 +83,8 @@ def read_place(place: str, map_location: Any = 'cpu') -> Any:
         return load_from_pavi(place, map_location)
     if scheme == 'pavi':
         raise UntrustedFileError(
-            f'Checkpoint {place!r} is not read: its reader may run what is '
-            f'in it. Fetch the file, or trust it with {TRUST}=1.'
+            f'Checkpoint {place!r} is not read: its reader may run code from '
+            f'the file. Download the file, or trust it with {TRUST}=1.'
         )
     raise UserError(
         f'Checkpoint {place!r}: no reader for {scheme}://. Give a path or an '
@@ -95,14 +95,14 @@ def read_place(place: str, map_location: Any = 'cpu') -> Any:
 def _look_up(known: Mapping[str, str], name: str, place: str) -> str:
     if name not in known:
         raise UserError(
-            f'Checkpoint {place!r}: mmengine knows no {name!r} there. '
+            f'Checkpoint {place!r}: mmengine does not know {name!r} there. '
             'Correct the name, or give a path or URL.'
         )
     return known[name]
 
 
 def _backbone_of(checkpoint: Mapping) -> dict:
-    """What mmengine makes of a classifier: its backbone, without prefix."""
+    """A classifier's backbone, without prefix, as mmengine takes it."""
     weights = checkpoint.get('state_dict', checkpoint)
     return dict(
         state_dict=OrderedDict(
@@ -114,10 +114,10 @@ def _backbone_of(checkpoint: Mapping) -> dict:
 
 
 def load_from_checked(filename: str, map_location: Any) -> Any:
-    """What mmengine's loader calls in a guarded process.
+    """The reader that mmengine's loader calls in a guarded process.
 
-    A config in a file's meta data, which ``Runner.resume`` would run as
-    Python, is left out.
+    It leaves out a config in the meta data, which ``Runner.resume`` would
+    run as Python.
     """
     checkpoint = read_place(filename, map_location)
     if isinstance(checkpoint, Mapping):
@@ -130,10 +130,10 @@ def load_from_checked(filename: str, map_location: Any) -> Any:
 def guard_reading() -> None:
     """Make mmengine read every checkpoint of this process by ``read_place``.
 
-    mmengine's own readers run what is in a file as soon as it holds more
-    than weights. Its loader takes others in their place: so ``load_from``,
-    ``resume`` and ``init_cfg`` are safe as well. The commands of era_mm call
-    this; importing era_mm does not change how a host reads.
+    mmengine's own readers may run code from files that hold more than
+    weights. Its loader allows other readers, so ``load_from``, ``resume`` and
+    ``init_cfg`` are safe as well. The commands of era_mm call this; importing
+    era_mm does not change how a host reads.
     """
     CheckpointLoader.register_scheme(
         prefixes=list(PREFIXES), loader=load_from_checked, force=True

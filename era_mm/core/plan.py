@@ -1,7 +1,7 @@
-"""What a method makes of a pair of models that was run and measured.
+"""A method's plan for a pair of models that was run and measured.
 
-``tools/make_config.py`` measures the pair and asks; so a method says what is
-written for it and imports nothing of the engine.
+``tools/make_config.py`` measures the pair and asks the method for its plan,
+so methods need not import the engine.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -17,25 +17,25 @@ class MeasuredModel(Protocol):
     model: nn.Module
     #: Names of the classes it was trained for, where known.
     classes: tuple[str, ...] | None
-    #: What its modules gave for the trial image, by module.
+    #: Outputs of its modules for the trial image, by module.
     feats: dict[str, tuple[Tensor, ...]]
 
 
 class FeatureMatch(Protocol):
-    """Which outputs of two models go together."""
+    """Which outputs of two models are paired."""
 
     @property
     def resample(self) -> dict[str, dict]:
         """The ``resample`` of a ``source``; empty where none is needed."""
 
     def config(self) -> dict[str, Any]:
-        """``source`` as a distiller takes it; empty where it is 'neck'."""
+        """``source`` as a distiller takes it; empty if it is 'neck'."""
 
     def feats(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Features of one image as the distiller would get them."""
 
     def unused(self) -> list[str]:
-        """Outputs of either that go with none of the other."""
+        """Outputs of either model without a partner."""
 
 
 class MeasuredPair(Protocol):
@@ -44,7 +44,7 @@ class MeasuredPair(Protocol):
     ``era_mm.engine.pairing.Pair`` is one.
     """
 
-    #: Two detectors; else two classifiers.
+    #: Whether they are two detectors; otherwise two classifiers.
     is_detector: bool
 
     @property
@@ -69,15 +69,15 @@ class MeasuredPair(Protocol):
 
 
 class Plan(NamedTuple):
-    """What a method makes of a pair.
+    """A method's plan for a pair.
 
     Args:
-        distiller: Its config.
-        match: What it matched.
-        head: What it does with the teacher's head, one sentence; None for
-            methods that never use one.
-        modes: Predictions to report beside the student's own, as far as the
-            built model offers them.
+        distiller: The config of the distiller.
+        match: The features that it pairs.
+        head: What it does with the teacher's head, in one sentence; None for
+            methods that never use it.
+        modes: Inference modes to report, as far as the built model offers
+            them.
         inherit: Modules of the student that start from the teacher's weights.
     """
 

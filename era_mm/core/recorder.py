@@ -1,4 +1,4 @@
-"""Catches what passes a module while a model runs.
+"""Records the outputs of modules while a model runs.
 
 Legend: a *source* is a dotted module name, ``neck`` or ``backbone.layer3``.
 """
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 def find_module(model: nn.Module, source: str, *, owner: str) -> nn.Module:
-    """Look a source up in a model.
+    """Look up a source in a model.
 
     Args:
         model: The student or the teacher.
         source: Dotted module name.
-        owner: How messages call the model: 'student' or 'teacher'.
+        owner: What messages call the model: 'student' or 'teacher'.
 
     Raises:
         ValueError: No such module; the message shows the nearest names.
@@ -35,9 +35,9 @@ def find_module(model: nn.Module, source: str, *, owner: str) -> nn.Module:
 
 
 def as_tuple(output: Any, *, source: str) -> tuple[Tensor, ...]:
-    """Bring a module's output into the one form distillers get.
+    """A module's output as distillers get it: a tuple of tensors.
 
-    What a dense head outputs, a tuple of lists by level, is flattened: the
+    The output of a dense head, a tuple of lists by level, is flattened: the
     scores of all levels, then the boxes of all levels, and so on.
     """
     if isinstance(output, Tensor):
@@ -56,16 +56,16 @@ def as_tuple(output: Any, *, source: str) -> tuple[Tensor, ...]:
 class Recorder:
     """Records the outputs of some modules of one model.
 
-    Listens only inside its ``with`` block, so a copy of the model made
-    outside (EMA) carries no hook, and what activation checkpointing computes
-    again in the backward pass is not recorded twice. A module that is called
-    several times, as a head that the levels share, gives the outputs of all
-    its calls one after the other.
+    It records only inside its ``with`` block. So a copy of the model made
+    outside (EMA) has no hooks, and what activation checkpointing computes
+    again in the backward pass is not recorded twice. If a module is called
+    several times, such as a head that the levels share, the outputs of all
+    calls are recorded in order.
 
     Args:
         model: The student or the teacher.
         sources: Dotted module names.
-        owner: How messages call the model.
+        owner: What messages call the model.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class Recorder:
         return record
 
     def clear(self) -> None:
-        """Forget what was recorded, so that its memory can go."""
+        """Drop what was recorded, to free its memory."""
         self._outputs, self._versions = {}, {}
 
     def pop(self) -> dict[str, tuple[Tensor, ...]]:
-        """Hand out what was recorded and forget it.
+        """Return what was recorded, and drop it.
 
         Raises:
-            RuntimeError: A source did not fire, or what it output was
-                changed in place afterwards.
+            RuntimeError: A source was not called, or its output was changed
+                in place afterwards.
         """
         outputs, versions = self._outputs, self._versions
         self.clear()
@@ -134,9 +134,9 @@ class Recorder:
                     raise RuntimeError(
                         f'The output of source {source!r} of the '
                         f'{self.owner} was changed in place after it was '
-                        'recorded (an in-place activation or addition '
-                        'follows it), so it is not what the module output. '
-                        'Choose the module that follows, or set '
-                        'inplace=False there.'
+                        'recorded (by an in-place activation or addition '
+                        'after it), so the recorded value is wrong. Choose '
+                        'the module that follows, or set inplace=False '
+                        'there.'
                     )
         return {source: outputs[source] for source in self.sources}

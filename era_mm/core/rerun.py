@@ -1,4 +1,4 @@
-"""The student once more on the batch of a step, with other weights."""
+"""Runs the student again on the batch of a step, with other weights."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -12,14 +12,14 @@ from .utils import preserve_rng
 
 
 class Rerun:
-    """Runs the student again on a step's batch and leaves no trace.
+    """Runs the student again on a step's batch, without side effects.
 
-    The weights are put in place for the call alone; norms' statistics, the
-    random state and the data samples stay as they are.
+    The weights are replaced for the call only. Norm statistics, the random
+    state and the data samples do not change.
 
     Args:
         student: The student.
-        recorder: What listens to it.
+        recorder: Records its sources.
         inputs: The batch.
         data_samples: Its ground truth.
         connect: How the distiller resamples the features.
@@ -44,7 +44,8 @@ class Rerun:
         """The student's own losses, and features by source.
 
         Args:
-            parameters: In place of its own, by name; the others stay.
+            parameters: Weights to use instead of its own, by name; the
+                others are used as they are.
         """
         inputs, data_samples = self._batch
         state = {k: v.clone() for k, v in self.student.named_buffers()}

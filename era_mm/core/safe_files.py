@@ -1,10 +1,10 @@
-"""Reading checkpoint files without running what is in them.
+"""Reads checkpoint files without running code from them.
 
-A checkpoint is a pickle, and a pickle may name any function to be called
-while it is read. torch's ``weights_only`` reader knows tensors and plain
-containers; what mmengine's files hold besides (histories of logged values,
-numpy arrays) is allowed here by name. Everything else is refused, unless the
-user says that the file is trusted.
+A checkpoint is a pickle, and unpickling may call any function that the file
+names. torch's ``weights_only`` reader knows tensors and plain containers.
+What else mmengine's files hold (histories of logged values, numpy arrays) is
+allowed here by name. Everything else is refused, unless the user trusts the
+file.
 """
 
 import _compat_pickle
@@ -38,11 +38,11 @@ File = str | Path | io.BytesIO
 
 
 class UntrustedFileError(UserError):
-    """A file that would run code, or might, if it was read."""
+    """A file that might run code if it were read."""
 
 
 def is_trusted() -> bool:
-    """Whether the user has said that checkpoints may run code.
+    """Whether the user allows checkpoints to run code.
 
     Raises:
         UserError: The variable is neither 0, 1 nor empty.
@@ -64,15 +64,15 @@ def load_file(
     Args:
         file: Its path, or its bytes.
         map_location: As of ``torch.load``.
-        name: How messages call it. None: its path.
+        name: What messages call it. None: its path.
 
     Returns:
         What was saved.
 
     Raises:
         UntrustedFileError: It holds more than tensors, plain containers and
-            what mmengine adds, and the user has not said that it is trusted.
-        UserError: It is truncated or no checkpoint.
+            mmengine's records, and the user does not trust it.
+        UserError: It is truncated or not a checkpoint.
     """
     name = str(file) if name is None else name
     trusted = is_trusted()
@@ -84,7 +84,7 @@ def load_file(
         return _load_weights(file, map_location)
     except FileNotFoundError:
         raise
-    # A damaged file ends in whatever its broken bytes make Python do.
+    # A damaged file may raise any error.
     except Exception as error:
         foreign = [] if trusted else _foreign_names(file)
         if foreign or (not trusted and _is_script(file)):
@@ -94,8 +94,8 @@ def load_file(
                 + (', ...' if len(foreign) > 3 else '')
                 + ', and reading that may run any code. Expected tensors, '
                 'plain containers and the records of mmengine. If you know '
-                'where the file comes from and trust it, --trust-checkpoint '
-                f'or {TRUST}=1 in the environment reads it all the same.'
+                'where the file comes from and trust it, add '
+                f'--trust-checkpoint or set {TRUST}=1 in the environment.'
             ) from error
         raise UserError(
             f'Checkpoint {name!r}{_size(file)} cannot be read: it is '
@@ -116,7 +116,7 @@ def _size(file: File) -> str:
 
 
 def _method_of_history(owner: Any, name: str) -> Callable:
-    """In place of ``getattr``: histories name their own methods with it."""
+    """Replaces ``getattr``, by which histories refer to their methods."""
     if owner is not HistoryBuffer or str(name).startswith('_'):
         raise pickle.UnpicklingError(
             f'builtins.getattr of {owner!r} and {name!r}'
@@ -125,7 +125,7 @@ def _method_of_history(owner: Any, name: str) -> Callable:
 
 
 def _alias(function: Callable, module: str, name: str) -> Callable:
-    """A function under the name that a file knows it by.
+    """A function under the name by which files refer to it.
 
     torch 2.6 takes the name from the function, later ones from a pair, too.
     """
@@ -138,9 +138,9 @@ def _alias(function: Callable, module: str, name: str) -> Callable:
 
 
 def allowed_types() -> list[Any]:
-    """What mmengine's files need besides what torch allows.
+    """Types in mmengine's files that torch does not allow by default.
 
-    numpy 2 moved its functions, and files know them by either name.
+    numpy 2 moved its functions; files may have either name.
     """
     multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray  # type: ignore[attr-defined]
     moved = [
@@ -178,7 +178,7 @@ def _load_weights(file: File, map_location: Any) -> Any:
 
 
 def _restricted_pickle() -> types.ModuleType:
-    """A pickle module that finds the allowed names alone."""
+    """A pickle module that finds only the allowed names."""
     allowed = _allowed_names()
 
     class Unpickler(pickle.Unpickler):
@@ -219,9 +219,9 @@ def _allowed_names() -> dict[str, Any]:
 
 
 def _foreign_names(file: File) -> list[str]:
-    """Names in a file's pickles that are not allowed; found without running.
+    """Names in a file's pickles that are not allowed, without running it.
 
-    Best effort: a file whose bytes make no sense has none.
+    Best effort: empty for a file that cannot be parsed.
     """
     allowed = _allowed_names()
     found: dict[str, None] = {}
@@ -255,7 +255,7 @@ def _pickles_of(file: File) -> Iterator[list[IO[bytes]]]:
 
 
 def _names_in(stream: IO[bytes]) -> Iterator[str]:
-    """Names that the pickles of a stream look up, one after the other."""
+    """Names that the pickles of a stream look up, in order."""
     # torch before 1.6 wrote several pickles into one file.
     while True:
         strings: list[str] = []

@@ -1,4 +1,4 @@
-"""When a distillation term counts, and how much."""
+"""Schedules of the weights of loss terms."""
 
 import math
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ class LossSchedule:
         shape(x) = x (linear) or (1 - cos(pi x)) / 2 (cosine)
         m = number of milestones <= t
 
-    A function of the global step alone, so a resumed run goes on where it
-    was. ``LossSchedule(scale=0.5)`` is a constant weight; ``initial=0`` ramps
-    up; ``scale=0.1, initial=10`` ramps from 1 down to 0.1.
+    It depends on the global step only, so a resumed run continues correctly.
+    ``LossSchedule(scale=0.5)`` is a constant weight; ``initial=0`` ramps up;
+    ``scale=0.1, initial=10`` ramps from 1 down to 0.1.
 
     Source: ours.
 
     Args:
         scale: Factor after the ramp.
-        start: First step, in iterations, at which the term counts.
-        stop: Step from which on it does not count any more. None: never.
-        ramp: Number of iterations from ``initial`` to the full weight. 0: at
-            once.
-        initial: Where the ramp begins, relative to ``scale``.
-        shape: 'linear' or 'cosine'.
-        milestones: Steps from each of which on the factor is multiplied by
+        start: First step at which the term is used, in iterations.
+        stop: First step at which it is no longer used. None: no end.
+        ramp: Number of iterations from ``initial`` to the full weight. 0: no
+            ramp.
+        initial: Start of the ramp, relative to ``scale``.
+        shape: Shape of the ramp, 'linear' or 'cosine'.
+        milestones: Steps at each of which the factor is multiplied by
             ``gamma``.
         gamma: See ``milestones``.
 

@@ -24,10 +24,10 @@ from .wiring import Wiring
 
 
 class DistilledStudent(StudentModel):
-    """A student with its teachers and distillers: the step, and predictions.
+    """A student with its teachers and distillers: training and prediction.
 
         loss = student's own losses + the distillers' losses
-        predict, tensor = the student's, untouched
+        predict, tensor = the student's, unchanged
 
     Source: ours.
 
@@ -35,13 +35,14 @@ class DistilledStudent(StudentModel):
         student: The student.
         teachers: The teachers by name.
         distillers: The distillers by name.
-        inheritance: What starts from the teachers' weights. None: nothing.
-        input_size: Height and width of the dry run that finds the channels,
-            in pixels.
+        inheritance: Modules that start from the teachers' weights. None:
+            none.
+        input_size: Height and width of the image of the dry run, in pixels.
 
     Raises:
         ValueError: Pairs that do not fit, sources that do not exist, a
-            distiller without its teacher, nothing to do.
+            distiller without its teacher, or neither distiller nor
+            inheritance.
     """
 
     _phase_name = ''
@@ -74,13 +75,13 @@ class DistilledStudent(StudentModel):
             self.wiring = Wiring(
                 student=self.student,
                 teachers=self.teachers,
-                # torch's type of it forgets what the modules are.
+                # torch's type does not say what the modules are.
                 distillers=cast(
                     'Mapping[str, BaseDistiller]', self.distillers
                 ),
                 input_size=input_size,
             )
-        # The last batch of an epoch may have one image.
+        # The last batch of an epoch may have only one image.
         for extras in (self.distillers, *self.inner_modules()):
             spare_lone_values(extras)
         self._inheritance = inheritance
@@ -92,8 +93,8 @@ class DistilledStudent(StudentModel):
     def init_weights(self) -> None:
         """Initialise the student as a plain run does, then the extras.
 
-        mmengine calls it before training and not before testing, so it is
-        also where the teachers take their weights in.
+        mmengine calls it before training and not before testing, so the
+        teachers' weights are loaded here.
         """
         self.student.init_weights()
         with preserve_rng():
@@ -109,7 +110,7 @@ class DistilledStudent(StudentModel):
             self._inheritance.apply(self.student)
 
     def load_teachers(self) -> None:
-        """Take the teachers' weights in, if they are not yet."""
+        """Load the teachers' weights, unless they are loaded."""
         for teacher in self.teachers.values():
             teacher.load()
 
@@ -122,14 +123,14 @@ class DistilledStudent(StudentModel):
         mode: str = 'tensor',
         teacher_inputs: dict[str, Tensor] | None = None,
     ) -> Any:
-        """As the hosts' models: 'loss', 'predict' or 'tensor'.
+        """Forward pass in mode 'loss', 'predict' or 'tensor', as in the hosts.
 
         Args:
             inputs: The student's batch.
             data_samples: Ground truth and meta data.
             mode: What to compute.
-            teacher_inputs: Batches of teachers that see other tensors than
-                the student; the preprocessor makes them.
+            teacher_inputs: Batches of teachers whose tensors differ from the
+                student's; the preprocessor makes them.
         """
         if mode == 'loss':
             return self.loss(inputs, data_samples or [], teacher_inputs)
@@ -146,20 +147,21 @@ class DistilledStudent(StudentModel):
         """The student's losses under their own names, and the distillers'.
 
         Raises:
-            RuntimeError: A trainable extra got no gradient in the step
-                before; the student trains in a pre-training phase.
+            RuntimeError: A trainable extra got no gradient in the previous
+                step, or the student would train in a pre-training phase.
         """
         if self.pretraining:
             raise RuntimeError(
                 'In its pre-training phase '
                 f'({self._pretrain_iters()} iterations) this model must not '
-                'update the student, so mmengine has to call '
+                'update the student, so mmengine must call '
                 '`pretrain_step`. Train with '
                 "`model_wrapper_cfg=dict(type='era_mm.DistillationDataParallel"
                 "')`, as tools/train.py sets it."
             )
         is_learning = self.training and torch.is_grad_enabled()
-        # The distillers still have the step before, whose gradients these are.
+        # Until `begin_step` the distillers hold the previous step, to which
+        # these gradients belong.
         if is_learning and not self._phase().frozen:
             self._gradients.check()
         self.load_teachers()
@@ -221,9 +223,9 @@ class DistilledStudent(StudentModel):
 
     @staticmethod
     def _rests(distiller: BaseDistiller, feats: Mapping[str, Any]) -> bool:
-        """Whether all that it reads of the student is frozen now.
+        """Whether all of a distiller's student sources are frozen now.
 
-        One that reads nothing of the student's never rests.
+        False for a distiller without student sources.
         """
         own = feats['student_feats'].values()
         return bool(own) and not any(learns(maps) for maps in own)
@@ -231,14 +233,14 @@ class DistilledStudent(StudentModel):
     def _add(
         self, losses: dict[str, Any], name: str, terms: Mapping[str, Any]
     ) -> None:
-        """Add a distiller's terms, prefixed where there are several."""
+        """Add a distiller's terms, prefixed if there are several."""
         prefix = f'{name}.' if len(self.distillers) > 1 else ''
         for key, value in terms.items():
             key = prefix + key
             if key in losses:
                 raise ValueError(
-                    f'{type(self.distillers[name]).__name__} names a loss '
-                    f'{key!r}, which the student has already. Name it '
+                    f'{type(self.distillers[name]).__name__} returns a loss '
+                    f'{key!r}, which the student already has. Name it '
                     'loss_<method>_<term>.'
                 )
             losses[key] = value
@@ -247,18 +249,18 @@ class DistilledStudent(StudentModel):
 
     @property
     def has_phases(self) -> bool:
-        """Whether parts of the student rest in some steps."""
+        """Whether parts of the student are frozen in some steps."""
         return any(d.has_phases for d in self.distillers.values())
 
     def _phase(self) -> Phase:
-        """What the distillers ask for now, taken together."""
+        """The phases of all distillers at this step, joined."""
         phases = (distiller.phase() for distiller in self.distillers.values())
         return Phase.together(phase for phase in phases if phase is not None)
 
     def _check_phase(
         self, phase: Phase, idle: list[str], losses: dict[str, Any]
     ) -> None:
-        """Say which phase begins; refuse one in which nothing learns."""
+        """Log which phase begins; refuse one in which nothing is trained."""
         if phase.frozen and not any(
             learns(value) for key, value in losses.items() if 'loss' in key
         ):
@@ -266,23 +268,23 @@ class DistilledStudent(StudentModel):
                 f'Phase {phase.name!r} trains nothing: it freezes '
                 f'{", ".join(phase.frozen)}, and no loss has a gradient '
                 'elsewhere. Give the term that trains the rest a weight, or '
-                'leave the phase out.'
+                'remove the phase.'
             )
         if phase.name != self._phase_name:
             self._phase_name = phase.name
             print_log(
                 f'Phase {phase.name!r} from iteration {self.step} on. '
                 f'Frozen: {", ".join(phase.frozen) or "nothing"}. '
-                f'Distillers at rest: {", ".join(idle) or "none"}.',
+                f'Inactive distillers: {", ".join(idle) or "none"}.',
                 logger='current',
             )
 
     # -- prediction --------------------------------------------------------
 
     def _modes_of(self, name: str) -> dict[str, str]:
-        """A distiller's modes by the names they have in this model.
+        """A distiller's modes, by their names in this model.
 
-        With several distillers they are prefixed, as the losses are.
+        With several distillers the names have a prefix, like the losses.
         """
         modes = self.distillers[name].inference_modes()
         prefix = f'{name}.' if len(self.distillers) > 1 else ''
@@ -295,8 +297,8 @@ class DistilledStudent(StudentModel):
             if mode not in known:
                 raise ValueError(
                     f'Inference mode {mode!r} is not offered. Known: '
-                    f'{["S", *known]} (S is the student alone and always '
-                    'there).'
+                    f'{["S", *known]} (S, the student alone, always '
+                    'exists).'
                 )
 
     def predict(
@@ -304,8 +306,8 @@ class DistilledStudent(StudentModel):
     ) -> list:
         """The student's predictions, or those of ``inference_mode``.
 
-        Predictions of ``active_modes``, from the same features, are left in
-        ``mode_predictions``.
+        Predictions of ``active_modes``, from the same features, are stored
+        in ``mode_predictions``.
         """
         modes = dict.fromkeys(self.active_modes)
         if self.inference_mode is not None:
@@ -314,12 +316,11 @@ class DistilledStudent(StudentModel):
             return self.student(inputs, data_samples, mode='predict')
         if not self.has_extras:
             raise RuntimeError(
-                f'The modes {list(modes)} need what the distillers have '
-                'learnt, but the loaded checkpoint has a plain student only. '
-                'Load a file that the distillation has written, or ask for '
-                'no mode.'
+                f'The modes {list(modes)} need the trained distillers, but '
+                'the loaded checkpoint has a plain student only. Load a '
+                'checkpoint of the distillation, or use no mode.'
             )
-        # The modes may use the teacher; the student alone does not.
+        # The modes may use the teacher; plain predictions do not.
         self.load_teachers()
         blank = [sample.new() for sample in data_samples or []]
         asked = {
@@ -377,11 +378,11 @@ class DistilledStudent(StudentModel):
 
     @property
     def pretraining(self) -> bool:
-        """Whether only inner modules train now."""
+        """Whether only inner modules are trained now."""
         return self.step < self._pretrain_iters()
 
     def pretrain_step(self, data: Any) -> dict[str, Tensor]:
-        """One step of the pre-training phase; the student stays as it is.
+        """One step of the pre-training phase; the student does not change.
 
         Args:
             data: What the dataloader gives.
@@ -407,13 +408,13 @@ class DistilledStudent(StudentModel):
         """Features of a batch in eval mode, without gradient.
 
         Args:
-            inputs: As of :meth:`forward`, as are the others.
+            inputs: The student's batch, as in :meth:`forward`.
             data_samples: Ground truth and meta data.
-            teacher_inputs: Batches of teachers that see other tensors.
-            load: Whether teachers take their weights in, if they are not yet.
+            teacher_inputs: Batches of teachers whose tensors differ.
+            load: Whether to load teachers that are not loaded.
 
         Returns:
-            What gives a distiller its ``student_feats`` and
+            A function from a distiller to its ``student_feats`` and
             ``teacher_feats``.
         """
         if load:
@@ -436,9 +437,9 @@ class DistilledStudent(StudentModel):
 
     @torch.no_grad()
     def compare(self, data: Any) -> dict[str, Tensor]:
-        """What the distillers measure on a batch of validation, by name.
+        """What the distillers measure on a validation batch, by name.
 
-        Only those that measure anything (``BaseDistiller.compare``).
+        Only of those that measure anything (``BaseDistiller.compare``).
 
         Args:
             data: What the dataloader gives.
@@ -447,7 +448,7 @@ class DistilledStudent(StudentModel):
             name: distiller
             for name, distiller in self.distillers.items()
             if type(distiller).compare is not BaseDistiller.compare
-            # Validation alone need not have the teacher's weights.
+            # In validation alone the teacher may have no weights.
             and all(teacher.is_loaded for teacher in self.teachers.values())
         }
         if not measuring:
@@ -464,10 +465,10 @@ class DistilledStudent(StudentModel):
     def parse_losses(
         self, losses: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total, and what is logged, where ``loss`` is the total.
+        """The total and the logged values, in which ``loss`` is the total.
 
-        A student's own loss of that name (mmpretrain's classifiers have one)
-        is logged as ``student_loss``.
+        A student's own ``loss`` (mmpretrain's classifiers have one) is
+        logged as ``student_loss``.
         """
         total, logged = self.student.parse_losses(losses)
         if 'loss' in losses:

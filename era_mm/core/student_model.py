@@ -1,4 +1,4 @@
-"""How a model with a student in it *is* that student from outside."""
+"""A wrapper that looks like its student from outside."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ from .teacher import BaseTeacher
 
 
 def _tidy_keys(model: 'StudentModel', incompatible: Any) -> None:
-    """Leave out of what lacks the extras, which no state dict has as keys."""
+    """Do not report extras as missing keys; no state dict has them."""
     own = tuple(f'distillers.{key}' for key in model.distillers.state_dict())
     incompatible.missing_keys[:] = [
         key for key in incompatible.missing_keys if not key.endswith(own)
@@ -23,7 +23,7 @@ def _tidy_keys(model: 'StudentModel', incompatible: Any) -> None:
 
 
 def _is_of_norms(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
-    """Whether it holds vectors alone, as what ``SyncNormHook`` averages."""
+    """Whether it holds only vectors, like those ``SyncNormHook`` averages."""
     return all(
         value.ndim < 2
         for key, value in state_dict.items()
@@ -32,24 +32,23 @@ def _is_of_norms(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
 
 
 class StudentModel(BaseModel):
-    """A student with teachers and distillers, and the student to others.
+    """A student with teachers and distillers that looks like the student.
 
-    Its children are the student's under their own names, the preprocessor
-    around the student's, and ``distillers``; its direct parameters and
-    buffers are the student's. So whatever walks it meets the names of the
-    plain model: optimiser constructors, hooks and loaders of the hosts.
-    Attributes that it does not have are the student's (``model.bbox_head``),
-    and are set on the student. Its ``state_dict`` is the student's own, with
-    the distillers' weights in the metadata; see
-    ``era_mm/core/checkpoint.py``. A copy is one of the student and shares the
-    rest.
+    Its children are the student's under their own names, a preprocessor
+    that wraps the student's, and ``distillers``; its direct parameters and
+    buffers are the student's. So optimiser constructors, hooks and loaders of
+    the hosts find the names of the plain model. Attributes that it does not
+    have are read from the student (``model.bbox_head``) and set there. Its
+    ``state_dict`` is the student's, with the distillers' weights in the
+    metadata; see ``era_mm/core/checkpoint.py``. A deep copy copies the
+    student and shares the rest.
 
     Source: ours.
 
     Args:
         student: The student, a host model.
-        teachers: The teachers by name; followed by every ``_apply``, and no
-            modules of this one.
+        teachers: The teachers by name. They follow every ``_apply`` but are
+            not submodules.
         distillers: The distillers by name.
         data_preprocessor: Makes the batches.
     """
@@ -57,7 +56,7 @@ class StudentModel(BaseModel):
     student: nn.Module
     distillers: nn.ModuleDict
     _is_copy = False
-    #: False once a file without extras was loaded and nothing trained since.
+    #: False after a file without extras was loaded, until training goes on.
     has_extras = True
 
     def __init__(
@@ -72,7 +71,7 @@ class StudentModel(BaseModel):
         self.teachers: Mapping[str, BaseTeacher] = dict(teachers)
         own = self._modules | {'distillers': nn.ModuleDict(distillers)}
         self._modules: dict[str, nn.Module | None] = student._modules | own
-        # The dicts themselves: what `_apply` puts into one is in the other.
+        # The dicts themselves, so that `_apply` on either changes both.
         for name in (
             '_parameters',
             '_buffers',
@@ -93,7 +92,7 @@ class StudentModel(BaseModel):
             return getattr(student, name)
 
     def _is_students(self, name: str) -> bool:
-        """Whether an attribute is the student's and none of this model."""
+        """Whether an attribute is the student's and not this model's."""
         student = self.__dict__.get('student')
         return (
             student is not None
@@ -120,12 +119,12 @@ class StudentModel(BaseModel):
         self._adopt(name)
 
     def _adopt(self, name: str) -> None:
-        """Have the child that the student has."""
+        """Take over a child of the student."""
         if name in self.student._modules:
             self._modules[name] = self.student._modules[name]
 
     def train(self, mode: bool = True) -> 'StudentModel':
-        """As the student does it: hosts freeze stages here."""
+        """Set the mode by the student's method, where hosts freeze stages."""
         super().train(mode)
         self.student.train(mode)
         return self
@@ -147,9 +146,9 @@ class StudentModel(BaseModel):
         return self
 
     def __deepcopy__(self, memo: dict) -> 'StudentModel':
-        # Distillers are shared as the teachers are: an averaged copy (EMA) is
-        # a copy of the student, and modes such as T join the averaged student
-        # with the extras as they are.
+        # Distillers are shared like the teachers: an averaged copy (EMA) is
+        # a copy of the student, and modes such as T use the averaged student
+        # with the current extras.
         memo[id(self.distillers)] = self.distillers
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
@@ -162,10 +161,10 @@ class StudentModel(BaseModel):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The student's under its own names, then the extras'.
 
-        What averages a copy (EMA) walks the parameters of both models in
-        parallel, freezes the copy's and writes into them. So a copy lists
-        stand-ins for the shared extras: equal in value, and nothing that is
-        done to them reaches the original.
+        EMA walks the parameters of the model and its copy in parallel,
+        freezes those of the copy and writes into them. So a copy lists
+        stand-ins for the shared extras. They have the same values, and
+        changing them does not change the originals.
         """
         extras = f'{prefix}.distillers.' if prefix else 'distillers.'
         for name, parameter in super().named_parameters(
@@ -205,7 +204,7 @@ class StudentModel(BaseModel):
                 entry['inner_optimizer'] = (
                     distiller.inner_optimizer.state_dict()
                 )
-            # A head that a file brought must be in the next file, too.
+            # A head that came from a file must be in the next file, too.
             if distiller.needs_teacher:
                 brought = self.teachers[distiller.teacher].brought
                 if brought:
@@ -221,7 +220,7 @@ class StudentModel(BaseModel):
                 self.has_extras = False
                 print_log(
                     f'The checkpoint has no extras of distiller {name!r} '
-                    f'({type(distiller).__name__}); they keep their values.',
+                    f'({type(distiller).__name__}); they are not changed.',
                     logger='current',
                     level=logging.WARNING,
                 )
@@ -249,9 +248,9 @@ class StudentModel(BaseModel):
         unexpected_keys: list,
         error_msgs: list,
     ) -> None:
-        # mmengine and torch both walk the modules and call this one, and
+        # mmengine and torch both walk the modules and call this method, and
         # neither calls an overridden load_state_dict(). Children come next;
-        # here the student's own hooks rename what older files hold.
+        # first the student's own hooks rename keys of older files.
         if not _is_of_norms(state_dict, prefix):
             self._load_extras(local_metadata.get(METADATA_KEY) or {})
         self.student._load_from_state_dict(

@@ -1,4 +1,4 @@
-"""The teacher: built, loaded strictly, frozen, and kept out of the model."""
+"""The teacher: built, strictly loaded, frozen, and not part of the model."""
 
 import contextlib
 import copy
@@ -20,10 +20,10 @@ from .utils import errors_only, preserve_rng
 
 
 def classes_of(meta: Mapping) -> tuple[str, ...] | None:
-    """The class names that a file's or a data set's meta data tell.
+    """The class names in the meta data of a file or a data set.
 
-    Files of mmengine keep the data set's meta data (``dataset_meta``), files
-    from before it the names alone (``CLASSES``).
+    Files of mmengine have the data set's meta data (``dataset_meta``), older
+    ones only the names (``CLASSES``).
     """
     meta = meta.get('dataset_meta') or meta
     names = meta.get('classes') or meta.get('CLASSES')
@@ -32,18 +32,18 @@ def classes_of(meta: Mapping) -> tuple[str, ...] | None:
     return (names,) if isinstance(names, str) else tuple(map(str, names))
 
 
-#: In place of a checkpoint: a teacher that starts as a training would.
+#: Instead of a checkpoint: a teacher with initial weights.
 RANDOM = 'random'
 
 
 class BaseTeacher:
-    """A model beside the trained one, whose features are learnt from.
+    """A model whose features the student learns from.
 
-    Not an ``nn.Module`` on purpose: so it is absent from ``parameters()``,
+    Not an ``nn.Module`` on purpose: so it is not in ``parameters()``,
     ``state_dict()``, optimiser groups, DDP buckets and EMA of the model that
-    holds it, and no ``train()`` reaches it. ``StudentModel`` passes every
-    ``_apply`` (``to``, ``cuda``, ``half``, ...) on to it. ``deepcopy`` shares
-    it.
+    holds it, and no ``train()`` reaches it. ``StudentModel`` applies every
+    ``_apply`` (``to``, ``cuda``, ``half``, ...) to it as well. ``deepcopy``
+    shares it.
 
     Args:
         model: The model.
@@ -57,7 +57,7 @@ class BaseTeacher:
         self.model = model
         self.config = config
         self.name = name
-        #: Weights that a checkpoint of the student brought along.
+        #: Weights of the teacher from a checkpoint of the student.
         self.brought: dict[str, Tensor] = {}
         self._recorder: Recorder | None = None
 
@@ -66,14 +66,14 @@ class BaseTeacher:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weights are in."""
+        """Whether the weights are loaded."""
         return True
 
     def load(self) -> None:
-        """Take the weights in, if they are not yet."""
+        """Load the weights, unless they are loaded."""
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
-        """Take in weights that a student's checkpoint brings along."""
+        """Take weights from a student's checkpoint."""
         self.brought |= weights
 
     def apply_(self, fn: Any) -> None:
@@ -84,12 +84,12 @@ class BaseTeacher:
         return fingerprint(self.model.state_dict())
 
     def record(self, sources: Iterable[str]) -> None:
-        """Say which features :meth:`extract` returns."""
+        """Set the features that :meth:`extract` returns."""
         self._recorder = Recorder(self.model, sources, owner=self.name)
 
     @property
     def is_recorded(self) -> bool:
-        """Whether any of its features is asked for."""
+        """Whether any of its features is recorded."""
         return self._recorder is not None and bool(self._recorder.sources)
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class BaseTeacher:
         """Features of a batch, without gradient.
 
         Args:
-            inputs: The batch as the teacher's own preprocessor gives it.
+            inputs: The batch from the teacher's own preprocessor.
             data_samples: Ground truth, for models that need it.
 
         Shape:
@@ -116,23 +116,24 @@ class BaseTeacher:
 
 @explain_unknown_keys
 class Teacher(BaseTeacher):
-    """A frozen model of a config, every tensor of it from a checkpoint.
+    """A frozen model from a config, with every tensor from a checkpoint.
 
     Args:
-        config: What :func:`resolve_model_config` takes.
-        checkpoint: Path or URL of its weights, or a list of places that are
-            tried in order; or 'random' (for tests of the machinery: a random
-            teacher teaches noise), which starts as a training would, without
-            the files that its ``init_cfg`` names.
-        sha256: The first digits of the file's SHA-256. None: not looked at.
+        config: As for :func:`resolve_model_config`.
+        checkpoint: Path or URL of its weights, or a list of them that are
+            tried in order; or 'random', for initial weights as in training,
+            without the files that its ``init_cfg`` names (for trials only: a
+            random teacher teaches noise).
+        sha256: The first digits of the file's SHA-256. None: not checked.
         dtype: 'float16' or 'bfloat16' runs its forward under autocast; the
-            features come back as float32. None: as the surrounding context.
+            features are returned as float32. None: as the surrounding
+            context.
         name: Its name, for messages.
 
     Raises:
         TypeError: An unknown key.
-        ValueError: No checkpoint given, an unknown ``dtype``, or a ``sha256``
-            that is none.
+        ValueError: No checkpoint, an unknown ``dtype``, or an invalid
+            ``sha256``.
     """
 
     DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -141,7 +142,7 @@ class Teacher(BaseTeacher):
         self,
         config: str | Mapping,
         checkpoint: str | Sequence[str] | None = None,
-        # Not `str | None`: the check below says how to quote digits.
+        # Not `str | None`: the check below tells to quote the digits.
         sha256: Any = None,
         dtype: str | None = None,
         name: str = 'teacher',
@@ -149,7 +150,7 @@ class Teacher(BaseTeacher):
         if checkpoint is None:
             raise ValueError(
                 f'The {name} has no `checkpoint`. Give the path or URL of '
-                "its weights (or 'random' to try the machinery only)."
+                "its weights (or 'random' for a trial without weights)."
             )
         if dtype is not None and dtype not in self.DTYPES:
             raise ValueError(
@@ -176,24 +177,24 @@ class Teacher(BaseTeacher):
         self.model.requires_grad_(False)
         self.model.eval()
         self.loaded_fingerprint: str | None = None
-        #: Names of its classes, where its file tells them.
+        #: Names of its classes, if its file has them.
         self.classes: tuple[str, ...] | None = None
 
     @property
     def is_random(self) -> bool:
-        """Whether it has no checkpoint: its weights are random ones."""
+        """Whether its weights are random, from no checkpoint."""
         return self.checkpoint == RANDOM
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weights are in."""
+        """Whether the weights are loaded."""
         return self.loaded_fingerprint is not None
 
     def load(self) -> None:
-        """Take the weights in, once.
+        """Load the weights, once.
 
         Not done in ``__init__``: a test run of the student needs no teacher
-        weights, so it must not fetch them.
+        weights and must not download them.
         """
         if self.is_loaded:
             return
@@ -205,24 +206,24 @@ class Teacher(BaseTeacher):
         self.loaded_fingerprint = self.fingerprint()
 
     def _start_at_random(self) -> None:
-        # Some hosts leave memory as they find it until `init_weights`
-        # (`level_embed` of Deformable DETR), and NaN may lie there.
+        # Some parameters are uninitialised memory until `init_weights`
+        # (`level_embed` of Deformable DETR), which may hold NaN.
         forget_files(self.model)
         if isinstance(self.model, BaseModule):
             with errors_only():
                 self.model.init_weights()
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
-        """Take in weights that a student's checkpoint brings along.
+        """Take weights from a student's checkpoint.
 
-        Those of the head that its extras were trained with, where a file has
-        them. A 'random' teacher gets them, so that predictions through the
-        head need no file of the teacher; one with a checkpoint of its own
-        must hold the same.
+        A checkpoint may hold the head that the extras were trained with. A
+        'random' teacher takes its weights, so that predictions through the
+        head need no file of the teacher. A teacher with its own checkpoint
+        must have the same weights.
 
         Raises:
-            ValueError: Weights that this teacher does not have, or that
-                differ from its own; as soon as the teacher is loaded.
+            ValueError: This teacher does not have such weights, or its own
+                differ; raised as soon as the teacher is loaded.
         """
         super().take(weights)
         if self.is_loaded:
@@ -236,7 +237,7 @@ class Teacher(BaseTeacher):
             if key not in own or own[key].shape != value.shape:
                 found = tuple(own[key].shape) if key in own else 'nothing'
                 raise ValueError(
-                    f'The checkpoint brings {key!r} {tuple(value.shape)} of '
+                    f'The checkpoint has {key!r} {tuple(value.shape)} of '
                     f'the {self.name} it was trained with, but the '
                     f'{self.name} has {found} there. Give the config of the '
                     f'{self.name} it was trained with.'
@@ -249,7 +250,7 @@ class Teacher(BaseTeacher):
                     f'The checkpoint was trained with another {self.name}: '
                     f'{key!r} differs from that in {self.checkpoint!r}. Give '
                     "the file it was trained with, or checkpoint='random' to "
-                    'predict with what the checkpoint brings.'
+                    'predict with the weights in the checkpoint.'
                 )
 
     def extract(
@@ -269,7 +270,7 @@ class Teacher(BaseTeacher):
     def predict(self, batch: Any) -> list:
         """Its own predictions of a raw batch.
 
-        In full precision: box operators of mmcv have no other on a CPU.
+        In full precision: mmcv's box operators support no other on a CPU.
 
         Args:
             batch: What a dataloader gives.
@@ -292,5 +293,5 @@ class Teacher(BaseTeacher):
         preprocessor = getattr(self.model, 'data_preprocessor', None)
         parameter = next(self.model.parameters(), None)
         if preprocessor is not None and parameter is not None:
-            # Preprocessors keep their device beside their buffers.
+            # Preprocessors store their device in addition to their buffers.
             preprocessor.to(parameter.device)

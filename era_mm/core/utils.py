@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 class Unregistered:
-    """Holds a module so that the owner does not register it.
+    """Holds a module so that its owner does not register it.
 
-    What is inside is absent from the owner's ``parameters()``,
-    ``state_dict()``, DDP buckets and EMA, and is shared by ``deepcopy``.
+    The module is not in the owner's ``parameters()``, ``state_dict()``, DDP
+    buckets and EMA, and ``deepcopy`` shares it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -30,11 +30,11 @@ class Unregistered:
 
 @contextlib.contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Leave every random generator as it was found.
+    """Restore the state of every random generator afterwards.
 
-    Building and initialising teacher and distiller inside keeps the student's
-    initial weights, its data order and its augmentation those of a plain run
-    with the same seed.
+    Teacher and distiller are built and initialised inside, so the student's
+    initial weights, data order and augmentation are those of a plain run with
+    the same seed.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count())
@@ -45,11 +45,11 @@ def preserve_rng() -> Iterator[None]:
 
 
 def run_seed() -> int:
-    """The seed of the run, alike on all ranks and in a resumed run.
+    """The seed of the run, the same on all ranks and after a resume.
 
-    Kept with what the run logs, so a file has it. Ranks of one run may have
-    seeds of their own (``diff_rank_seed``); the first rank's holds for all,
-    who must call this in the same step.
+    It is kept with the logged values, which checkpoints contain. Ranks may
+    have different seeds (``diff_rank_seed``); all use the first rank's, and
+    must call this in the same step.
     """
     hub = MessageHub.get_current_instance()
     seed = hub.get_info('era_mm_seed', None)
@@ -63,7 +63,7 @@ def run_seed() -> int:
 
 @contextlib.contextmanager
 def errors_only() -> Iterator[None]:
-    """Keep everything but errors out of the run's log."""
+    """Log errors only."""
 
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
@@ -79,7 +79,7 @@ def errors_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every module back as it was."""
+    """Put a model in eval mode, and restore every module's mode afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -90,11 +90,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give all ranks the first one's buffers, such as norm statistics.
+    """Give all ranks the first rank's buffers, such as norm statistics.
 
-    Each rank has seen other images, and a file has the first rank's alone.
-    What learns from a module in eval mode depends on them: without this the
-    ranks would differ in it, and so would a resumed run.
+    Each rank has seen other images, and a checkpoint has only the first
+    rank's. A loss on the features of a module in eval mode depends on them:
+    without this it would differ between the ranks, and after a resume.
     """
     for buffer in module.buffers():
         broadcast(buffer)
@@ -109,7 +109,7 @@ def take_step(
 
     Args:
         optimizer: The optimiser of these parameters.
-        parameters: What it moves.
+        parameters: The parameters it updates.
         gradients: Their gradients on this rank.
     """
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -117,7 +117,7 @@ def take_step(
         parameter.grad = gradient / get_world_size()
     optimizer.step()
     optimizer.zero_grad()
-    # Autocast keeps low-precision copies of the weights from before.
+    # Autocast caches low-precision copies of the old weights.
     torch.clear_autocast_cache()
 
 

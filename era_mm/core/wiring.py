@@ -1,4 +1,4 @@
-"""Which source of whom reaches which distiller."""
+"""Routes features of student and teachers to the distillers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,16 +31,16 @@ def _shapes_of(feats: Features) -> Shapes:
 
 
 def _images_for(teacher: BaseTeacher, images: Any) -> Any:
-    """A grey student's images, as a teacher of RGB ones gets them."""
+    """A grey student's images, converted for a teacher of RGB images."""
     if image_channels(teacher.model) == 1:
         return images
     return three_channels(images)
 
 
 class Wiring:
-    """Listens to a student and its teachers for some distillers.
+    """Records a student's and its teachers' features for the distillers.
 
-    A dry run on a blank image lets each distiller meet its pair.
+    A dry run on a blank image prepares each distiller for its pair.
 
     Source: ours.
 
@@ -49,13 +49,13 @@ class Wiring:
         teachers: The teachers by name.
         distillers: The distillers by name; an ``nn.ModuleDict``, which
             copies of the model share.
-        input_size: Height and width of the dry run, in pixels; a number for
-            both. It is grey where the student's images are.
+        input_size: Height and width of the image of the dry run, in pixels;
+            or one number for both. It is grey if the student's images are.
 
     Raises:
         ValueError: A distiller without its teacher, a teacher of grey images
-            for a student of others, sources that do not exist, pairs that do
-            not fit.
+            for a student of RGB images, sources that do not exist, or pairs
+            that do not fit.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Wiring:
             if isinstance(input_size, int)
             else (input_size[0], input_size[1])
         )
-        #: What each source of the student output there, a shape per level.
+        #: Shapes of each source of the student there, one per level.
         self.student_shapes: Shapes = {}
-        #: The same by teacher.
+        #: The same for each teacher.
         self.teacher_shapes: dict[str, Shapes] = {}
         feats = self._dry_run()
         for distiller in distillers.values():
@@ -91,8 +91,8 @@ class Wiring:
             )
             distiller.prepare(**self._pair_of(distiller), **met)
             distiller.set_up_inner()
-        #: Listens to the student's sources.
-        # Anew: some are found to be of no use only when the pair is met.
+        #: Records the student's sources.
+        # Again: a distiller may drop sources when it meets the pair.
         self.recorder = self._listen_to_all()
 
     def _check_teachers(self) -> None:
@@ -108,7 +108,7 @@ class Wiring:
                 )
 
     def _check_images(self) -> None:
-        """Refuse teachers of grey images where the student's are not."""
+        """Refuse teachers of grey images if the student's are RGB."""
         for name, teacher in self._teachers.items():
             if image_channels(teacher.model) < image_channels(self._student):
                 raise ValueError(
@@ -118,17 +118,17 @@ class Wiring:
                 )
 
     def _check_moved(self) -> None:
-        """Say under which name a source is that a method has moved."""
+        """Refuse sources that a method has moved, and give the new name."""
         for mover in self._distillers.values():
             for source, place in mover.moved_sources.items():
                 for name, distiller in self._distillers.items():
                     if source in distiller.student_sources:
                         raise ValueError(
                             f'Distiller {name!r} ({type(distiller).__name__}) '
-                            f'reads {source!r} of the student, in whose place '
-                            f'{type(mover).__name__} has put {place!r}. Read '
-                            f'that: source=dict(student={place!r}, teacher='
-                            f'{source!r}).'
+                            f'reads {source!r} of the student, which '
+                            f'{type(mover).__name__} has replaced by '
+                            f'{place!r}. Set source=dict(student={place!r}, '
+                            f'teacher={source!r}).'
                         )
 
     def _pair_of(self, distiller: BaseDistiller) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Wiring:
         return student_feats, teacher_feats
 
     def listen(self, sources: Iterable[str]) -> Recorder:
-        """What records some of the student's sources, each once."""
+        """A recorder for some of the student's sources, each once."""
         return Recorder(self._student, dict.fromkeys(sources), owner='student')
 
     def teach(
@@ -186,12 +186,12 @@ class Wiring:
         data_samples: list | None,
         teacher_inputs: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Features]:
-        """The features of each teacher that is asked for any.
+        """The features of each teacher that is needed in this step.
 
         Args:
             inputs: The student's batch.
             data_samples: Ground truth and meta data.
-            teacher_inputs: Batches of teachers that see other tensors.
+            teacher_inputs: Batches of teachers whose tensors differ.
         """
         own = teacher_inputs or {}
         return {
@@ -199,14 +199,14 @@ class Wiring:
                 _images_for(teacher, own.get(name, inputs)), data_samples
             )
             for name, teacher in self._teachers.items()
-            # One that is there to be inherited from alone is not asked.
+            # Not a teacher that only gives inherited weights.
             if teacher.is_recorded
         }
 
     def feats_of(
         self, distiller: BaseDistiller, recorded: Recorded
     ) -> dict[str, Features]:
-        """What was recorded for one distiller, not yet connected.
+        """The recorded features for one distiller, not yet resampled.
 
         Args:
             distiller: One of the distillers.

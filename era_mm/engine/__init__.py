@@ -1,4 +1,4 @@
-"""What stands between the command line and mmengine's Runner."""
+"""Everything between the command line and mmengine's Runner."""
 
 from era_mm.engine.amp import CPUAmpOptimWrapper
 from era_mm.engine.checkpoint_hook import WholeCheckpointHook

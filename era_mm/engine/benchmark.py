@@ -1,7 +1,7 @@
-"""What the steps of a distillation cost, measured side by side.
+"""Measures what the steps of a distillation cost, side by side.
 
-Each round runs every step once, in an order of its own, and compares within
-the round. Weights, images and ground truth are random: no file is needed.
+Each round runs every step once, in random order; steps are compared within
+a round. Weights, images and ground truth are random: no file is needed.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ from era_mm.engine.random_batch import random_batch
 from era_mm.errors import UserError
 from era_mm.hosts import versions
 
-#: The iteration in which a benchmark begins, unless something starts later.
+#: The iteration at which a benchmark begins, unless something starts later.
 START_ITER = 1000
-#: What heads are told that do other things in their first epochs (TOOD).
+#: The epoch for heads that behave differently in their first epochs (TOOD).
 EPOCH = 10
-#: Steps of which the largest peak counts: some methods draw what they do.
+#: Steps of which the largest peak is taken: some methods draw at random.
 MEMORY_STEPS = 3
 
 
@@ -60,15 +60,14 @@ class Options:
         objects: Objects per image, for detectors.
         iters: Rounds that are measured.
         warmup: Rounds of training steps before.
-        start_iter: The iteration that the first round takes itself for. None:
-            1000, or later, if a distiller has phases or schedules that begin
-            or rise later.
-        threads: Of the CPU. None: one on a CPU, and as they are on a GPU.
-        device: 'cpu' or 'cuda'. None: a GPU, where there is one.
+        start_iter: The iteration number of the first round. None: 1000, or
+            later if a distiller has phases or schedules that begin later.
+        threads: CPU threads. None: one on a CPU, unchanged with a GPU.
+        device: 'cpu' or 'cuda'. None: a GPU if there is one.
         amp: Train in mixed precision.
 
     Raises:
-        UserError: Numbers that are too small, a device that is not there.
+        UserError: A number is too small, or the device does not exist.
     """
 
     batch_size: int | None = None
@@ -97,8 +96,8 @@ class Options:
             )
         if self.device == 'cuda' and not torch.cuda.is_available():
             raise UserError(
-                '--device cuda: expected a GPU, but torch sees none. Leave '
-                'the flag out, or see docs/installation.md.'
+                '--device cuda: expected a GPU, but torch sees none. Omit '
+                'the flag, or see docs/installation.md.'
             )
 
     @property
@@ -109,11 +108,11 @@ class Options:
 
 
 class Row(NamedTuple):
-    """Something that each round runs once.
+    """A function that each round runs once.
 
     Args:
-        prepare: Makes of a batch what ``run`` takes; not measured.
-        run: What is measured.
+        prepare: Converts a batch to the input of ``run``; not measured.
+        run: The function that is measured.
     """
 
     prepare: Callable[[Any], Any]
@@ -123,12 +122,12 @@ class Row(NamedTuple):
 class Rounds:
     """Runs rows side by side, on a new batch in every round.
 
-    All rows of a round see the same batch, iteration and random numbers. They
-    come in a new order each time, so none always follows the same one.
+    All rows of a round see the same batch, iteration and random numbers.
+    Their order changes, so that no row always follows the same one.
 
     Args:
         draw: Makes a batch.
-        iteration: Of the first round.
+        iteration: Iteration number of the first round.
     """
 
     def __init__(
@@ -144,12 +143,12 @@ class Rounds:
         number: int,
         measure: Callable[[Callable[[], Any]], float],
     ) -> dict[str, list[float]]:
-        """What ``measure`` gives for each row in each round.
+        """The result of ``measure`` for each row in each round.
 
         Args:
-            rows: By name.
-            number: Of rounds.
-            measure: Calls what it gets and returns a value.
+            rows: Rows by name.
+            number: Number of rounds.
+            measure: Calls its argument and returns a value.
         """
         values: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(number):
@@ -170,16 +169,16 @@ def measure(cfgs: Sequence[Config], options: Options) -> dict[str, Any]:
 
     Times are in ms. Memory is in bytes, the peak of a step:
 
-        peak  = what stays between steps (weights, buffers, optimiser state;
-                the teachers' too) + the most that is allocated beyond it
-        floor = the plain student's peak + the teachers' weights + what they
-                hand over + extras
+        peak  = what is kept between steps (weights, buffers, optimiser
+                state, also of the teachers) + the peak allocation on top
+        floor = the plain student's peak + the teachers' weights + their
+                features + extras
 
-    extras are what the distillation keeps and trains beside the plain
-    student: weights, buffers, optimiser state and gradients, an inner
-    module's included. The largest of three steps counts.
+    extras are what the distillation keeps and trains in addition to the plain
+    student: weights, buffers, optimiser state and gradients, those of inner
+    modules included. The largest of three steps is taken.
 
-    The random state and the threads are the caller's again afterwards.
+    The caller's random state and threads are restored afterwards.
 
     Args:
         cfgs: Whole configs of distillations; the plain student is trained
@@ -196,13 +195,13 @@ def measure(cfgs: Sequence[Config], options: Options) -> dict[str, Any]:
         :func:`~era_mm.engine.benchmark_report.step_memory`.
 
     Raises:
-        UserError: Configs of something else, of different students, without
-            a size or an optimiser; a loss that is no number.
+        UserError: Configs that are not distillations, have different students
+            or no image size or optimiser; or a loss that is not finite.
     """
     check_configs(cfgs)
     setting = _setting(cfgs[0], options)
     device = options.torch_device
-    # What models say when they are built is no news here.
+    # Messages of models being built are not of interest here.
     with preserve_rng(), errors_only(), _threads(options), _iterations():
         with DefaultScope.overwrite_default_scope(_scope(cfgs[0])):
             plain = Student(cfgs[0], device, options.amp)
@@ -211,7 +210,7 @@ def measure(cfgs: Sequence[Config], options: Options) -> dict[str, Any]:
             with DefaultScope.overwrite_default_scope(_scope(cfg)):
                 subjects.append(Distilled(cfg, device, options.amp))
         for subject in subjects:
-            # What keeps no module beside the student deploys the plain one.
+            # A method without a module at inference deploys the plain student.
             assert not subject.is_plain or subject.params == plain.params
         if setting['start_iter'] is None:
             setting['start_iter'] = max(
@@ -275,7 +274,7 @@ def _run(
     rounds = Rounds(draw, setting['start_iter'])
     print(f'{setting["warmup"]} rounds to warm up ...', flush=True)
     rounds.run(steps, setting['warmup'], clock)
-    # What does not train needs no more to be warm.
+    # What does not train needs no further warm-up.
     once = rounds.run(rows, 2, clock)
     for model in models:
         model.check()
@@ -346,7 +345,7 @@ def _of_subject(
 
 
 def _setting(cfg: Config, options: Options) -> dict[str, Any]:
-    """The options, completed by what the config says."""
+    """The options, completed from the config."""
     setting = asdict(options)
     for key in ('threads', 'device'):
         # The machine's, see there.
@@ -355,8 +354,8 @@ def _setting(cfg: Config, options: Options) -> dict[str, Any]:
         found = image_size(cfg)
         if found is None:
             raise UserError(
-                f'--size: the pipelines of {name_of(cfg)} do not say what '
-                'size images have in the end. Give --size HEIGHT WIDTH.'
+                f'--size: the pipelines of {name_of(cfg)} do not tell the '
+                'size of their images. Give --size HEIGHT WIDTH.'
             )
         height, width, origin = found
         print(f'images of {height} x {width} (height x width), as in {origin}')
@@ -397,9 +396,9 @@ def _threads(options: Options) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _iterations() -> Iterator[None]:
-    """Put what a run tells of its progress back afterwards.
+    """Restore the progress of a run afterwards.
 
-    There is no ``max_iters``: what lasts a share of the run is on.
+    There is no ``max_iters``: what lasts for a share of the run is active.
     """
     hub = MessageHub.get_current_instance()
     before = {key: hub.get_info(key) for key in ('iter', 'epoch', 'max_iters')}

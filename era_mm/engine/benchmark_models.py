@@ -1,6 +1,6 @@
 """The models that a benchmark measures: the plain student, distillations.
 
-Weights are random, as a training begins, and no file is read.
+Weights are initial ones, and no file is read.
 """
 
 import copy
@@ -33,21 +33,21 @@ from era_mm.engine.launch import use_amp
 from era_mm.engine.peak_memory import state_bytes
 from era_mm.errors import UserError
 
-#: Share of the config's learning rate. A warm-up of the hosts begins with it;
-#: with all of it, random weights without warm-up go to infinity.
+#: Share of the config's learning rate. The hosts' warm-ups begin with it; with
+#: the full rate and no warm-up, random weights diverge.
 LR_FACTOR = 0.001
 
 
 class Trained:
-    """A model with the optimiser that trains it, and what one deploys of it.
+    """A model with its optimiser, and the model that is deployed.
 
     Args:
-        name: How messages call it.
+        name: What messages call it.
         model: The model, with its weights.
         deployed: The host model that predicts.
-        cfg: Whose ``optim_wrapper`` trains.
-        device: Where.
-        amp: In mixed precision.
+        cfg: The config with its ``optim_wrapper``.
+        device: Where it is trained.
+        amp: Whether to train in mixed precision.
 
     Raises:
         UserError: The config has no ``optim_wrapper``.
@@ -65,7 +65,7 @@ class Trained:
         if 'optim_wrapper' not in cfg:
             raise UserError(
                 f'config: expected an `optim_wrapper`, but {name_of(cfg)} has '
-                'none. Give the config of a whole training.'
+                'none. Give a complete training config.'
             )
         self.name = name
         self.model = model.to(device).train()
@@ -82,12 +82,12 @@ class Trained:
 
     @property
     def params(self) -> int:
-        """How many parameters one deploys."""
+        """Number of parameters of the deployed model."""
         return sum(p.numel() for p in self.deployed.parameters())
 
     @property
     def state(self) -> int:
-        """What it keeps from step to step, in bytes, without teachers."""
+        """Bytes that it keeps between steps, without teachers."""
         return state_bytes(self.model, self.wrapper)
 
     def step(self, batch: Any) -> None:
@@ -101,7 +101,7 @@ class Trained:
         self.deployed.test_step(batch)
 
     def check(self) -> None:
-        """Refuse a model whose last loss is no number.
+        """Refuse a model whose last loss is not finite.
 
         Raises:
             UserError: It is infinite or NaN.
@@ -110,8 +110,8 @@ class Trained:
         if not math.isfinite(loss):
             raise UserError(
                 f'{self.name}: the loss became {loss} on random images, and '
-                'steps with such numbers are no measure. Give another '
-                '`optim_wrapper`, or leave --amp out.'
+                'the time of such steps means nothing. Give another '
+                '`optim_wrapper`, or omit --amp.'
             )
 
 
@@ -121,7 +121,7 @@ class Student(Trained):
     Args:
         cfg: The config of a distillation.
         device: Where it is trained.
-        amp: In mixed precision.
+        amp: Whether to train in mixed precision.
     """
 
     def __init__(self, cfg: Config, device: torch.device, amp: bool) -> None:
@@ -134,12 +134,12 @@ class Student(Trained):
 
 
 class Distilled(Trained):
-    """A distillation, and the student that one takes out of it.
+    """A distillation, and its student, which is deployed.
 
     Args:
         cfg: Its config; the teachers' checkpoints are not read.
         device: Where it is trained.
-        amp: In mixed precision.
+        amp: Whether to train in mixed precision.
     """
 
     model: Distillation
@@ -152,12 +152,12 @@ class Distilled(Trained):
             exported = MODELS.build(copy.deepcopy(host_config))
         load_strictly(exported, model.state_dict(), name='the student')
         super().__init__(name_of(cfg), model, exported, cfg, device, amp)
-        #: Whether one deploys the plain student, and no module besides.
+        #: Whether the plain student is deployed, without further modules.
         self.is_plain = host_config == _student_of(cfg)[0]
 
     @property
     def teachers(self) -> dict[str, Any]:
-        """The teachers that are asked in a step."""
+        """The teachers that run in a step."""
         return {
             name: teacher
             for name, teacher in self.model.teachers.items()
@@ -166,7 +166,7 @@ class Distilled(Trained):
 
     @property
     def late(self) -> int:
-        """The first iteration in which nothing is still to begin."""
+        """The first iteration at which all phases and schedules are active."""
         steps = [0]
         for distiller in self.model.distillers.values():
             steps.append(distiller.min_iters)
@@ -174,7 +174,7 @@ class Distilled(Trained):
         return max(steps)
 
     def preprocess(self, batch: Any) -> Any:
-        """A batch as student and teachers get it in training."""
+        """A batch, preprocessed for student and teachers as in training."""
         return self.model.data_preprocessor(copy.deepcopy(batch), True)
 
     def teach(self, data: Any) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Distilled(Trained):
             return self.model.wiring.teach(**data)
 
     def teacher_feats(self, batch: Any) -> int:
-        """What the teachers hand over for a batch, in bytes."""
+        """Bytes of the teachers' features for a batch."""
         return sum(
             feat.numel() * feat.element_size()
             for feats in self.teach(self.preprocess(batch)).values()
@@ -193,16 +193,16 @@ class Distilled(Trained):
 
 
 def name_of(cfg: Config) -> str:
-    """How a benchmark calls a config."""
+    """What a benchmark calls a config."""
     return Path(cfg.filename or 'config').stem
 
 
 def check_configs(cfgs: Sequence[Config]) -> None:
-    """Refuse what cannot be measured together.
+    """Refuse configs that cannot be measured together.
 
     Raises:
-        UserError: No distillation, one of two students, one given twice, or
-            different students or optimisers.
+        UserError: One is not a distillation, or trains two students, or is
+            given twice; or students or optimisers differ.
     """
     for cfg in cfgs:
         model = cfg.get('model', {})
@@ -210,22 +210,22 @@ def check_configs(cfgs: Sequence[Config]) -> None:
         if kind == 'MutualDistillation':
             raise UserError(
                 f'config: {name_of(cfg)} trains two students that teach each '
-                'other, so no plain step lies beside it. Give configs whose '
-                'model is era_mm.Distillation.'
+                'other, so there is no plain step to compare with. Give '
+                'configs whose model is era_mm.Distillation.'
             )
         if kind != 'Distillation':
             raise UserError(
                 'config: expected one whose model is era_mm.Distillation, '
                 f'but {name_of(cfg)} has {model.get("type")}. The plain '
-                'student is measured beside its distillation; give configs '
-                'of these.'
+                'student is measured with its distillation; give only '
+                'configs of distillations.'
             )
     names = [name_of(cfg) for cfg in cfgs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(
             f'config: {", ".join(twice)} was given twice. Give each once, '
-            'under a name of its own.'
+            'with a unique name.'
         )
     first, *others = cfgs
     for cfg in others:
@@ -233,7 +233,7 @@ def check_configs(cfgs: Sequence[Config]) -> None:
             raise UserError(
                 'config: expected configs of one student, but those of '
                 f'{name_of(first)} and {name_of(cfg)} differ. Measure them '
-                'one after the other.'
+                'separately.'
             )
         kinds = [
             each.get('optim_wrapper', {}).get('optimizer', {}).get('type')
@@ -243,7 +243,7 @@ def check_configs(cfgs: Sequence[Config]) -> None:
             raise UserError(
                 f'config: {name_of(first)} trains with {kinds[0]} and '
                 f'{name_of(cfg)} with {kinds[1]}, so their plain steps would '
-                'differ. Measure them one after the other.'
+                'differ. Measure them separately.'
             )
 
 
@@ -266,14 +266,14 @@ def _student_of(cfg: Config) -> tuple[ConfigDict, str | None]:
 
 
 def _initialised(config: ConfigDict) -> nn.Module:
-    """A model as a training begins, but that no file is read.
+    """A model with initial weights; no file is read.
 
     The student of a distillation gets the weights of the plain one.
     """
     seed(0)
     model = MODELS.build(copy.deepcopy(config))
     forget_files(model)
-    # No child of a distillation, which has the student's own children.
+    # The student is not a child of a distillation, which has its children.
     if isinstance(model, Distillation):
         forget_files(model.student)
     model.init_weights()
@@ -281,7 +281,7 @@ def _initialised(config: ConfigDict) -> nn.Module:
 
 
 def seed(number: int) -> None:
-    """Begin all random numbers anew."""
+    """Seed all random number generators."""
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)

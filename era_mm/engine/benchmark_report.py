@@ -1,4 +1,4 @@
-"""What a benchmark has measured: statistics, a table and a file."""
+"""Results of a benchmark: statistics, a table and a file."""
 
 import contextlib
 import json
@@ -22,12 +22,12 @@ MOST_COLUMNS = 500
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile of what the rounds gave.
+    """Median, 10th and 90th percentile over the rounds.
 
-    Percentiles lie linearly between values, as numpy's.
+    Percentiles are interpolated linearly, as in numpy.
 
     Args:
-        values: One of each round.
+        values: One value per round.
 
     Returns:
         ``median``, ``p10``, ``p90``.
@@ -47,12 +47,11 @@ def step_times(
     teacher: Sequence[float],
     step: Sequence[float],
 ) -> dict[str, dict[str, Any]]:
-    """A distiller's step beside the least that it could take.
+    """Time of a distiller's step relative to its lower bound.
 
         floor = plain + teacher,   ratio = step / floor
 
-    round by round, so what slows the machine down for a while slows down
-    both.
+    for each round, so a temporary slowdown of the machine affects both.
 
     Args:
         plain: The plain student's step in each round, in ms.
@@ -87,22 +86,22 @@ def step_memory(
     teacher_feats: int,
     extras: int,
 ) -> dict[str, float]:
-    """A distiller's peak memory beside the least that it could take.
+    """Peak memory of a distiller's step relative to its lower bound.
 
         floor = plain_peak + teacher_weights + teacher_feats + extras
 
     Args:
-        peak: Of the distiller's step: weights, optimiser state and teachers
-            included; in bytes, as all of these.
-        plain_peak: Likewise of the plain student's step.
-        teacher_weights: Of all teachers, buffers included.
-        teacher_feats: What the teachers hand to the distillers for one
-            batch, elements times their size.
-        extras: What the distillation trains beside the plain student:
-            weights, their gradients and their optimisers' state.
+        peak: Peak of the distiller's step, weights, optimiser state and
+            teachers included; in bytes, like all of these.
+        plain_peak: Peak of the plain student's step.
+        teacher_weights: Weights of all teachers, buffers included.
+        teacher_feats: The teachers' features for one batch, number of
+            elements times element size.
+        extras: Weights that the distillation trains in addition to the plain
+            student, with their gradients and optimiser states.
 
     Returns:
-        What was given, ``floor``, and ``ratio``, the peak's to it.
+        These values, ``floor``, and ``ratio`` = peak / floor.
     """
     floor = plain_peak + teacher_weights + teacher_feats + extras
     return dict(
@@ -117,7 +116,7 @@ def step_memory(
 
 
 def cpu_model() -> str:
-    """What the processor is called, or its kind where nothing says."""
+    """Name of the processor, or its architecture if there is no name."""
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith('model name'):
@@ -126,7 +125,7 @@ def cpu_model() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The processor that did the work, and the threads of the CPU."""
+    """The processor that was used, and the CPU threads."""
     found = dict(
         device=device.type, cpu=cpu_model(), threads=torch.get_num_threads()
     )
@@ -136,7 +135,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> Table:
-    """A record of :func:`era_mm.engine.benchmark.measure`, to be read.
+    """A record of :func:`era_mm.engine.benchmark.measure` as a table.
 
     Times are medians with the 10th and 90th percentile; memory is the peak.
     """
@@ -209,28 +208,28 @@ def _mib(size: int) -> str:
 
 
 def show(record: dict[str, Any]) -> None:
-    """Print the :func:`table`, as wide as it has to be."""
+    """Print the :func:`table`, as wide as needed."""
     shown = table(record)
     console = Console()
     needed = Console(width=MOST_COLUMNS).measure(shown).maximum
-    # A narrower terminal wraps lines; the table would leave digits out.
+    # A narrow terminal then wraps lines, instead of cutting off digits.
     console.width = max(console.width, needed)
     console.print(shown)
 
 
 def check_out(file: Path) -> None:
-    """Refuse a place where no file can be written, before minutes of work.
+    """Refuse a path that cannot be written to, before the measurement.
 
     Raises:
-        UserError: There is no such folder, or the file is one.
+        UserError: There is no such folder, or the path is a folder.
     """
     if file.is_dir() or not file.parent.is_dir():
         raise UserError(
             f'--out: expected a file in a folder that exists, but got {file}. '
-            'Make the folder, or give another place.'
+            'Create the folder, or give another path.'
         )
 
 
 def write(record: dict[str, Any], file: Path) -> None:
-    """Write a record as JSON; a file is there whole or not at all."""
+    """Write a record as JSON, completely or not at all."""
     write_whole(file, (json.dumps(record, indent=1) + '\n').encode())

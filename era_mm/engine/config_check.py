@@ -1,4 +1,4 @@
-"""Looks at a config's own words before anything is built from it."""
+"""Checks the keys and values of a config before anything is built."""
 
 import difflib
 import inspect
@@ -15,7 +15,7 @@ from era_mm.engine.preflight_hook import PreflightHook
 from era_mm.errors import UserError
 from era_mm.validation import problems_of
 
-#: Top-level keys of ours, and of the hosts beside mmengine's.
+#: Top-level keys of era_mm, and those of the hosts that mmengine lacks.
 OURS = ('preflight', 'check_finite', 'strict_load')
 HOSTS = (
     'auto_scale_lr',
@@ -29,7 +29,7 @@ HOSTS = (
     'efficient_conv_bn_eval',
     'activation_checkpointing',
     'compile',
-    # Names that the hosts' configs have for parts of others.
+    # Names in the hosts' configs for parts of other entries.
     'train_pipeline',
     'val_pipeline',
     'test_pipeline',
@@ -37,7 +37,7 @@ HOSTS = (
 
 
 def check_config(cfg: Config) -> None:
-    """Refuse what our classes cannot take, and misspelt top-level keys.
+    """Refuse invalid arguments of our classes, and misspelt top-level keys.
 
     Every dict whose ``type`` is one of era_mm is compared with the signature
     of its class, as are ``preflight`` and ``check_finite``.
@@ -69,9 +69,10 @@ def check_config(cfg: Config) -> None:
 
 
 def _misspelt(cfg: Config) -> Iterator[str]:
-    """Keys that nothing reads and that look like one that is read.
+    """Unknown keys that are similar to a known one.
 
-    A config may have names of its own at the top, so others are left alone.
+    A config may have its own names at the top level, so other unknown keys
+    are accepted.
     """
     known = {
         *list(inspect.signature(Runner.__init__).parameters)[1:],
@@ -111,7 +112,7 @@ def _class_of(kind: str) -> type | None:
 
 def _of_class(cls: type, node: Mapping, key: str) -> Iterator[str]:
     init: Any = cls.__init__  # type: ignore[misc]
-    # Not of classes that only inherit a host's signature.
+    # Not for classes that only inherit a host's signature.
     module = getattr(inspect.unwrap(init), '__module__', '')
     if not module.startswith('era_mm'):
         return
@@ -133,7 +134,7 @@ def _of_class(cls: type, node: Mapping, key: str) -> Iterator[str]:
 
 
 def remarks_on(cfg: Config) -> list[str]:
-    """What of the host's keys makes a run pointless, a sentence each."""
+    """Values of the host's keys that make a run pointless, a sentence each."""
     found = []
     train = cfg.get('train_cfg') or {}
     for key in ('max_epochs', 'max_iters'):
@@ -144,8 +145,8 @@ def remarks_on(cfg: Config) -> list[str]:
     norm = clip.get('max_norm')
     if isinstance(norm, numbers.Real) and not float(norm) > 0:
         found.append(
-            f'optim_wrapper.clip_grad.max_norm is {norm}: no gradient is left '
-            'as it is. Expected a positive number.'
+            f'optim_wrapper.clip_grad.max_norm is {norm}: this removes or '
+            'reverses every gradient. Expected a positive number.'
         )
     for key, node in _preprocessors(cfg.to_dict()):
         std = node.get('std')

@@ -15,8 +15,8 @@ class DistillationDataParallel(MMDistributedDataParallel):
     """mmengine's wrapper, also for CPU ranks and for pre-training.
 
     mmengine passes ``device_ids=[local_rank]`` to every wrapper, which torch
-    refuses for a model on the CPU. And it never calls the module's own
-    ``train_step``, so a model that pre-trains something first is asked here.
+    refuses for a model on the CPU. It also never calls the module's own
+    ``train_step``, so this wrapper calls the module's pre-training step.
 
     Args:
         module: The model; its parameters are on one device.
@@ -34,8 +34,8 @@ class DistillationDataParallel(MMDistributedDataParallel):
         if next(module.parameters()).device.type == 'cpu':
             device_ids = None
         if getattr(module, 'has_phases', False):
-            # What a phase freezes gets no gradient, which the reducer would
-            # wait for.
+            # Frozen parameters get no gradient, for which the reducer would
+            # wait.
             kwargs['find_unused_parameters'] = True
         super().__init__(module, device_ids=device_ids, **kwargs)
 
@@ -52,8 +52,8 @@ class DistillationDataParallel(MMDistributedDataParallel):
 class MutualDataParallel(nn.Module):
     """The wrapper of a ``MutualDistillation``: one DDP per student.
 
-    One DDP around both would wait in a student's turn for the gradients of
-    the other.
+    A single DDP around both would wait in one student's turn for the
+    gradients of the other.
 
     Args:
         module: The model.
@@ -63,15 +63,15 @@ class MutualDataParallel(nn.Module):
     def __init__(self, module: nn.Module, **kwargs: Any) -> None:
         super().__init__()
         self.module = module
-        # A plain dict: the module's own tree, and with it the keys of its
-        # state dict, stays as it is.
+        # A plain dict, so that the module tree and the keys of the state
+        # dict do not change.
         self._turns = {
             name: DistillationDataParallel(half, **kwargs)
             for name, half in module.students.items()
         }
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict:
-        """The module's own, each turn through its DDP."""
+        """The module's own step, each turn through its DDP."""
         return self.module.train_step(data, optim_wrapper, self._turns)
 
     def val_step(self, data: Any) -> list:

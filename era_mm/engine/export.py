@@ -1,4 +1,4 @@
-"""Takes the student out of a distillation: a config and a checkpoint."""
+"""Exports the student of a distillation as a config and a checkpoint."""
 
 import copy
 import os
@@ -31,12 +31,12 @@ MODES = ('S', 'E0', 'T')
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """An exported model.
 
     Args:
         config: Path of the config.
         checkpoint: Path of the weights.
-        model: The model that they make.
+        model: The model built from them.
         needs_era_mm: Keys of the config that name types of era_mm; none for
             a model that the stock host loads.
     """
@@ -60,23 +60,22 @@ def export_student(
     """Write ``prefix.py`` and ``prefix.pth``, an ordinary host model.
 
     The config is the run's own, with data and schedule, and the plain model
-    in place of the distillation. The files are read back as a stock host
-    reads them before they get their names; nothing is left of an export that
-    fails.
+    instead of the distillation. Before the files get their names, they are
+    read back as a stock host reads them. A failed export leaves no files.
 
     Args:
         cfg: Config of the distillation.
-        checkpoint: What training has written, a path or a URL.
-        prefix: Where to write, without extension.
+        checkpoint: Path or URL of a checkpoint of its training.
+        prefix: Path to write to, without extension.
         mode: 'S', the student alone; 'E0' or 'T', the student with the
             teacher's head.
-        distiller: Whose mode, where several distillers offer it.
+        distiller: Name of the distiller, if several offer the mode.
         keep_align: For E0, see ``era_mm.methods.era.export``.
-        student: Which of the two of a ``MutualDistillation``.
+        student: Name of the student of a ``MutualDistillation``.
 
     Raises:
-        UserError: No distillation, no such mode, a plain student's file for
-            E0 or T, files that are there already, no such student.
+        UserError: Not a distillation, no such mode or student, a plain
+            student's checkpoint for E0 or T, or files that exist already.
     """
     targets = [Path(f'{prefix}.py'), Path(f'{prefix}.pth')]
     if _kind(cfg) == 'MutualDistillation' or student is not None:
@@ -141,13 +140,13 @@ def _check_request(
         raise UserError(f'--mode: expected one of {MODES}, but got {mode!r}.')
     if keep_align and mode != 'E0':
         raise UserError(
-            f'--keep-align: it is about E0, but the mode is {mode}. Leave it '
-            'out.'
+            f'--keep-align: it is for mode E0, but the mode is {mode}. Omit '
+            'it.'
         )
     if distiller is not None and mode == 'S':
         raise UserError(
-            '--distiller: S is the student alone, whatever distilled it. '
-            'Leave it out.'
+            '--distiller: mode S is the student alone and needs no distiller. '
+            'Omit it.'
         )
     if targets[0].stem.endswith(('.py', '.pth')):
         raise UserError(
@@ -178,7 +177,7 @@ def _check_student(cfg: Config, mode: str, student: str | None) -> None:
         raise UserError(
             '--student: it chooses one of the two of an '
             f'era_mm.MutualDistillation, but {cfg.filename} has '
-            f'{cfg.get("model", {}).get("type")}. Leave it out.'
+            f'{cfg.get("model", {}).get("type")}. Omit it.'
         )
     if student not in cfg.model.students:
         raise UserError(
@@ -187,13 +186,13 @@ def _check_student(cfg: Config, mode: str, student: str | None) -> None:
         )
     if mode != 'S':
         raise UserError(
-            f"--mode: {mode} takes a teacher's head, but these students had "
-            'no teacher but each other. Only S can be exported.'
+            f"--mode: {mode} needs a teacher's head, but these students only "
+            'had each other as teachers. Only S can be exported.'
         )
 
 
 def _of_one_student(cfg: Config, student: Any) -> Config:
-    """A config as if the one student had been distilled alone."""
+    """A config as if only this student had been distilled."""
     cfg = copy.deepcopy(cfg)
     model = cfg.model
     cfg.model = dict(
@@ -248,9 +247,9 @@ def _export_mode(
     extras = extras_of(state_dict)
     if extras is None:
         raise UserError(
-            f'checkpoint: {mode} needs what the distillation has learnt '
-            f'beside the student, but {checkpoint!r} holds a plain student '
-            'only. Give a file that the training has written '
+            f'checkpoint: {mode} needs the trained modules of the '
+            f'distillation, but {checkpoint!r} holds only a plain student. '
+            'Give a checkpoint of the training '
             '(epoch_*.pth, iter_*.pth, best_*.pth).'
         )
     model: Distillation = MODELS.build(whole_model(cfg))
@@ -266,9 +265,9 @@ def _export_mode(
     teacher = model.teachers[method.teacher]
     if teacher.is_random and 'teacher' not in extras[name]:
         raise UserError(
-            f"{mode} takes the teacher's head, but the {teacher.name} is "
-            "'random' and the file brings none: another one in every run. Set "
-            'its `checkpoint`.'
+            f"{mode} needs the teacher's head, but the {teacher.name} is "
+            "'random', so it differs in every run, and the file has no head. "
+            'Set its `checkpoint`.'
         )
     load_strictly(model, state_dict, name=checkpoint)
     teacher.load()
@@ -292,7 +291,7 @@ def _export_mode(
 
 
 def _choose(model: Distillation, mode: str, wanted: str | None) -> str:
-    """The distiller whose mode it is."""
+    """Name of the distiller that offers the mode."""
     names = list(model.distillers)
     if wanted is not None and wanted not in names:
         raise UserError(
@@ -322,15 +321,15 @@ def _choose(model: Distillation, mode: str, wanted: str | None) -> str:
 
 
 def _plain_config(cfg: Config, model: ConfigDict, scope: str | None) -> Config:
-    """The run's config with a plain model in it."""
+    """The run's config with the plain model."""
     plain = cfg.to_dict()
     plain['model'] = model.to_dict()
     plain['default_scope'] = scope
-    # What belongs to the run that was.
+    # Settings of the distillation run.
     for key in ('work_dir', 'load_from', 'resume', 'launcher'):
         plain.pop(key, None)
     hooks = [
-        # The student's average is the host's.
+        # The hosts' hook averages the plain student.
         dict(h, type='EMAHook')
         if _ours(h) and h['type'] == 'era_mm.EMAHook'
         else h
@@ -339,7 +338,7 @@ def _plain_config(cfg: Config, model: ConfigDict, scope: str | None) -> Config:
     hooks = [h for h in hooks if not _ours(h)]
     if hooks:
         plain['custom_hooks'] = hooks
-    # A config that mmengine has dumped may hold what the command line set.
+    # A dumped config may hold settings from the command line.
     if _ours(plain.get('model_wrapper_cfg')):
         del plain['model_wrapper_cfg']
     wrapper = plain.get('optim_wrapper') or {}
@@ -357,7 +356,7 @@ def _plain_config(cfg: Config, model: ConfigDict, scope: str | None) -> Config:
 
 
 def _imports(cfg: Config) -> list[str]:
-    """What the config and those that it refers to import."""
+    """Imports of the config and of the configs that it refers to."""
     teacher = cfg.model.get('teacher') or {}
     entries = [teacher] if 'config' in teacher else list(teacher.values())
     files = [cfg.model.student, *(entry['config'] for entry in entries)]
@@ -392,7 +391,7 @@ def _types_of_ours(node: Any, key: str = '') -> Iterator[str]:
 
 
 def _read_back(config: Path, checkpoint: Path) -> None:
-    """Build and load from the files alone, or fail."""
+    """Build and load from the files, or fail."""
     cfg = Config.fromfile(config)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = _build(cfg.model)

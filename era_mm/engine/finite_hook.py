@@ -1,4 +1,4 @@
-"""Stops a run whose losses are no numbers any more."""
+"""Stops a run whose losses are not finite."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,26 +17,26 @@ from era_mm.registry import HOOKS
 class FiniteHook(Hook):
     """Names the first loss term that is nan or infinite, and stops the run.
 
-    Each step notes on the device which terms are finite; the note is read
-    once in ``interval`` steps, and before a checkpoint is written, so that no
-    step waits for the device. A run with dynamic loss scaling (AMP) leaves
-    steps out whose gradients are not finite; it is stopped only when a whole
-    interval was not.
+    Each step keeps its terms on the device. They are checked once in
+    ``interval`` steps, and before a checkpoint is written, so that no step
+    waits for the device. Dynamic loss scaling (AMP) skips steps whose
+    gradients are not finite; such a run is stopped only if no step of a whole
+    interval was finite.
 
     ``train`` adds it to every run; ``check_finite = False`` in the config
-    leaves it out, ``check_finite = dict(interval=...)`` gives it arguments.
+    turns it off, ``check_finite = dict(interval=...)`` sets its arguments.
 
     Source: ours.
 
     Args:
-        interval: Steps between two looks.
+        interval: Steps between two checks.
 
     Raises:
-        UserError: A term is not finite; with the term, its iteration, the
-            images of that batch and the terms beside it.
+        UserError: A term is not finite. The message has the term, its
+            iteration, the images of that batch and the other terms.
     """
 
-    # Before mmengine's, which would write a file of such weights.
+    # Before mmengine's hook, which would save such weights.
     priority = 'VERY_HIGH'
 
     def __init__(self, interval: int = 10) -> None:
@@ -50,7 +50,7 @@ class FiniteHook(Hook):
         data_batch: Any = None,
         outputs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Note, and look once in a while."""
+        """Keep the losses, and check them once per interval."""
         terms = {
             name: value.detach().mean()
             for name, value in (outputs or {}).items()
@@ -73,11 +73,11 @@ class FiniteHook(Hook):
             self._look(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Look, so that no file is written of what is not finite."""
+        """Check, so that no file has weights that are not finite."""
         self._look(runner)
 
     def after_train(self, runner: Runner) -> None:
-        """Look at the last steps."""
+        """Check the last steps."""
         self._look(runner)
 
     def _look(self, runner: Runner) -> None:
@@ -102,7 +102,7 @@ class FiniteHook(Hook):
         if not bad or (scales and len(bad) < max(len(steps), self.interval)):
             return
         iteration, wrong, images, values = bad[0]
-        # The sum of all says nothing where a term of it is wrong.
+        # The total says nothing if one of its terms is wrong.
         named = [name for name in wrong if name != 'loss'] or wrong
         beside = {k: v for k, v in values.items() if k not in wrong}
         raise UserError(
@@ -141,7 +141,7 @@ def _images_in(data_batch: Any) -> list[str]:
 
 
 def add_finite_check(runner: Runner) -> None:
-    """Give a runner the hook, as the config's ``check_finite`` says."""
+    """Register the hook, as set by ``check_finite`` in the config."""
     options = runner.cfg.get('check_finite', True)
     has_one = any(isinstance(hook, FiniteHook) for hook in runner.hooks)
     if options is not False and not has_one:

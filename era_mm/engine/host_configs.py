@@ -1,4 +1,4 @@
-"""Configs of the hosts, found by the names that users write."""
+"""Finds configs of the hosts by the names that users write."""
 
 import difflib
 import warnings
@@ -16,7 +16,7 @@ from era_mm.errors import UserError
 from era_mm.hosts import shipped
 
 HOSTS = ('mmdet', 'mmpretrain')
-#: Steps of a pipeline after which every image has one size.
+#: Pipeline steps after which all images have the same size.
 FIXES_SIZE = ('Resize', 'CenterCrop', 'RandomCrop', 'RandomResizedCrop')
 
 
@@ -24,10 +24,10 @@ class HostConfig(NamedTuple):
     """A whole config and where it came from.
 
     Args:
-        reference: ``mmdet::<folder>/<name>.py`` or a path, as one writes it
-            in a config.
+        reference: ``mmdet::<folder>/<name>.py`` or a path, as written in a
+            config.
         path: Its file.
-        cfg: What it holds.
+        cfg: Its content.
     """
 
     reference: str
@@ -36,7 +36,7 @@ class HostConfig(NamedTuple):
 
     @property
     def scope(self) -> str | None:
-        """In which the types of its model are looked up."""
+        """Scope of the types of its model."""
         host = self.reference.partition('::')[0]
         return self.cfg.get('default_scope') or (
             host if '::' in self.reference else None
@@ -57,7 +57,7 @@ def read_host_config(name: str, role: str = 'config') -> HostConfig:
         role: What messages call it.
 
     Raises:
-        UserError: There is none, it cannot be read, or it has no model.
+        UserError: It does not exist, cannot be read, or has no model.
     """
     if '::' in name:
         name = name if name.endswith('.py') else f'{name}.py'
@@ -75,7 +75,7 @@ def read_host_config(name: str, role: str = 'config') -> HostConfig:
         ) from error
     if not isinstance(cfg.get('model'), Mapping):
         raise UserError(
-            f'{role}: expected the config of a whole model, but {name} has '
+            f'{role}: expected a complete config, but {name} has '
             'no `model`. Give one that the host can train.'
         )
     return HostConfig(name, path.resolve(), cfg)
@@ -108,7 +108,7 @@ def _find_in_host(name: str, role: str) -> Path:
     ]
     hint = '\n'.join(f'  {host}::{n}' for n in list(dict.fromkeys(near))[:4])
     raise UserError(
-        f'{role}: {name!r} is no config of the installed {host}. '
+        f'{role}: {name!r} is not a config of the installed {host}. '
         + (
             f'Nearest names:\n{hint}'
             if near
@@ -127,7 +127,7 @@ def _config_folder(host: str) -> Path:
 
 
 def published_checkpoint(config: HostConfig) -> str | None:
-    """URL of the weights that the host's metafile names; None if none."""
+    """URL of the weights in the host's metafile; None if there is none."""
     if '::' not in config.reference:
         return None
     with warnings.catch_warnings():
@@ -142,17 +142,17 @@ def published_checkpoint(config: HostConfig) -> str | None:
 
 
 def class_names(config: HostConfig) -> tuple[str, ...] | None:
-    """Names of the classes of the data that a config trains on.
+    """Class names of the training data of a config.
 
     Returns:
-        None where neither the config nor its data set's class says so.
+        None if neither the config nor the class of its data set has them.
     """
     loader = config.cfg.get('train_dataloader')
     for dataset in _datasets(loader.get('dataset') if loader else None):
         metainfo = dataset.get('metainfo')
         if not isinstance(metainfo, Mapping):
             metainfo = {}
-        # mmpretrain's data sets take them as an argument of its own, too.
+        # mmpretrain's data sets also take them as a separate argument.
         found = dataset.get('classes') or metainfo.get('classes')
         if isinstance(found, str):
             return _read_lines(found)
@@ -165,7 +165,7 @@ def class_names(config: HostConfig) -> tuple[str, ...] | None:
 
 
 def _read_lines(file: str) -> tuple[str, ...] | None:
-    """Names in a file, one a line; None if it cannot be read."""
+    """Names in a file, one per line; None if it cannot be read."""
     try:
         return tuple(Path(file).read_text(encoding='utf-8').splitlines())
     except (OSError, UnicodeError):
@@ -208,13 +208,13 @@ def crop_size(config: HostConfig) -> int | None:
 def image_size(cfg: Config) -> tuple[int, int, str] | None:
     """Size of the images that a config's data pipelines output.
 
-    That of the last step that fixes it, ``Resize`` or a crop, in the pipeline
-    of training, or where that has none (several sizes) in that of testing.
-    mmdet's ``Resize`` to ``(1333, 800)`` is an image 1333 wide.
+    It is set by the last step that fixes the size, ``Resize`` or a crop, in
+    the training pipeline; or, if that has several sizes, in the test
+    pipeline. mmdet's ``Resize`` to ``(1333, 800)`` gives an image 1333 wide.
 
     Returns:
-        Height, width, and the data loader whose pipeline it was; None where
-        none says.
+        Height, width, and the data loader that has the pipeline; None if no
+        pipeline fixes the size.
     """
     for name in ('train_dataloader', 'test_dataloader'):
         loader = cfg.get(name)

@@ -1,4 +1,4 @@
-"""Adapts a config to the machine it runs on."""
+"""Adapts a config to the machine on which it runs."""
 
 import os
 
@@ -14,11 +14,11 @@ from era_mm.errors import UserError
 def prepare_launch(cfg: Config) -> None:
     """Make a distributed run work on GPUs and on CPUs alike.
 
-    mmengine's own start of the process group selects a CUDA device, so on a
-    machine without one the group is started here, which mmengine respects.
+    mmengine selects a CUDA device when it starts the process group. So on a
+    machine without one the group is started here; mmengine then uses it.
 
     Args:
-        cfg: Changed in place: the model wrapper, where none is set.
+        cfg: Changed in place: the model wrapper, unless it is set.
 
     Raises:
         UserError: The launcher needs GPUs, or did not set its variables.
@@ -52,7 +52,7 @@ def prepare_launch(cfg: Config) -> None:
         raise UserError(
             '--launcher pytorch: expected the variables that torchrun sets, '
             f'but {", ".join(missing)} are not set. Start the ranks with '
-            'tools/dist_train.sh, torchrun or mim, or leave the flag out.'
+            'tools/dist_train.sh, torchrun or mim, or omit the flag.'
         )
     distributed.init_process_group('gloo')
 
@@ -62,11 +62,11 @@ def use_amp(cfg: Config, device: str | None = None) -> None:
 
     Args:
         cfg: Changed in place.
-        device: What the model runs on, 'cpu' or an accelerator. None: what a
-            run would take.
+        device: Device of the model, 'cpu' or an accelerator. None: the
+            device that a run would use.
 
     Raises:
-        UserError: A wrapper of another kind.
+        UserError: The wrapper is of another type.
     """
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if kind in ('AmpOptimWrapper', 'CPUAmpOptimWrapper'):
@@ -74,7 +74,7 @@ def use_amp(cfg: Config, device: str | None = None) -> None:
     if kind != 'OptimWrapper':
         raise UserError(
             "--amp: expected optim_wrapper.type='OptimWrapper' in the "
-            f'config, but it is {kind!r}. Leave the flag out and set mixed '
+            f'config, but it is {kind!r}. Omit the flag and set mixed '
             'precision in the config.'
         )
     if (device or get_device()) == 'cpu':

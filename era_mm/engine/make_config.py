@@ -1,4 +1,4 @@
-"""Writes the config of a distillation for two configs that exist."""
+"""Writes the config of a distillation for two existing configs."""
 
 import importlib
 import os
@@ -33,14 +33,14 @@ LINE_LENGTH = 79
 
 
 class Draft(NamedTuple):
-    """What a config is written from.
+    """Everything that a config is written from.
 
     Args:
         student: The student's whole config.
-        teacher: The teacher's.
-        teacher_checkpoint: Its weights.
-        student_checkpoint: What the student starts from, if anything.
-        plans: What each method makes of the pair, by its name.
+        teacher: The teacher's whole config.
+        teacher_checkpoint: The teacher's weights.
+        student_checkpoint: Weights that the student starts from, if any.
+        plans: Each method's plan for the pair, by method.
         input_size: Side of the image of the dry run.
     """
 
@@ -53,7 +53,7 @@ class Draft(NamedTuple):
 
 
 class Code(str):
-    """What a config holds as it is, no string."""
+    """Text that is written without quotes."""
 
     __repr__ = str.__str__
 
@@ -61,7 +61,7 @@ class Code(str):
 def methods() -> dict[str, type[BaseDistiller]]:
     """The methods that learn from a teacher, by name.
 
-    The name is the module's, or the class's where a module has several.
+    The name is the module's, or the class's if a module has several.
     """
     found: dict[str, type[BaseDistiller]] = {}
     for info in pkgutil.iter_modules(era_mm.methods.__path__):
@@ -84,7 +84,7 @@ def find_methods(names: Sequence[str]) -> dict[str, type[BaseDistiller]]:
     """Some of :func:`methods`, by name.
 
     Raises:
-        UserError: There is none of that name, or one is asked for twice.
+        UserError: A name is unknown or given twice.
     """
     known = methods()
     for name in names:
@@ -96,7 +96,7 @@ def find_methods(names: Sequence[str]) -> dict[str, type[BaseDistiller]]:
     if len(set(names)) < len(names):
         raise UserError(
             '--method: expected each method once, but got '
-            f'{", ".join(names)}. Two distillers of one method are written '
+            f'{", ".join(names)}. Write two distillers of the same method '
             'by hand.'
         )
     return {name: known[name] for name in names}
@@ -106,7 +106,7 @@ def pair_of(student: HostConfig, teacher: HostConfig) -> Pair:
     """Build both models of two configs and run them on one image.
 
     Raises:
-        UserError: One cannot be built or run, or they are not of one kind.
+        UserError: One cannot be built or run, or they are of different kinds.
     """
     first, second = (
         Member(
@@ -130,16 +130,16 @@ def make_config(
     teacher_checkpoint: str,
     student_checkpoint: str | None = None,
 ) -> Made:
-    """The config that distils one into the other, tried out.
+    """The config that distils the teacher into the student.
 
-    The model that it describes was built once, so what does not fit has been
+    Its model is built once as a trial, so that a pair that does not fit is
     refused.
 
     Args:
-        student: The student's whole config; data, schedule and hooks are
-            taken from it.
-        teacher: The teacher's.
-        method: One of :func:`methods`, or several, which then teach at once.
+        student: The student's whole config; it gives data, schedule and
+            hooks.
+        teacher: The teacher's whole config.
+        method: One of :func:`methods`, or several to be used together.
         teacher_checkpoint: Path or URL of the teacher's weights, or 'random'.
         student_checkpoint: Weights the student starts from.
 
@@ -180,25 +180,25 @@ def make_config(
 
 
 def check_student(student: HostConfig) -> None:
-    """Refuse a student that cannot be inherited from.
+    """Refuse a student whose config cannot be inherited.
 
     Raises:
-        UserError: It is a distillation, or no config that can be trained.
+        UserError: It is a distillation, or a config that cannot be trained.
     """
     kind = student.cfg.model.get('type')
     if not isinstance(kind, str):
         raise UserError(
             f'--student: {student.reference} is a config of the new style, '
             'with imported classes, which a text config cannot inherit. Give '
-            'one of the text style (`_base_ = ...`), as the hosts have of '
+            'one of the text style (`_base_ = ...`); the hosts have one for '
             'each.'
         )
     kind = distillation_kind(student.cfg.model)
     if kind is not None:
         raise UserError(
-            f'--student: {student.reference} is a {kind} already. Give the '
-            'plain config that it inherits from; a distilled checkpoint can '
-            'go to --student-checkpoint.'
+            f'--student: {student.reference} is already a {kind}. Give the '
+            'plain config that it inherits from. A distilled checkpoint can '
+            'be given as --student-checkpoint.'
         )
     missing = [
         key
@@ -231,7 +231,7 @@ def _build(text: str, student: HostConfig) -> Distillation:
 
 
 def write_config(made: Made, student: HostConfig, out: str | Path) -> None:
-    """Write the file, whole or not at all.
+    """Write the file, completely or not at all.
 
     Raises:
         UserError: It exists already, or cannot be written there.
@@ -241,7 +241,7 @@ def write_config(made: Made, student: HostConfig, out: str | Path) -> None:
     text = _filled(made.text, student, out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Unlike a renaming it replaces nothing, and unlike a link it works
+        # Unlike renaming, this replaces nothing, and unlike a link it works
         # on every file system.
         with open(out, 'x', encoding='utf-8') as file:
             try:
@@ -255,15 +255,15 @@ def write_config(made: Made, student: HostConfig, out: str | Path) -> None:
     except OSError as error:
         raise UserError(
             f'--out: {out} cannot be written: {error.strerror}. Choose '
-            'another place.'
+            'another path.'
         ) from error
 
 
 def check_out(out: Path) -> None:
-    """Refuse a name that no config may get.
+    """Refuse an invalid name for a config.
 
     Raises:
-        UserError: Something is there already, it is no ``.py`` file, or its
+        UserError: The file exists, its name does not end in ``.py``, or its
             folder cannot be written to.
     """
     if out.suffix != '.py':
@@ -281,12 +281,12 @@ def check_out(out: Path) -> None:
         raise UserError(
             f'--out: expected a folder that can be written to, but {folder} '
             f'{"cannot" if folder.is_dir() else "is a file"}. Choose another '
-            'place.'
+            'path.'
         )
 
 
 def _filled(text: str, student: HostConfig, out: Path) -> str:
-    """A config's text with what depends on where it is written."""
+    """A config's text with the parts that depend on its path."""
     return text.replace('{base}', _base(student, out)).replace(
         '{work_dir}', repr(f'./work_dirs/{out.stem}')
     )
@@ -318,7 +318,7 @@ def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
             else [hook]
         )
     if student.cfg.get('work_dir'):
-        # What a plain run has left there must not be overwritten.
+        # The files of a plain run there must not be overwritten.
         entries['work_dir'] = Code('{work_dir}')
     if student.cfg.get('resume'):
         entries['resume'] = False
@@ -352,7 +352,7 @@ def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
 
 
 def _render(value: Any, name: str = '', indent: int = 0) -> str:
-    """A value as a config has it, in as few lines as are wide enough."""
+    """A value as Python text, in as few lines as possible."""
     flat = _flat(value)
     if indent + len(name) + len(' = ') + len(flat) < LINE_LENGTH:
         return flat
@@ -399,7 +399,7 @@ def run(
     """Find, pair, try out and write; returns the report.
 
     Raises:
-        UserError: Anything that cannot be done; nothing was written then.
+        UserError: If anything fails; nothing is written then.
     """
     check_out(Path(out))
     find_methods([method] if isinstance(method, str) else method)
@@ -420,7 +420,7 @@ def run(
     checkpoint = teacher_checkpoint or published_checkpoint(theirs)
     if checkpoint is None:
         raise UserError(
-            f'--teacher-checkpoint: expected the weights of {teacher}, and '
+            f'--teacher-checkpoint: expected the weights of {teacher}, but '
             'its host publishes none. Give the path or URL of its trained '
             'weights.'
         )
@@ -446,7 +446,7 @@ def _is_file(checkpoint: str) -> bool:
 
 
 def _check_weights(teacher: str, student: str | None) -> None:
-    """Refuse files that are none, before the models are built."""
+    """Refuse files that are no checkpoints, before models are built."""
     for role, value in (('teacher', teacher), ('student', student)):
         fault = find_fault_among(value)
         if fault:
@@ -457,8 +457,8 @@ def _check_weights(teacher: str, student: str | None) -> None:
             )
     if student == RANDOM:
         raise UserError(
-            '--student-checkpoint: expected a path or URL. A student has '
-            'random weights without it: leave it out.'
+            '--student-checkpoint: expected a path or URL. Omit it to start '
+            'from random weights.'
         )
     if teacher == student or (
         student

@@ -1,4 +1,4 @@
-"""What make_config says of the pair, on one screen."""
+"""The report of make_config about a pair, on one screen."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ class Made(NamedTuple):
         text: The file's text; ``{base}`` stands for the student's config,
             ``{work_dir}`` for a folder named like the file.
         pair: The two models, measured.
-        plans: What each method makes of them, by its name.
-        model: The model that the config describes, built.
+        plans: Each method's plan for them, by method.
+        model: The model built from the config.
     """
 
     text: str
@@ -26,7 +26,7 @@ class Made(NamedTuple):
 
 
 def report(made: Made, teacher_checkpoint: str) -> str:
-    """What was decided, on one screen."""
+    """The decisions, on one screen."""
     pair = made.pair
     lines = []
     for member in (pair.student, pair.teacher):
@@ -62,7 +62,7 @@ def report(made: Made, teacher_checkpoint: str) -> str:
 
 
 def match_of(plan: Plan) -> Match:
-    """Which of the pair's outputs a method pairs."""
+    """The outputs of the pair that a method uses."""
     assert isinstance(plan.match, Match)
     return plan.match
 
@@ -107,10 +107,10 @@ def _report_resampling(match: Match) -> str:
     return '; '.join(steps) or 'none needed'
 
 
-#: What the hosts' preprocessors call things, for people.
+#: Readable names for the settings of the hosts' preprocessors.
 _LABELS = {
-    'channel_conversion': 'channels turned round',
-    'to_rgb': 'channels turned round',
+    'channel_conversion': 'channels reversed',
+    'to_rgb': 'channels reversed',
     'pad_size_divisor': 'padded to multiples of',
     'pad_value': 'padded with',
 }
@@ -126,10 +126,10 @@ def _report_input(pair: Pair) -> str:
     shown = ', '.join(
         f'{_LABELS.get(key, key)} {_short(theirs)} (student {_short(own)})'
         for key, (own, theirs) in found.items()
-        # `mean` and `std` say it.
+        # `mean` and `std` show it.
         if key != 'enable_normalize'
     )
-    return f'the teacher preprocesses by itself: {shown}'
+    return f'the teacher has its own preprocessing: {shown}'
 
 
 def _short(value: Any) -> Any:

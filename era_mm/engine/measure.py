@@ -1,4 +1,4 @@
-"""What a host model outputs, found out by running it once."""
+"""Measures the outputs of a host model by running it once."""
 
 import copy
 import math
@@ -31,12 +31,12 @@ CLASSIFIER_SIZES = (224, 256, 384, 32)
 
 
 class Seen(NamedTuple):
-    """What modules output in one forward pass, in the order they ran.
+    """Outputs of modules in one forward pass, in the order in which they ran.
 
     Args:
-        outputs: Tensors of all calls of a module; none where its output is
-            nothing that can be distilled.
-        calls: How often each was called.
+        outputs: Tensors of all calls of a module; empty if its output cannot
+            be distilled.
+        calls: Number of calls of each.
     """
 
     outputs: dict[str, Feats]
@@ -52,15 +52,15 @@ def observe(
     whole: bool = False,
     training: bool = False,
 ) -> Seen:
-    """Run a model on a random image and note what some modules output.
+    """Run a model on a random image and record the outputs of some modules.
 
     Args:
         model: A host model.
-        names: Dotted names of modules. Those that never run are left out.
+        names: Dotted names of modules. Those that do not run are skipped.
         input_size: Side of the image, in pixels.
-        whole: Run the heads too, and not up to the neck alone.
-        training: Run it as it trains, on two images: norms refuse a single
-            value per channel. Its buffers stay as they are.
+        whole: Run the heads as well; otherwise only up to the neck.
+        training: Run it in training mode, on two images, because norms refuse
+            a single value per channel. Its buffers do not change.
     """
     seen = Seen({}, {})
     modules = dict(model.named_modules())
@@ -71,7 +71,7 @@ def observe(
                 feats = as_tuple(output, source=name)
             except ValueError:
                 feats = ()
-            # Last in the order of the dict: the last to have run.
+            # Last in the dict means last to run.
             before = seen.outputs.pop(name, ())
             seen.outputs[name] = before + feats
             seen.calls[name] = seen.calls.get(name, 0) + 1
@@ -106,10 +106,10 @@ class Member:
 
     Args:
         role: 'student' or 'teacher'.
-        name: What messages call it: the reference it was given by.
+        name: What messages call it: its reference.
         config: Its model config, data_preprocessor included.
-        scope: In which its types are looked up; None: the current one.
-        classes: Names of the classes it was trained for, where known.
+        scope: Scope of its types; None: the current one.
+        classes: Names of the classes it was trained for, if known.
     """
 
     role: str
@@ -128,14 +128,14 @@ class Member:
                 DefaultScope.overwrite_default_scope(self.scope),
             ):
                 self.model = MODELS.build(copy.deepcopy(self.config))
-        # Whatever the constructors of a host's models raise.
+        # The constructors of the hosts' models may raise anything.
         except Exception as error:
             raise UserError(
                 f'{self.role}: the model of {self.name} cannot be built: '
                 f'{type(error).__name__}: {error}. Correct the config; '
-                'tools/print_sources.py builds it alone.'
+                'tools/print_sources.py builds only this model.'
             ) from error
-        # Not in one line: the `train` of mmdet's LAD returns nothing.
+        # Not chained: the `train` of mmdet's LAD returns None.
         self.model.eval()
         self.kind = kind_of(self.model)
         if self.kind not in KINDS.values():
@@ -153,17 +153,17 @@ class Member:
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes it tells apart, if its head says so."""
+        """Number of its classes, if its head tells."""
         return num_classes_of(self.model)
 
     @property
     def feeds_head(self) -> str:
-        """The module whose output its head gets."""
+        """The module whose output is the input of its head."""
         neck = getattr(self.model, 'neck', None)
         return 'backbone' if neck is None else 'neck'
 
     def measure(self, input_size: int) -> None:
-        """Run it once and keep what backbone, neck and encoder output."""
+        """Run it once and keep the outputs of backbone, neck and encoder."""
         names = [
             name
             for name, _ in self.model.named_modules()
@@ -176,7 +176,7 @@ class Member:
 
     @torch.no_grad()
     def head_runs(self) -> bool:
-        """Whether a dense head takes what was measured; True for others."""
+        """Whether a dense head accepts what was measured; True for others."""
         if not hasattr(self.model, 'bbox_head') or is_query_based(self.model):
             return True
         try:
@@ -188,13 +188,15 @@ class Member:
         return True
 
     def outputs(self, dim: int, *, inner: bool = False) -> str | None:
-        """The source, neck before backbone, all of whose outputs are so.
+        """The source whose outputs all have this number of dimensions.
+
+        The neck is preferred to the backbone.
 
         Args:
             dim: Dimensions of each output: 4 for maps, 2 for vectors.
-            inner: Whether to look among the layers of the backbone as well,
-                from its end: for the tokens of a transformer, and for a
-                backbone that outputs more than tensors.
+            inner: Whether to search the layers of the backbone as well, from
+                the end: for the tokens of a transformer, and for a backbone
+                that outputs more than tensors.
         """
         names = [self.feeds_head, 'backbone']
         if inner:
@@ -206,9 +208,9 @@ class Member:
         return None
 
     def stages(self) -> list[str]:
-        """The last sequence of blocks at each size of map, largest first.
+        """The last sequence of blocks at each map size, largest map first.
 
-        Of the backbone; found by what they output, not by name.
+        Those of the backbone; found by their outputs, not by name.
         """
         last: dict[int, str] = {}
         for name, feats in self.feats.items():
@@ -221,7 +223,7 @@ class Member:
         return [last[size] for size in sorted(last, reverse=True)]
 
     def extra_tokens(self, tokens: Tensor) -> int:
-        """How many tokens of ``(N, T, C)`` stand for no place."""
+        """Number of tokens in ``(N, T, C)`` that have no position."""
         number = tokens.shape[1]
         known = getattr(self.model.backbone, 'num_extra_tokens', None)
         return number - math.isqrt(number) ** 2 if known is None else known

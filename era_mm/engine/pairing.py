@@ -1,11 +1,11 @@
-"""How two host models fit together, found out by running both once.
+"""Finds out how two host models fit together, by running both once.
 
 A method's ``plan_for`` asks a :class:`Pair` for a :class:`Match`: which
-outputs of the student go with which of the teacher, and what has to be done
-to them in between. Nothing is guessed from names or configs.
+outputs of student and teacher are paired, and how they are resampled. Nothing
+is guessed from names or configs.
 
-Legend: a *source* is a dotted module name; a *stride* is the image's side
-over the map's.
+Legend: a *source* is a dotted module name; a *stride* is the side of the
+image divided by that of the map.
 """
 
 import math
@@ -23,16 +23,16 @@ from era_mm.engine.measure import (
 from era_mm.errors import UserError
 from era_mm.layers import Resampler, crop_to_common
 
-#: Strides that differ by less than this factor count as one.
+#: Strides that differ by less than this factor count as equal.
 SAME_STRIDE = 1.25
 
 
 class Side(NamedTuple):
-    """What one model gives to a match.
+    """One model's side of a match.
 
     Args:
-        source: Module, or several.
-        feats: Outputs on the trial image, of several one after the other.
+        source: One module or several.
+        feats: Outputs for the trial image, of several modules concatenated.
         resample: Arguments of ``Resampler``.
     """
 
@@ -43,7 +43,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """Which outputs of two models go together.
+    """Pairs of outputs of two models.
 
     Args:
         student: The student's side.
@@ -66,7 +66,7 @@ class Match:
         }
 
     def config(self) -> dict[str, Any]:
-        """``source`` as a distiller takes it; empty where it is 'neck'."""
+        """``source`` as a distiller takes it; empty if it is 'neck'."""
         names = (self.student.source, self.teacher.source)
         if self.resample:
             return {
@@ -89,7 +89,7 @@ class Match:
         return crop_to_common(student_feats=student, teacher_feats=teacher)
 
     def pairs(self) -> list[tuple[int, int, float]]:
-        """Student's output, teacher's output and the factor of resizing."""
+        """Student's output, teacher's output and the resizing factor."""
         chosen = [
             side.resample.get('levels', range(len(side.feats)))
             for side in (self.student, self.teacher)
@@ -98,7 +98,7 @@ class Match:
         return list(zip(*chosen, scales, strict=True))
 
     def stride(self, side: Side, level: int) -> float | None:
-        """Of an output of one side; None for what has no places."""
+        """Stride of an output of one side; None if it has no positions."""
         feat = side.feats[level]
         if feat.dim() == 3 and side.resample.get('tokens') == 'map':
             extra = side.resample.get('num_extra', 1)
@@ -106,7 +106,7 @@ class Match:
         return self.input_size / feat.shape[2] if feat.dim() == 4 else None
 
     def unused(self) -> list[str]:
-        """Outputs of either that go with none of the other."""
+        """Outputs of either model without a partner."""
         found = []
         for index, side in enumerate((self.student, self.teacher)):
             used = {pair[index] for pair in self.pairs()}
@@ -126,13 +126,13 @@ class Pair:
     Args:
         student: The one to be trained.
         teacher: The one to learn from.
-        input_sizes: Sides of the trial image, tried in this order; the first
-            that both can take stays, the teacher's head included where there
-            is one. None: the usual ones of their kind.
+        input_sizes: Sides of the trial image, tried in this order. The first
+            that both models accept is used, the teacher's head included if
+            there is one. None: the usual ones for their kind.
 
     Raises:
         UserError: One is a detector and the other a classifier, or there is
-            no image that both can take.
+            no image that both accept.
     """
 
     student: Member
@@ -146,8 +146,8 @@ class Pair:
             raise UserError(
                 f'teacher: the student ({self.student.name}) is a '
                 f'{kinds[0]}, but the teacher ({self.teacher.name}) a '
-                f'{kinds[1]}. Their features and labels mean different '
-                f'things: give a {kinds[0]} as teacher.'
+                f'{kinds[1]}. Their features and labels are not comparable: '
+                f'give a {kinds[0]} as teacher.'
             )
         self.is_detector = kinds[0] == 'detector'
         sizes = self.input_sizes or (
@@ -158,7 +158,7 @@ class Pair:
             try:
                 for member in (self.student, self.teacher):
                     member.measure(size)
-            # A model that does not take this size, whatever it raises.
+            # A model that does not accept this size may raise anything.
             except Exception as error:
                 problem = (member, size, error)
                 continue
@@ -176,19 +176,19 @@ class Pair:
         raise UserError(
             f'{member.role}: {member.name} cannot run on an image of '
             f'{size}x{size} (tried: {list(sizes)}): {type(cause).__name__}: '
-            f'{cause}. Both models have to take the images of the '
+            f'{cause}. Both models must accept the images of the '
             "student's pipeline."
         ) from cause
 
     def check_training(self, match: Match) -> None:
-        """Refuse a student that outputs something else while it trains.
+        """Refuse a student whose outputs differ between training and test.
 
-        What was matched is what it outputs at inference. Sources behind the
-        neck are not looked at: heads need labels in training.
+        The match was made with its outputs at inference. Sources after the
+        neck are not checked: heads need labels in training.
 
         Raises:
             UserError: Its source outputs more images, levels or channels in
-                training, or cannot run.
+                training, or it cannot run.
         """
         source, member = match.student.source, self.student
         names = [source] if isinstance(source, str) else source
@@ -205,7 +205,7 @@ class Pair:
         # Whatever a host raises.
         except Exception as error:
             raise UserError(
-                f'student: {member.name} cannot run as it does in training, '
+                f'student: {member.name} cannot run in training mode '
                 f'on two images of {self.input_size}x{self.input_size}: '
                 f'{type(error).__name__}: {error}. Correct its config.'
             ) from error
@@ -215,9 +215,9 @@ class Pair:
             raise UserError(
                 f'student: expected {source!r} of {member.name} to output '
                 f'the same in training as at inference, {expected} for two '
-                f'images, but got {shapes}. The teacher has no partners for '
-                'that; take another student. (As a teacher it can be used: '
-                'teachers run as at inference.)'
+                f'images, but got {shapes}. The teacher has no counterpart '
+                'to that; choose another student. (It can be used as a '
+                'teacher: teachers run as at inference.)'
             )
 
     def match(
@@ -229,21 +229,21 @@ class Pair:
     ) -> Match:
         """Find what to distil.
 
-        Detectors: the maps of the necks (the backbones, where there are
-        none). Levels of one stride go together; where no stride is the same,
-        every level of the teacher goes with the student's nearest, resized.
-        Classifiers: the pooled features, or whatever else feeds the teacher's
-        head.
+        Detectors: the maps of the necks (of the backbones if there are no
+        necks). Levels of equal stride are paired; if the models share no
+        stride, every level of the teacher is paired with the student's
+        nearest, resized. Classifiers: the pooled features, or any other input
+        of the teacher's head.
 
         Args:
-            maps: Take maps of a classifier, too; a transformer's tokens are
-                put on their grid.
-            encoder: Take the encoders' tokens of two DETR-like detectors.
-            cover: Give every level of the teacher one of the student's, as
-                its head needs.
+            maps: Use maps for classifiers as well; a transformer's tokens are
+                arranged as a map.
+            encoder: Use the encoders' tokens of two DETR-like detectors.
+            cover: Pair every level of the teacher with one of the student, as
+                the teacher's head needs.
 
         Raises:
-            UserError: There is nothing that fits.
+            UserError: Nothing fits.
         """
         if encoder and self._encoders_agree():
             return self._matched('encoder', 'encoder')
@@ -260,16 +260,16 @@ class Pair:
         )
 
     def match_stages(self, *, pooled: bool = False) -> Match:
-        """Pair the stages of two classifiers' backbones, from the last on.
+        """Pair the stages of two classifiers' backbones, beginning at the end.
 
-        Maps of a pair may differ in size: two models may have strides of
-        their own.
+        Maps of a pair may differ in size, because the strides of the models
+        may differ.
 
         Args:
-            pooled: Add the pooled features of both, where both have them.
+            pooled: Add the pooled features if both models have them.
 
         Raises:
-            UserError: A backbone without sequences of blocks.
+            UserError: A backbone has no sequences of blocks.
         """
         members = (self.student, self.teacher)
         names = [member.stages() for member in members]
@@ -330,7 +330,7 @@ class Pair:
         )
 
     def _vector(self, member: Member) -> Side:
-        """A classifier's features as ``(N, C)``, of its last output."""
+        """A classifier's features as ``(N, C)``, from its last output."""
         source = member.outputs(2)
         resample: dict[str, Any] = {}
         if source is None:
@@ -350,7 +350,7 @@ class Pair:
         return Side(source, feats, resample)
 
     def _maps(self, member: Member) -> Side:
-        """The maps that a model outputs; of a classifier the last one."""
+        """The maps that a model outputs; for a classifier the last one."""
         source = member.outputs(4)
         resample: dict[str, Any] = {}
         if source is None and not self.is_detector:
@@ -375,7 +375,7 @@ class Pair:
             f'{member.role}: expected {wanted} from neck or backbone of '
             f'{member.name} ({type(member.model).__name__}), but on an image '
             f'of {self.input_size}x{self.input_size} got {found}. Such a '
-            'model cannot be paired by itself; write the `source` by hand '
+            'model cannot be paired automatically; write the `source` by hand '
             '(tools/print_sources.py lists the modules).'
         )
 
@@ -412,7 +412,7 @@ class Pair:
                 height: int = height,
                 place: int = place,
             ) -> tuple[float, int]:
-                # Of two levels of one size the one at the same place.
+                # Of two levels of equal size the one with the same index.
                 index, (_, own, _) = item
                 return abs(math.log(own / height)), abs(index - place)
 

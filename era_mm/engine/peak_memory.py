@@ -1,4 +1,4 @@
-"""How much memory a training step takes, on a GPU and on a CPU."""
+"""Measures the memory of a training step, on a GPU and on a CPU."""
 
 import json
 import os
@@ -16,16 +16,16 @@ from era_mm.core import Distillation
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int:
-    """The most that a call has allocated at a time, in bytes.
+    """The peak memory that a call allocates, in bytes.
 
-    Beyond what was there before the call. On a GPU it is what torch's
-    allocator counts; on a CPU the running sum of what torch's profiler sees
-    allocated and freed, work space of operators included where it comes from
-    torch's allocator.
+    Memory from before the call does not count. On a GPU torch's allocator
+    counts it; on a CPU it is the running sum of the allocations and frees
+    that torch's profiler sees, work space of operators included if it comes
+    from torch's allocator.
 
     Args:
-        run: What is called. What it returns is dropped.
-        device: Where it works.
+        run: The function to call. Its result is dropped.
+        device: Where it runs.
     """
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
@@ -35,7 +35,7 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with warnings.catch_warnings():
-        # It says that it forgets earlier events; there are none.
+        # It warns that it drops earlier events; there are none.
         warnings.simplefilter('ignore')
         with profile(
             activities=[ProfilerActivity.CPU], profile_memory=True
@@ -45,7 +45,7 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def _memory_events(profiler: profile) -> list[tuple[int, int]]:
-    """Address and bytes of each allocation, negative where it is freed."""
+    """Address and bytes of each allocation, negative when freed."""
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, 'trace.json')
         profiler.export_chrome_trace(file)
@@ -57,13 +57,13 @@ def _memory_events(profiler: profile) -> list[tuple[int, int]]:
 
 
 def running_peak(events: Iterable[tuple[int, int]]) -> int:
-    """Peak of what is alive, from allocations in their order.
+    """Peak of the live memory, from allocations in order.
 
-    What was allocated before the first event is not counted, and neither is
-    its end.
+    Memory allocated before the first event is ignored, also when it is
+    freed.
 
     Args:
-        events: Address and bytes; negative bytes where memory is freed.
+        events: Address and bytes; negative bytes when memory is freed.
     """
     alive: dict[int, int] = {}
     now = peak = 0
@@ -78,7 +78,7 @@ def running_peak(events: Iterable[tuple[int, int]]) -> int:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes behind tensors; what several share counts once."""
+    """Bytes of the storage of tensors; shared storage counts once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
@@ -93,16 +93,16 @@ def teacher_bytes(model: Distillation) -> int:
 
 
 def state_bytes(model: nn.Module, wrapper: OptimWrapper) -> int:
-    """What a model keeps from step to step, in bytes.
+    """Bytes that a model keeps between steps.
 
-    Parameters, buffers and the optimiser's state; of a distillation the
-    distillers' and inner modules' too, without the teachers.
+    Parameters, buffers and the optimiser's state; for a distillation also
+    those of distillers and inner modules, without the teachers.
     """
     return bytes_of(_state(model, wrapper))
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """What the gradients of all that is trained take, in bytes."""
+    """Bytes of the gradients of all trained parameters."""
     return sum(
         parameter.numel() * parameter.element_size()
         for part in (model, *_inner_modules(model))

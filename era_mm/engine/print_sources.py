@@ -1,4 +1,4 @@
-"""Lists the modules of a model with what they output."""
+"""Lists the modules of a model with their outputs."""
 
 from collections.abc import Iterator
 
@@ -22,14 +22,14 @@ def print_sources(
     """A table of the modules of each model that a config has.
 
     Args:
-        config: Of a host model, or of a distillation, whose students and
-            teachers are listed one after the other.
-        depth: How many parts a module's name may have.
-        input_size: Side of the image, in pixels. None: what the pipeline of
-            a classifier crops, else the first of the usual ones that works.
+        config: Config of a host model, or of a distillation, whose students
+            and teachers are listed in turn.
+        depth: Maximum number of parts of a module's name.
+        input_size: Side of the image, in pixels. None: the crop size of a
+            classifier's pipeline, else the first usual size that works.
 
     Raises:
-        UserError: A model that cannot be built or run.
+        UserError: A model cannot be built or run.
     """
     for flag, number in (('--depth', depth), ('--input-size', input_size)):
         if number is not None and number < 1:
@@ -44,7 +44,7 @@ def print_sources(
 
 
 def _members(config: HostConfig) -> Iterator[tuple[str, Member]]:
-    """Each model with what it is called."""
+    """Each model with its role."""
     model = config.model
     if distillation_kind(model) is None:
         yield 'model', Member('model', config.reference, model, config.scope)
@@ -87,7 +87,7 @@ def _table(role: str, member: Member, depth: int, sizes: list[int]) -> str:
         except Exception:
             try:
                 seen = observe(member.model, names, size)
-                remark = ', without what follows the neck'
+                remark = ', without the modules after the neck'
                 break
             except Exception as error:
                 problem = error
@@ -101,7 +101,7 @@ def _table(role: str, member: Member, depth: int, sizes: list[int]) -> str:
         f'{size}x{size}{remark}'
     ]
     modules = dict(member.model.named_modules())
-    # In the order of the model and not of the calls: a parent ends last.
+    # In the order of the model, not of the calls: a parent ends last.
     rows = [
         (name, type(modules[name]).__name__, shapes(seen.outputs[name], size))
         for name in names
@@ -120,7 +120,7 @@ def shapes(feats: tuple[Tensor, ...], input_size: int) -> str:
         input_size: Side of the image.
     """
     if not feats:
-        return '- (no tensors alone: no source)'
+        return '- (not only tensors: cannot be a source)'
     counts: dict[str, int] = {}
     for feat in feats:
         text = 'x'.join(map(str, feat.shape[1:]))

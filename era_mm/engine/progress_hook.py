@@ -1,4 +1,4 @@
-"""A progress bar below the log, where a terminal is attached."""
+"""A progress bar below the log, if a terminal is attached."""
 
 import contextlib
 import logging
@@ -55,12 +55,13 @@ def progress_of(
 ) -> Iterator[None]:
     """Show a bar while a runner trains; the log scrolls above it.
 
-    Where the output is no terminal, and on other ranks than the first,
-    nothing changes. The terminal is put back, whatever ends the training.
+    Nothing changes if the output is not a terminal, or on ranks other than
+    the first. The terminal is restored, however the training ends.
 
     Args:
-        runner: What is going to train.
-        console: Where to; None: the standard output, if it is a terminal.
+        runner: The runner that will train.
+        console: Where to print; None: the standard output, if it is a
+            terminal.
     """
     if console is None:
         if get_rank() != 0 or not sys.stdout.isatty():

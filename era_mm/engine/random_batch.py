@@ -20,40 +20,40 @@ def random_batch(
     objects: int,
     generator: Generator,
 ) -> dict[str, list]:
-    """A batch that a host model can be trained and tested with.
+    """A batch for training or testing a host model.
 
-    Detectors get boxes and labels, and rectangles as masks where they have a
-    mask head; classifiers get a label.
+    Detectors get boxes and labels, and rectangular masks if they have a mask
+    head; classifiers get a label.
 
     Args:
-        model: Whose classes and kind of ground truth it has.
+        model: The model, whose classes and kind of ground truth are used.
         batch_size: Number of images.
         size: Height and width of each, in pixels.
         objects: Number of objects in each.
-        generator: Draws everything.
+        generator: Draws all random numbers.
 
     Returns:
-        What a dataloader gives: ``inputs`` and ``data_samples``.
+        A batch as from a dataloader: ``inputs`` and ``data_samples``.
 
     Shape:
         - inputs: ``batch_size`` of ``(3, H, W)``, uint8
 
     Raises:
-        UserError: The model is neither detector nor classifier, or does not
-            tell its number of classes.
+        UserError: The model is neither detector nor classifier, or its number
+            of classes is not known.
     """
     kind, num_classes = kind_of(model), num_classes_of(model)
     if kind not in ('detector', 'classifier'):
         raise UserError(
             'config: expected a detector of mmdet or a classifier of '
-            f'mmpretrain as student, but it is a {kind}. There is no random '
-            'ground truth for others.'
+            f'mmpretrain as student, but it is a {kind}. Random ground truth '
+            'is not supported for others.'
         )
     if num_classes is None:
         raise UserError(
             'config: expected a student whose head tells its number of '
             f'classes, but the head of {type(model).__name__} has no '
-            '`num_classes`. There is no random ground truth for others.'
+            '`num_classes`. Random ground truth is not supported without it.'
         )
     inputs, samples = [], []
     for index in range(batch_size):

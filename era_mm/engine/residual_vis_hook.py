@@ -23,29 +23,29 @@ class ResidualVisHook(Hook):
     images of val:
 
     - a picture for each image and level: the teacher's feature and the
-      estimates e_0 ... e_n; what each leaves; what each branch adds (root
+      estimates e_0 ... e_n; the residual of each; what each branch adds (root
       mean square over the channels, as ``heat_rows`` describes);
     - the scalars ``residuals/unexplained_e<i>_level<l>``: the share of the
       teacher's variance that e_i leaves on level l of these images.
 
-    They reach every backend of the config (TensorBoard, Weights & Biases,
-    MLflow, local files); losses and shares over all levels go there anyway,
-    by mmengine's ``LoggerHook``. The run stays as it is: model and random
-    state are put back. Its own time is measured and logged at the end.
+    They go to every backend of the config (TensorBoard, Weights & Biases,
+    MLflow, local files). mmengine's ``LoggerHook`` sends losses and shares
+    over all levels there. The hook does not affect the run: modes of the
+    model and random state are restored. It logs its own time at the end.
 
-    A method without estimates is shown by its student's feature beside the
-    teacher's, where both have one shape.
+    For a method without estimates, the student's feature is shown next to the
+    teacher's if both have the same shape.
 
     Source: ours.
 
     Args:
-        interval: Iterations between two looks. With 500, a look that takes
-            as long as four iterations costs less than 1 %.
-        num_images: Images of val that are looked at.
+        interval: Iterations between two pictures. With 500, pictures that
+            take as long as four iterations cost less than 1 %.
+        num_images: Number of val images that are shown.
 
     Raises:
         ValueError: A number is below 1.
-        TypeError: The run is no ``Distillation``.
+        TypeError: The model is not a ``Distillation``.
     """
 
     priority = 'LOWEST'
@@ -58,7 +58,7 @@ class ResidualVisHook(Hook):
             if value < 1:
                 raise ValueError(
                     f'`{name}` must be 1 or more, but got {value}. Remove the '
-                    'hook to see nothing.'
+                    'hook to turn it off.'
                 )
         self.interval = interval
         self.num_images = num_images
@@ -80,7 +80,7 @@ class ResidualVisHook(Hook):
         return model
 
     def before_run(self, runner: Runner) -> None:
-        """Refuse other models before anything is computed."""
+        """Refuse other models before the run starts."""
         self._model(runner)
 
     @master_only
@@ -91,7 +91,7 @@ class ResidualVisHook(Hook):
         if runner.val_loop is None:
             runner.logger.warning(
                 'ResidualVisHook: the run has no val data, so there is '
-                'nothing to look at. Set `val_dataloader`, or remove the hook.'
+                'nothing to show. Set `val_dataloader`, or remove the hook.'
             )
             return
         with preserve_rng():
@@ -110,13 +110,13 @@ class ResidualVisHook(Hook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Look, every ``interval`` iterations."""
+        """Show the images every ``interval`` iterations."""
         if self.every_n_train_iters(runner, self.interval):
             self._look(runner, runner.iter + 1)
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Look once more, and say what all of it took."""
+        """Show the images once more, and log the time that all of it took."""
         if self._looked_at != runner.iter:
             self._look(runner, runner.iter)
         whole = time.perf_counter() - self._began

@@ -1,4 +1,4 @@
-"""What came of a training, in a few lines at its end."""
+"""The results of a training, in a few lines at its end."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,22 +16,22 @@ from era_mm.registry import HOOKS
 from era_mm.report.comparison import find_metric, is_same_student
 from era_mm.report.runs import METRICS, Run, read_run
 
-#: Folders beside the work dir that are looked at for the plain run.
+#: Number of folders next to the work dir to search for the plain run.
 MOST_SIBLINGS = 30
 
 
 @HOOKS.register_module()
 class RunTableHook(Hook):
-    """Logs what made a run, and at its end a short table of what came of it.
+    """Logs versions and machine, and at the end a short table of results.
 
-    The table: the plain student's metric where its work dir is known; each
-    mode, last and best with the epoch; the student's file and the line that
-    uses it; the line that writes the report. ``train`` adds the hook to every
-    run; ``report = False`` in the config leaves it out,
-    ``report = dict(plain='work_dirs/...')`` says where the plain run is.
+    The table has the plain student's metric, if its work dir is known; the
+    last and best metric of each mode, with the epoch; the student's file and
+    the command that exports it; and the command that writes the report.
+    ``train`` adds the hook to every run; ``report = False`` in the config
+    turns it off, ``report = dict(plain='work_dirs/...')`` sets the plain run.
 
-    Without that, the newest folders beside the work dir are looked at for a
-    run of the same model, without teacher and of the same length.
+    Without that, the newest folders next to the work dir are searched for a
+    run of the same model without teacher, of the same length.
 
     Source: ours.
 
@@ -39,7 +39,7 @@ class RunTableHook(Hook):
         plain: Work dir of the plain student's run.
 
     Raises:
-        UserError: ``plain`` is no folder.
+        UserError: ``plain`` is not a folder.
     """
 
     # After the last checkpoint is written and the last metrics are logged.
@@ -49,8 +49,8 @@ class RunTableHook(Hook):
         if plain is not None and not Path(plain).is_dir():
             raise UserError(
                 "report.plain: expected the work dir of the plain student's "
-                f'run, but {plain!r} is no folder. Correct it, or leave it '
-                'out.'
+                f'run, but {plain!r} is not a folder. Correct it, or remove '
+                'it.'
             )
         self.plain = plain
 
@@ -74,20 +74,20 @@ class RunTableHook(Hook):
         try:
             lines = table_of(Path(runner.work_dir), self.plain)
         except Exception as error:
-            # A table must not fail a run that has ended well.
+            # The table must not fail a run that has succeeded.
             runner.logger.warning(
                 f'No table of the run: {type(error).__name__}: {error}'
             )
             return
-        runner.logger.info('What came of it:\n' + '\n'.join(lines))
+        runner.logger.info('Results:\n' + '\n'.join(lines))
 
 
 def table_of(work_dir: Path, plain: str | None = None) -> list[str]:
     """The table's lines.
 
     Args:
-        work_dir: Of the run.
-        plain: Work dir of the plain run; None: look beside ``work_dir``.
+        work_dir: Work dir of the run.
+        plain: Work dir of the plain run; None: search next to ``work_dir``.
     """
     run = read_run(work_dir)
     key = find_metric([run])
@@ -115,7 +115,7 @@ def table_of(work_dir: Path, plain: str | None = None) -> list[str]:
             )
     folders = ' '.join(str(r.folder) for r in (run, other) if r is not None)
     lines.append(
-        f'{"to look at it":<20}python -m era_mm report {folders} --out '
+        f'{"as a report":<20}python -m era_mm report {folders} --out '
         f'{work_dir.name}.html'
     )
     return lines
@@ -134,10 +134,10 @@ def _line(
 
 
 def find_plain_run(run: Run) -> Run | None:
-    """The plain run of a distillation's student, among its work dir's kin.
+    """The plain run of a distillation's student, next to its work dir.
 
-    The same model, length and, if there is one, seed; with metrics. None
-    where there is none.
+    It has the same model, length and (if set) seed, and has metrics. None if
+    there is no such run.
     """
     kin = [
         folder
@@ -162,7 +162,7 @@ def find_plain_run(run: Run) -> Run | None:
 
 
 def add_run_table(runner: Runner, cfg: Config) -> None:
-    """Give a runner the hook, as the config's ``report`` says.
+    """Register the hook, as set by ``report`` in the config.
 
     Raises:
         UserError: ``report`` is neither true, false nor a dict.

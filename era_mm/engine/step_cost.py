@@ -1,4 +1,4 @@
-"""What a training step costs beside the plain student's, counted."""
+"""Counts the cost of a training step relative to the plain student's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,13 +11,13 @@ from era_mm.core import Distillation
 from era_mm.core.host_models import blank_sample
 from era_mm.core.utils import evaluating, preserve_rng
 
-#: Height and width of the image that is counted on, in pixels: large enough
-#: for the coarsest level of a pyramid.
+#: Height and width of the image for counting, in pixels: large enough for the
+#: coarsest level of a pyramid.
 SIZE = 256
 
 
 def flops_of(run: Callable[[], Any]) -> int:
-    """FLOPs of the convolutions and matrix products that a call makes."""
+    """FLOPs of the convolutions and matrix products of a call."""
     counter = FlopCounterMode(display=False)
     with counter:
         run()
@@ -25,14 +25,14 @@ def flops_of(run: Callable[[], Any]) -> int:
 
 
 def step_cost(model: Distillation) -> float | None:
-    """A step's FLOPs in multiples of the plain student's step.
+    """FLOPs of a step relative to the plain student's step.
 
         (3 F_student + F_teachers + F_distillers) / (3 F_student)
 
-    A step is a forward pass F and a backward pass of twice that; the teachers
-    have the former alone, and what a distiller adds it tells by
-    ``extra_flops``. Counted on one image, without optimiser, data, or what is
-    no convolution or matrix product. Nothing in the model is changed.
+    A step is a forward pass F and a backward pass of 2 F. Teachers have only
+    the forward pass; a distiller tells its own FLOPs by ``extra_flops``. Only
+    convolutions and matrix products count, on one image, without optimiser
+    and data loading. The model is not changed.
 
     Source: ours.
 
@@ -40,7 +40,7 @@ def step_cost(model: Distillation) -> float | None:
         model: Built, with or without weights.
 
     Returns:
-        The ratio; None where a distiller does not tell.
+        The ratio; None if a distiller does not tell its FLOPs.
     """
     distillers = model.distillers.values()
     device = next(model.student.parameters()).device
@@ -68,7 +68,7 @@ def step_cost(model: Distillation) -> float | None:
 
 
 def cost_line(model: Distillation) -> str | None:
-    """The ratio in words; None where it is not known."""
+    """The ratio in words; None if it is not known."""
     try:
         ratio = step_cost(model)
     except Exception:

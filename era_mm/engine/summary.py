@@ -1,4 +1,4 @@
-"""What is going to be trained, on one screen."""
+"""A summary of what will be trained, on one screen."""
 
 import copy
 import fnmatch
@@ -25,12 +25,12 @@ def summary_of(
 ) -> str:
     """Models, sources, extras and losses, a line each.
 
-    Nothing in the model is changed, and no random number is drawn.
+    The model is not changed, and no random number is drawn.
 
     Args:
-        model: What is going to be trained.
-        batch: One image as a dataloader of val gives it, whose FLOPs are
-            counted; None: an image of the dry run's size.
+        model: The model that will be trained.
+        batch: One image from a val dataloader, for counting FLOPs. None: an
+            image of the dry run's size.
     """
     with preserve_rng():
         if isinstance(model, MutualDistillation):
@@ -96,7 +96,7 @@ def _extras_line(name: str, distiller: BaseDistiller) -> str:
 def _loss_lines(distiller: BaseDistiller) -> Iterator[str]:
     weights = distiller.loss_weights()
     if not weights:
-        yield f'{type(distiller).__name__} does not tell its weights'
+        yield f'{type(distiller).__name__} does not define its weights'
     told = set()
     for key, weight in weights.items():
         line = f'{key:<30} {weight:g}'
@@ -105,7 +105,7 @@ def _loss_lines(distiller: BaseDistiller) -> Iterator[str]:
                 told.add(pattern)
                 line += f'  {schedule}'
         yield line
-    # For single terms of a group, or where the weights are not told.
+    # For single terms of a group, or if the weights are not defined.
     for pattern, schedule in distiller.schedules.items():
         if pattern not in told:
             yield f'{pattern:<30}    {schedule}'
@@ -114,13 +114,12 @@ def _loss_lines(distiller: BaseDistiller) -> Iterator[str]:
 def flops_text(
     model: nn.Module, batch: Any, size: tuple[int, ...] = (224, 224)
 ) -> str:
-    """GFLOPs of a forward pass without post-processing, as the hosts count.
+    """GFLOPs of a forward pass without post-processing, as in the hosts.
 
-    That is mmengine's counter, in which a multiplication with its addition is
-    one.
+    By mmengine's counter, which counts a multiply-add as one.
     """
     try:
-        # A copy, because the counter leaves hooks behind where it fails.
+        # A copy, because the counter leaves hooks behind if it fails.
         model = copy.deepcopy(model).eval()
         if batch is None:
             device = next(model.parameters()).device

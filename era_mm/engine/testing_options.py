@@ -1,4 +1,4 @@
-"""What the flags of ``test`` change in a config."""
+"""Applies the flags of ``test`` to a config."""
 
 from copy import deepcopy
 from typing import Any
@@ -19,7 +19,7 @@ def add_show(
         cfg: Changed in place.
         show: Open a window per image.
         show_dir: Folder for painted images, None for none.
-        wait_time: Seconds a window stays.
+        wait_time: Seconds for which a window stays open.
     """
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
@@ -31,7 +31,7 @@ def add_show(
         )
     hook.show = show
     hook.wait_time = wait_time
-    # The two hosts name the same two settings differently.
+    # The hosts have different names for these two settings.
     if str(hook.type).endswith('DetVisualizationHook'):
         hook.draw = True
         folder_key = 'test_out_dir'
@@ -43,7 +43,7 @@ def add_show(
 
 
 def add_outputs(runner: Runner, file: str) -> None:
-    """Let the test evaluator also write every prediction to a file."""
+    """Make the test evaluator also write every prediction to a file."""
     evaluator: Any = runner.test_evaluator
     if runner.cfg.get('default_scope') == 'mmdet':
         from mmdet.evaluation import DumpDetResults
@@ -56,8 +56,8 @@ def add_outputs(runner: Runner, file: str) -> None:
 def use_tta(cfg: Config) -> None:
     """Wrap the model for test-time augmentation.
 
-    The config's ``tta_model`` and ``tta_pipeline`` are taken; a detector
-    without them is tested with a horizontal flip, as mmdet does.
+    It uses the config's ``tta_model`` and ``tta_pipeline``; a detector
+    without them is tested with a horizontal flip, as in mmdet.
 
     Args:
         cfg: Changed in place.
@@ -72,7 +72,7 @@ def use_tta(cfg: Config) -> None:
         if cfg.get('default_scope') != 'mmdet':
             raise UserError(
                 '--tta: expected tta_model and tta_pipeline in the config, '
-                'but they are missing. Add them, or leave the flag out.'
+                'but they are missing. Add them, or omit the flag.'
             )
         cfg.setdefault(
             'tta_model',

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, then renamed."""
+"""Atomic writing of files: to a temporary file, which is then renamed."""
 
 import os
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ from mmengine.fileio import LocalBackend, register_backend
 from era_mm.engine.work_dir import newest_whole
 from era_mm.errors import UserError
 
-#: What a file is called until it is whole; hidden, so no pattern for
-#: checkpoints meets it.
+#: Name of a file until it is complete; hidden, so that no pattern for
+#: checkpoints matches it.
 PART = '.{name}.part'
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file so that a process killed at any moment leaves it whole.
+    """Write a file so that a kill at any moment leaves it complete.
 
-    Under its name there is the old content or the new one, never a part.
+    The file has the old content or the new one, never a part.
 
     Args:
-        path: Where to.
-        content: All of it.
+        path: Path of the file.
+        content: The whole content.
 
     Raises:
-        OSError: It cannot be written; what was under the name still is.
+        OSError: It cannot be written; the old file is kept.
     """
     path = Path(path)
     part = path.with_name(PART.format(name=path.name))
@@ -32,7 +32,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
         with open(part, 'wb') as file:
             file.write(content)
             file.flush()
-            # A name must not get to the disk before the bytes it stands for.
+            # The content must be on the disk before the name.
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError:
@@ -41,12 +41,12 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 
 def parts_in(folder: str | Path) -> Iterator[Path]:
-    """What killed processes have left of files that never got their name."""
+    """Temporary files that killed processes have left behind."""
     return Path(folder).glob(PART.format(name='*'))
 
 
 class WholeFileBackend(LocalBackend):
-    """mmengine's backend for local files, which writes whole ones.
+    """mmengine's backend for local files, with atomic writing.
 
     Raises:
         UserError: A file cannot be written, as when the disk is full; the
@@ -79,9 +79,9 @@ class WholeFileBackend(LocalBackend):
 
 
 def guard_writing() -> None:
-    """Make mmengine write every local file of this process whole.
+    """Make mmengine write every local file of this process atomically.
 
-    mmengine has a backend for each prefix of a path, and takes another one
-    in its place; local paths have none. ``train`` calls this.
+    mmengine has a backend for each prefix of a path, which may be replaced;
+    local paths have no prefix. ``train`` calls this.
     """
     register_backend('local', WholeFileBackend, force=True, prefixes='')

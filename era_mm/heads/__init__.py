@@ -1,9 +1,10 @@
-"""What the teacher's head says: of features, and for the student's own head.
+"""The teacher's head: applied to features, and distilled into the student's.
 
-In reading order: ``twi`` (which head of a model can be reused; ``twi_heads``
-and ``two_stage`` how, ``twi_blend`` its outputs mixed with the student's),
-``logit`` and ``detector_terms`` (the student's own head beside the
-teacher's), ``choice`` (which of these fits a pair).
+In reading order: ``twi`` (which head of a model can be reused), ``twi_heads``
+and ``two_stage`` (how it is reused), ``twi_blend`` (its outputs blended with
+the student's), ``logit`` and ``detector_terms`` (losses between the outputs
+of the student's head and the teacher's), ``choice`` (which of these fits a
+pair).
 """
 
 from .choice import kind_for, term_for

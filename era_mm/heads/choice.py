@@ -1,4 +1,4 @@
-"""The term that fits a teacher's head."""
+"""Chooses the loss term that fits a teacher's head."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .two_stage import TwoStageTWIHead
 
 
 def kind_for(head: TWIHead) -> str:
-    """The kind of term that a head takes by default."""
+    """The default kind of term for a head."""
     if isinstance(head, DenseTWIHead):
         return 'dense'
     return 'roi' if isinstance(head, TwoStageTWIHead) else 'kl'
@@ -18,16 +18,16 @@ def kind_for(head: TWIHead) -> str:
 def term_for(
     head: TWIHead, kind: str | None = None, **settings: Any
 ) -> LogitTerm | DetectorTerm:
-    """What compares the student's own head with the teacher's.
+    """The term that compares the student's own head with the teacher's.
 
     Args:
-        head: The teacher's.
-        kind: 'dense', 'roi', or one of ``LogitTerm.KINDS``. None: the one
-            for such a head.
+        head: The teacher's head.
+        kind: 'dense', 'roi', or one of ``LogitTerm.KINDS``. None: the
+            default for this head.
         settings: Arguments of the term.
 
     Raises:
-        ValueError: A kind for other heads.
+        ValueError: The kind is for other heads.
     """
     own = kind_for(head)
     kind = own if kind is None else kind

@@ -1,10 +1,10 @@
-"""What the teacher's head says, for the student's own: detectors.
+"""Distillation of the outputs of detectors' heads.
 
-``DenseTerm`` serves dense heads, ``RoITerm`` RoI heads; ``logit`` has the
+``DenseTerm`` is for dense heads, ``RoITerm`` for RoI heads; ``logit`` has the
 same for classifiers.
 
 Legend: N batch, K classes, R rows (anchors or regions), k rows of an image,
-L levels, B numbers that code a box.
+L levels, B numbers that encode a box.
 """
 
 import logging
@@ -37,15 +37,16 @@ Outputs = Any
 
 
 class Said(NamedTuple):
-    """What the teacher says of the rows where it is surest.
+    """The teacher's outputs at its most confident rows.
 
     Args:
-        rows: Which they are.
+        rows: The rows.
         scores: Its scores there, ``(R, K)``.
         boxes: Its boxes there, ``(R, B)`` numbers or ``(R, 4, bins)``
             probabilities; None: not compared.
-        sure: How sure it is, ``(R,)``.
-        number: Rows that count, found or not: as many for every image.
+        sure: Its confidence, ``(R,)``.
+        number: Number of rows to average over, the same for every image,
+            whether it has that many or not.
     """
 
     rows: Any
@@ -56,13 +57,13 @@ class Said(NamedTuple):
 
 
 class Unit(nn.Module):
-    """What a term of 1 means, from sums over the first batches.
+    """The unit of a term, from sums over the first batches.
 
     The sums are over all ranks, so a term is linear in the images.
 
     Args:
         size: Number of sums.
-        shape: Of the unit.
+        shape: Shape of the unit.
     """
 
     sums: Tensor
@@ -70,19 +71,19 @@ class Unit(nn.Module):
 
     def __init__(self, size: int, shape: tuple[int, ...]) -> None:
         super().__init__()
-        # In double precision: sums of many values.
+        # In double precision, because many values are summed.
         self.register_buffer('sums', torch.zeros(size).double())
         self.register_buffer('value', torch.ones(shape))
 
     def add(self, *sums: Tensor) -> Tensor:
-        """Add up a batch's sums; returns those of all so far."""
+        """Add a batch's sums; returns the totals so far."""
         new = torch.cat([part.double().flatten() for part in sums])
         all_reduce(new)
         self.sums += new
         return self.sums
 
     def set(self, value: Tensor) -> None:
-        """Set the unit; 1 where the teacher says the same of everything."""
+        """Set the unit; 1 where the teacher's outputs are all the same."""
         self.value.copy_(torch.where(value > 1e-6, value, 1.0))
 
 
@@ -92,14 +93,15 @@ class DetectorTerm(nn.Module, ABC):
         logit = weight * mean_r KL(q_r || p_r) / unit_score
         box   = box_weight * mean_r w_r |b_r - t_r| / unit_box
 
-    over the k rows of each image of which the teacher is surest; q and p are
-    scores of teacher and student, t and b their raw box outputs, w how sure
-    the teacher is. ``unit_score`` is mean_r KL(q_r || mean_r q_r), the cost of
-    the best guess that sees no image. ``unit_box`` is mean_r w_r times the
-    standard deviation of t, by coordinate and weighted by w. So both terms
-    are about 1 for a student that knows the frequencies alone, and 0 for one
-    that equals the teacher, whatever the number of anchors and classes. A
-    teacher that says nearly the same of everything has little to pass on:
+    over the k rows of each image where the teacher is most confident; q and p
+    are scores of teacher and student, t and b their raw box outputs, w the
+    teacher's confidence. ``unit_score`` is mean_r KL(q_r || mean_r q_r), the
+    loss of the best prediction that does not depend on the image.
+    ``unit_box`` is mean_r w_r times the standard deviation of t, per
+    coordinate and weighted by w. So both terms are about 1 for a student that
+    knows only the class frequencies, and 0 for one that equals the teacher,
+    for any number of anchors and classes. A teacher whose outputs hardly
+    differ between images has little to teach:
     ``unit_score`` is at least a tenth of the entropy of mean_r q_r. Where a
     head's raw
     outputs are pixels (RTMDet, VFNet), large boxes weigh more than small ones.
@@ -111,8 +113,8 @@ class DetectorTerm(nn.Module, ABC):
     CrossKD (arXiv 2306.11369).
 
     Args:
-        weight: Of the scores.
-        box_weight: Of the boxes. 0: none.
+        weight: Weight of the scores.
+        box_weight: Weight of the boxes. 0: no boxes.
         topk: k.
 
     Raises:
@@ -121,8 +123,8 @@ class DetectorTerm(nn.Module, ABC):
 
     #: The student's modules whose outputs are compared.
     sources: tuple[str, ...] = ()
-    #: Numbers of a distribution over which a coordinate is predicted; 1: it
-    #: is predicted itself.
+    #: Number of bins if a coordinate is predicted as a distribution; 1 if it
+    #: is predicted directly.
     bins = 1
 
     def __init__(self, weight: float, box_weight: float, topk: int) -> None:
@@ -151,25 +153,25 @@ class DetectorTerm(nn.Module, ABC):
         student_feats: Features,
         teacher_feats: Sequence[Tensor],
     ) -> str | None:
-        """Meet the pair.
+        """Prepare for the pair.
 
-        Boxes that cannot be compared are left out, with a message.
+        If boxes cannot be compared, only the scores are, with a message.
 
         Args:
             head: The teacher's head.
             student: The student.
             student_feats: The student's features of one image by source.
-            teacher_feats: What the teacher's head reads.
+            teacher_feats: The input of the teacher's head.
 
         Returns:
-            Why the scores of the pair cannot be compared, if so.
+            The reason why the scores cannot be compared; None if they can.
         """
 
     @abstractmethod
     def target(
         self, head: TWIHead, teacher_feats: Sequence[Tensor], samples: list
     ) -> Said:
-        """What the teacher says; no graph."""
+        """The teacher's outputs, without graph."""
 
     @abstractmethod
     def of_student(
@@ -185,7 +187,7 @@ class DetectorTerm(nn.Module, ABC):
 
     @abstractmethod
     def _why_no_scores(self, head: nn.Module) -> str | None:
-        """Why a head's scores are not of the kind that is compared, if so."""
+        """The reason why a head's scores cannot be compared, or None."""
 
     def _why_not_scored(self, own: nn.Module, theirs: nn.Module) -> str | None:
         for owner, head in (('student', own), ('teacher', theirs)):
@@ -218,7 +220,7 @@ class DetectorTerm(nn.Module, ABC):
 
     @torch.no_grad()
     def measure(self, said: Said) -> None:
-        """Take a batch into the units; nothing once there were enough."""
+        """Add a batch to the units; no effect once they are fixed."""
         if not self.first_batches.take():
             return
         number = said.sure.new_tensor(len(said.sure))
@@ -286,15 +288,15 @@ class DetectorTerm(nn.Module, ABC):
         return terms
 
 
-#: What heads have that tell objects from background apart from the class.
+#: Attributes of heads that predict objectness separately from the class.
 OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
 
 
 def why_no_sigmoid_scores(head: nn.Module) -> str | None:
-    """Why a dense head's class scores are no sigmoid logits, if so."""
+    """The reason why a dense head has no sigmoid class logits, or None."""
     loss = getattr(head, 'loss_cls', None)
     if any(hasattr(head, part) for part in OBJECTNESS):
-        return 'scores objects apart from their classes'
+        return 'predicts objectness separately from the class'
     if (
         not getattr(loss, 'use_sigmoid', False)
         or getattr(loss, 'activated', False)
@@ -309,21 +311,21 @@ class DenseTerm(DetectorTerm):
     """``DetectorTerm`` for dense heads, anchor-based or anchor-free.
 
     Rows are anchors or points, p and q sigmoid scores, w the teacher's
-    highest score there. Refused are heads whose class scores are no sigmoid
-    logits of their own: softmax, probabilities (TOOD), scores that an
-    objectness completes (YOLO, AutoAssign). Boxes are compared where both
-    heads are of one class and code boxes alike; where they predict a
-    distribution (GFL), by KL(t_r || b_r), in units as those of the scores.
+    highest score there. Heads without sigmoid class logits are refused:
+    softmax, probabilities (TOOD), scores that are multiplied by an objectness
+    (YOLO, AutoAssign). Boxes are compared if both heads are of the same type
+    and encode boxes alike; if they predict distributions (GFL), by
+    KL(t_r || b_r), in the same kind of unit as the scores.
 
     Source: ours.
 
     Args:
-        weight: Of the scores.
-        box_weight: Of the boxes.
-        topk: Anchors of each image.
+        weight: Weight of the scores.
+        box_weight: Weight of the boxes.
+        topk: Number of anchors per image.
     """
 
-    #: What decides, beside class and coder, what a head's box outputs mean.
+    #: Settings, besides type and coder, that define a head's box outputs.
     BOX_SETTINGS = ('norm_on_bbox', 'reg_max', 'reg_decoded_bbox')
 
     sources = ('bbox_head',)
@@ -344,7 +346,7 @@ class DenseTerm(DetectorTerm):
     ) -> str | None:
         """As in the base class."""
         if not isinstance(head, DenseTWIHead):
-            return f'{type(head.head).__name__} is no dense head'
+            return f'{type(head.head).__name__} is not a dense head'
         theirs, own = head.head, student.bbox_head
         reason = self._why_not_scored(own, theirs)
         if reason is not None:
@@ -359,7 +361,7 @@ class DenseTerm(DetectorTerm):
                 'anchors and classes must agree'
             )
         if not same_priors(own, theirs, outs[0]):
-            return 'the anchors of the two have other sizes or places'
+            return 'the anchors of the two have different sizes or positions'
         self.num_classes = theirs.cls_out_channels
         self.bins = getattr(theirs, 'reg_max', 0) + 1
         self.box_width = 4 * self.bins
@@ -378,22 +380,22 @@ class DenseTerm(DetectorTerm):
     ) -> str | None:
         names = [type(head).__name__ for head in (own, theirs)]
         if type(own) is not type(theirs):
-            return f'{names[0]} and {names[1]} code them in ways of their own'
+            return f'{names[0]} and {names[1]} encode them differently'
         if coder_of(own) != coder_of(theirs) or any(
             getattr(own, name, None) != getattr(theirs, name, None)
             for name in self.BOX_SETTINGS
         ):
-            return f'the two {names[0]}s code them with other settings'
+            return f'the two {names[0]}s encode them with different settings'
         anchors = outs[0][0].shape[1] // self.num_classes
         widths = {level.shape[1] for level in outs[1]}
         if widths != {anchors * self.box_width}:
-            return f'{names[1]} predicts no four sides of a box'
+            return f'{names[1]} does not predict the four sides of a box'
         return None
 
     def _outputs_at(
         self, outs: Outputs, rows: Rows
     ) -> tuple[Tensor, Tensor | None]:
-        # Where padding made the student's maps larger, features were cut.
+        # If padding made the student's maps larger, they were cropped.
         logits = rows.of(outs[0]).flatten(0, 1)
         if not self.box_weight:
             return logits, None
@@ -447,21 +449,21 @@ class DenseTerm(DetectorTerm):
 class RoITerm(DetectorTerm):
     """``DetectorTerm`` for RoI heads.
 
-    Rows are the regions that the student's RPN proposes first, the same for
-    both; p and q are softmax scores, background among them, w the teacher's
-    probability that a region holds an object. Of boxes predicted by class
-    that of the teacher's best class is compared.
+    Rows are the top proposals of the student's RPN, the same for both heads;
+    p and q are softmax scores with background, w the teacher's probability
+    that a region holds an object. If boxes are predicted per class, those of
+    the teacher's best class are compared.
 
-    The student's RoI head runs on these regions a second time, in eval mode:
-    norms of it must not count a batch twice.
+    The student's RoI head runs on these regions a second time, in eval mode,
+    so that its norms do not count a batch twice.
 
     Source: ours; that both heads judge the same regions is DIST's (arXiv
     2205.10536).
 
     Args:
-        weight: Of the scores.
-        box_weight: Of the boxes.
-        topk: Regions of each image.
+        weight: Weight of the scores.
+        box_weight: Weight of the boxes.
+        topk: Number of regions per image.
     """
 
     def __init__(
@@ -481,7 +483,7 @@ class RoITerm(DetectorTerm):
     ) -> str | None:
         """As in the base class."""
         if not isinstance(head, TwoStageTWIHead):
-            return f'{type(head.head).__name__} is no RoI head'
+            return f'{type(head.head).__name__} is not a RoI head'
         own, theirs = student.roi_head, head.head
         reason = self._why_not_scored(own, theirs)
         if reason is not None:
@@ -507,7 +509,7 @@ class RoITerm(DetectorTerm):
             or boxes[0].reg_class_agnostic != boxes[1].reg_class_agnostic
         ):
             self._leave_boxes(
-                'the two RoI heads code them with other settings'
+                'the two RoI heads encode them with different settings'
             )
         self._set_up_units(classes[1] + 1, 4)
         return None
@@ -558,7 +560,7 @@ class RoITerm(DetectorTerm):
         )
         logits, coded = self._run(head.head, teacher_feats, rois)
         scores = full_precision(logits).softmax(dim=1)
-        # The last of the scores is the background's.
+        # The last score is the background's.
         classes = scores[:, :-1].argmax(dim=1)
         at = self._boxes_at(full_precision(coded), classes)
         number = len(samples) * self.topk

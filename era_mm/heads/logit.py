@@ -1,7 +1,7 @@
-"""What the teacher's head says, for the student's own: classifiers.
+"""Distillation of the logits of classifiers.
 
-``detector_terms`` has the same for detectors. A term compares outputs with
-the teacher's: the student's own, or those of the teacher's head on an
+``detector_terms`` has the same for detectors. A term compares the teacher's
+outputs with the student's own, or with those of the teacher's head on an
 estimate.
 
 Legend: N batch, K classes.
@@ -26,11 +26,12 @@ from .twi_heads import TWIHead
 
 
 class SaidOfClasses(NamedTuple):
-    """What the teacher says of a batch.
+    """The teacher's outputs for a batch.
 
     Args:
         logits: Its logits, ``(N, K)``.
-        labels: The true classes, ``(N,)``; None for kinds that do not ask.
+        labels: The true classes, ``(N,)``; None if the kind does not need
+            them.
     """
 
     logits: Tensor
@@ -49,13 +50,13 @@ class LogitTerm:
         temperature: tau. 1 is ERA's [official code].
         standardise: Whether both logits are standardised first
             (:func:`~era_mm.layers.standardise_logits`).
-        alpha: Of the true class, 'dkd' only. None: 1.
-        beta: Of the other classes, 'dkd' only. None: 8.
-        source: The student's module whose output the logits are.
+        alpha: Weight of the true class, 'dkd' only. None: 1.
+        beta: Weight of the other classes, 'dkd' only. None: 8.
+        source: The student's module that outputs the logits.
 
     Raises:
         ValueError: An unknown kind, a weight below 0, a temperature that is
-            not above 0, ``alpha`` or ``beta`` of another kind.
+            not above 0, or ``alpha`` or ``beta`` for another kind.
     """
 
     KINDS: ClassVar[dict[str, Callable]] = {
@@ -91,8 +92,8 @@ class LogitTerm:
         }
         if shares and kind != 'dkd':
             raise ValueError(
-                f"`logit.{next(iter(shares))}` is of kind 'dkd', but the kind "
-                f'is {kind!r}. Leave it out.'
+                f"`logit.{next(iter(shares))}` is for kind 'dkd', but the "
+                f'kind is {kind!r}. Remove it.'
             )
         self.kind, self.weight = kind, weight
         self.standardise = standardise
@@ -108,7 +109,7 @@ class LogitTerm:
         student_feats: Features,
         teacher_feats: Sequence[Tensor],
     ) -> str | None:
-        """Why the logits of a pair cannot be compared, if so."""
+        """The reason why the logits cannot be compared, or None."""
         if type(head) is not TWIHead:
             return (
                 f'{self.kind!r} is for the logits of classifiers, and the '
@@ -116,7 +117,7 @@ class LogitTerm:
             )
         kinds = [kind.__name__ for kind in type(head.head).__mro__]
         if 'MultiLabelClsHead' in kinds:
-            return f"the classes of the teacher's {kinds[0]} may be several"
+            return f"the teacher's {kinds[0]} may give several classes"
         for role, module in (
             ("teacher's", head.head),
             ("student's", dict(student.named_modules()).get(self.sources[0])),
@@ -125,7 +126,7 @@ class LogitTerm:
             if getattr(loss, 'use_sigmoid', False):
                 return (
                     f'the {role} {type(module).__name__} was trained with a '
-                    'sigmoid for each class, so its logits have no softmax'
+                    'sigmoid per class, so no softmax applies to its logits'
                 )
         own = tuple(student_feats[self.sources[0]][0].shape)
         logits = head(teacher_feats)
@@ -152,7 +153,7 @@ class LogitTerm:
         """The teacher's logits.
 
         Raises:
-            ValueError: An image without one true class, of which 'dkd' asks.
+            ValueError: An image without a single true class, for 'dkd'.
         """
         logits = head(teacher_feats)
         if self.kind != 'dkd':
@@ -160,14 +161,14 @@ class LogitTerm:
         labels = [sample.get('gt_label') for sample in samples]
         if any(label is None or label.numel() != 1 for label in labels):
             raise ValueError(
-                "`logit` of kind 'dkd' needs the one true class of each "
+                "`logit` of kind 'dkd' needs a single true class for each "
                 'image, and these have none (mixed images have two). Remove '
-                "batch augmentation, or take kind='kl'."
+                "batch augmentation, or set kind='kl'."
             )
         return SaidOfClasses(logits, torch.cat(labels).to(logits.device))
 
     def measure(self, said: SaidOfClasses) -> None:
-        """Nothing: logits have no unit."""
+        """No effect: logits have no unit."""
 
     def of_student(
         self, student_feats: Features, said: SaidOfClasses

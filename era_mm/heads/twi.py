@@ -1,7 +1,7 @@
-"""Teacher Weight Integration: what it can use of a model's head.
+"""Teacher Weight Integration: finds the usable head of a model.
 
 ``find_head`` wraps a model's head in one of the classes of ``twi_heads``;
-``predictors_of`` takes a dense head's towers off.
+``predictors_of`` removes a dense head's towers.
 """
 
 from typing import Any
@@ -18,20 +18,20 @@ from .twi_heads import (
 )
 from .two_stage import StudentProposals, TwoStageTWIHead
 
-#: mmpretrain's heads with a `loss_module`: of one label, of several.
+#: mmpretrain's heads with a `loss_module`: for one label, for several.
 CLS_HEADS = {'ClsHead', 'MultiLabelClsHead'}
 
 
 def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
-    """What TWI can use of a model; None if there is nothing.
+    """The head of a model, for TWI; None if there is none that it can use.
 
     Args:
         model: A teacher; or a student, for the blend.
-        place: 'head' for the whole of it, 'predictors' for the last layers
-            of a dense head.
+        place: 'head' for the whole head, 'predictors' for the last layers of
+            a dense head.
 
     Raises:
-        ValueError: 'predictors' of a head without two towers.
+        ValueError: 'predictors' for a head without two towers.
     """
     if place == 'predictors':
         return PredictorTWIHead(predictors_of(model))
@@ -53,20 +53,20 @@ def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:
 
 
 def with_loss_of(student: nn.Module, head: TWIHead) -> TWIHead | None:
-    """A classifier's head that judges by the student's own loss.
+    """The teacher's classifier head with the student's own loss.
 
-    Its smoothing, its weight, its form of labels: what the student's own
-    logits are judged by. All else is the teacher's.
+    The loss has the student's smoothing, weight and label format, so that
+    estimates are judged as the student's own logits are.
 
     Source: ERA [official code].
 
     Args:
         student: The student.
-        head: The teacher's.
+        head: The teacher's head.
 
     Returns:
-        None where the two heads take labels of other forms, or one of them
-        computes its loss in a way of its own.
+        None if the two heads take different label formats, or one of them
+        has its own way to compute its loss.
     """
     kinds = [
         {kind.__name__ for kind in type(owner).__mro__} & CLS_HEADS
@@ -79,7 +79,7 @@ def with_loss_of(student: nn.Module, head: TWIHead) -> TWIHead | None:
 
 
 def why_not_comparable(student: nn.Module, teacher: nn.Module) -> str | None:
-    """Why TWI makes no sense for a pair, whatever the features, if so."""
+    """The reason why TWI makes no sense for a pair, or None."""
     if is_query_based(teacher):
         return (
             f"the teacher's head ({type(teacher).__name__}) reads the "
@@ -103,9 +103,9 @@ def why_not_comparable(student: nn.Module, teacher: nn.Module) -> str | None:
 
 
 def why_not_reused(student: nn.Module, teacher: nn.Module) -> str | None:
-    """Why the teacher's head cannot judge this student's estimates, if so.
+    """The reason why the teacher's head cannot judge estimates, or None.
 
-    What shows only on features is left to ``TWIHead.problem``.
+    ``TWIHead.why_not_judged`` checks what needs features.
     """
     reason = why_not_comparable(student, teacher)
     if reason is not None:
@@ -178,9 +178,9 @@ def plain_towers(model: nn.Module) -> dict[str, nn.ModuleList]:
         for name, tower in towers.items()
     ):
         raise ValueError(
-            f'{type(model.bbox_head).__name__} has towers of its own at each '
-            'level, but a head is needed whose levels share two towers, as '
-            'those of RetinaNet, FCOS, ATSS and GFL do.'
+            f'{type(model.bbox_head).__name__} has separate towers for each '
+            'level, but a head is needed whose levels share two towers, like '
+            'those of RetinaNet, FCOS, ATSS and GFL.'
         )
     return towers
 
@@ -195,7 +195,7 @@ def tower_sources(
 
     Args:
         model: A detector.
-        layers: After how many layers of a tower; None: after all.
+        layers: Number of layers of a tower before the source; None: all.
 
     Raises:
         ValueError: The head has no such towers, or a shorter one.
@@ -222,7 +222,7 @@ def tower_sources(
 
 
 class _TowerInput(nn.Module):
-    """In a tower's place: its own half of the channels, as they come in."""
+    """Replaces a tower: passes on its own half of the input channels."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -234,15 +234,15 @@ class _TowerInput(nn.Module):
 
 
 def predictors_of(model: nn.Module, layers: int | None = None) -> nn.Module:
-    """A model's dense head less its towers.
+    """A model's dense head without its towers.
 
-    It takes, level by level, the outputs of both towers, one after the other
-    along the channels. The rest (predictors, scales, assigner, losses,
-    decoding) is the head's own.
+    For each level it takes the outputs of both towers, concatenated along
+    the channels. The rest (predictors, scales, assigner, losses, decoding) is
+    the head's own.
 
     Args:
         model: A detector.
-        layers: How many layers of a tower are left out; None: all.
+        layers: Number of layers of a tower to remove; None: all.
 
     Raises:
         ValueError: The head has no such towers.

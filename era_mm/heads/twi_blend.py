@@ -1,4 +1,4 @@
-"""Two detectors' outputs in one: the arithmetic of mode ST."""
+"""Blends the outputs of two detectors: the arithmetic of mode ST."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 def same_priors(
     student_head: nn.Module, teacher_head: nn.Module, maps: Sequence[Tensor]
 ) -> bool:
-    """Whether two dense heads have equal priors on maps of such sizes.
+    """Whether two dense heads have equal priors on maps of these sizes.
 
-    True for heads that say nothing of priors.
+    True for heads without a prior generator.
     """
     generators: list[Any] = [
         getattr(head, 'prior_generator', None)
@@ -37,7 +37,7 @@ def can_blend_raw(
     teacher_head: nn.Module,
     teacher_outs: Sequence,
 ) -> bool:
-    """Whether two dense heads' raw outputs mean the same."""
+    """Whether two dense heads' raw outputs have the same meaning."""
     if type(student_head) is not type(teacher_head):
         return False
     if not hasattr(teacher_head, 'prior_generator'):
@@ -55,7 +55,7 @@ def can_blend_raw(
 
 
 def coder_of(head: nn.Module) -> dict[str, Any] | None:
-    """A box coder's settings; None where the priors alone decode (YOLOX)."""
+    """A box coder's settings; None for heads without a coder (YOLOX)."""
     coder = getattr(head, 'bbox_coder', None)
     if coder is None:
         return None
@@ -81,18 +81,18 @@ def merge(
 ) -> InstanceData:
     """Merge the objects that student and teacher head found in an image.
 
-    The scores of the side with the smaller share are scaled down by the ratio
-    of the shares; then NMS over both, as ``test_cfg`` sets it.
+    The scores of the side with the smaller weight are multiplied by the ratio
+    of the weights; then NMS over both, as in ``test_cfg``.
     """
     from mmcv.ops import batched_nms
 
     student, teacher = pair
-    # The heavier side keeps its scores, so that thresholds still mean what
-    # they meant.
+    # The scores of the side with the larger weight do not change, so that
+    # thresholds keep their meaning.
     heavier = max(alpha, 1 - alpha)
     student.scores = student.scores * (1 - alpha) / heavier
     teacher.scores = teacher.scores * alpha / heavier
-    # What only one of them predicts (masks) is left out.
+    # What only one of them predicts (masks) is dropped.
     for one, other in ((student, teacher), (teacher, student)):
         for key in set(one.keys()) - set(other.keys()):
             delattr(one, key)

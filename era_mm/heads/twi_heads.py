@@ -1,7 +1,8 @@
-"""The teacher's head on estimates, one class per way of using a head.
+"""The teacher's head applied to estimates, one class per kind of head.
 
-``TWIHead`` serves classifiers, ``DenseTWIHead`` and ``PredictorTWIHead``
-dense heads, ``TwoStageTWIHead`` a region proposal network with its RoI head.
+``TWIHead`` is for classifiers, ``DenseTWIHead`` and ``PredictorTWIHead`` are
+for dense heads, ``TwoStageTWIHead`` for a region proposal network with its
+RoI head.
 
 Legend: N batch, C_t channels of the teacher, L levels, * any spatial
 dimensions.
@@ -28,9 +29,9 @@ from .twi_blend import blend_raw, can_blend_raw, merge
 
 @contextlib.contextmanager
 def _progress() -> Iterator[None]:
-    """A run's first step, for heads that ask for it before there is one.
+    """Pretend that a run is at its first step, for heads that ask for it.
 
-    TOOD's assigner depends on the epoch; others may ask for the iteration.
+    TOOD's assigner depends on the epoch; others may use the iteration.
     """
     hub = MessageHub.get_current_instance()
     missing = [key for key in ('iter', 'epoch') if hub.get_info(key) is None]
@@ -46,19 +47,19 @@ def _progress() -> Iterator[None]:
 def with_children(
     module: nn.Module, **children: nn.Module | None
 ) -> nn.Module:
-    """The same module with some other children.
+    """The same module with some children replaced.
 
-    All else is shared with the original: weights that are loaded, moved or
-    cast there are so here.
+    All else is shared with the original, also when its weights are loaded,
+    moved or cast.
     """
     view = copy.copy(module)
-    # A copy shares even this table; torch has no public way to part it.
+    # A copy shares even this table; torch has no public way to separate it.
     view._modules = {**module._modules, **children}
     return view
 
 
 def _summed(losses: Mapping[str, Any]) -> dict[str, Any]:
-    """A head's losses, lists over levels summed up."""
+    """A head's losses, with lists over levels summed."""
     return {
         key: sum(term.mean() for term in value)
         if isinstance(value, (list, tuple))
@@ -72,11 +73,11 @@ class TWIHead(BaseModule):
     """The teacher's head, applied to estimates of the teacher's features.
 
     Its weights never change and are not this module's parameters; gradients
-    pass through it to the estimates. Losses are the head's own, with its own
-    assigner. This class serves classifiers, its subclasses detectors.
+    flow through it to the estimates. Losses are the head's own, with its own
+    assigner. This class is for classifiers, its subclasses for detectors.
 
     Source: ERA's ``H_t`` [official code] is the last linear layer of a
-    classifier; a detector's heads in its place are [ours].
+    classifier; detectors' heads are [ours].
 
     Args:
         heads: The teacher's head, or heads.
@@ -103,11 +104,11 @@ class TWIHead(BaseModule):
     def why_not_judged(
         self, feats: Sequence[Tensor], *, training: bool
     ) -> str | None:
-        """Why the head cannot judge such features, if so.
+        """The reason why the head cannot judge such features, or None.
 
         Args:
-            feats: Features of one image, as the teacher has them.
-            training: Whether its losses are needed, too.
+            feats: Features of one image, like the teacher's.
+            training: Whether its losses are needed as well.
         """
         try:
             self(feats)
@@ -117,16 +118,16 @@ class TWIHead(BaseModule):
         return None
 
     def training_forward(self, feats: Sequence[Tensor]) -> Any:
-        """As ``forward``, in the form that the head's losses take."""
+        """As ``forward``, with outputs as in training, for the losses."""
         with self._training_outputs():
             return self(feats)
 
     @contextlib.contextmanager
     def _training_outputs(self) -> Iterator[None]:
-        # Heads look at their own flag to decide what they output: FCOS
-        # scales its distances by the stride and RepPoints decodes its points
-        # only at test. Losses need the training form. The flags of the
-        # layers below stay as they are, so norms and dropout remain frozen.
+        # A head's own training flag decides what it outputs: FCOS scales its
+        # distances by the stride and RepPoints decodes its points only at
+        # test. Losses need the outputs of training. The flags of the layers
+        # below do not change, so norms and dropout remain in eval mode.
         for head in self.heads:
             head.training = True
         try:
@@ -137,15 +138,15 @@ class TWIHead(BaseModule):
 
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[None]:
-        """Each estimate of a step finds the same head and the same draws."""
-        # Some losses count in buffers (GHM's running bins).
+        """Restore buffers and random state after each estimate of a step."""
+        # Some losses update buffers (GHM's running bins).
         buffers = [
             (buffer, buffer._version, buffer.clone())
             for head in self.heads
             for buffer in head.buffers()
         ]
         try:
-            # Samplers draw. The run's own draws must not shift.
+            # Samplers draw random numbers, which must not affect the run.
             with preserve_rng():
                 yield
         finally:
@@ -165,7 +166,7 @@ class TWIHead(BaseModule):
             - feats: L of ``(N, C_t, *)``
 
         Returns:
-            Its terms under its own names, lists over levels summed up.
+            Its terms under its own names, with lists over levels summed.
         """
         with self._training_outputs(), self._as_it_was():
             return _summed(self._losses(tuple(feats), data_samples))
@@ -179,16 +180,16 @@ class TWIHead(BaseModule):
         term: Any = None,
         said: Any = None,
     ) -> list[dict[str, Tensor]]:
-        """What the head says of several estimates of one batch.
+        """The losses of the head on several estimates of one batch.
 
         Args:
             steps: The estimates, each L of ``(N, C_t, *)``.
             data_samples: The batch's ground truth.
             by_labels: Whether to compare with the ground truth, as
                 :meth:`loss` does.
-            term: The term that compares with the teacher's own outputs,
-                beside or in place of those; None: not at all.
-            said: What its ``target`` gave.
+            term: The term that compares with the teacher's own outputs; None:
+                no such comparison.
+            said: The result of its ``target``.
 
         Returns:
             The terms of each estimate.
@@ -227,21 +228,21 @@ class TWIHead(BaseModule):
 
             z = (1 - alpha) * z_student + alpha * z_teacher
 
-        on raw outputs (logits, box deltas) where both heads have the same
-        outputs on the same priors; else both decode by themselves and their
-        boxes are merged by NMS.
+        on raw outputs (logits, box deltas) if both heads have the same
+        outputs on the same priors. Otherwise each head decodes its own, and
+        the boxes are merged by NMS.
 
         Source: ERA [official code] for logits; detectors are [ours].
         """
         logits = (1 - alpha) * student_head(student_feats)
         logits = logits + alpha * self(feats)
         samples = [sample.new() for sample in data_samples]
-        # Classes may be one or several of an image: the host's head knows.
+        # The host's head knows if images have one class or several.
         return student_head.head._get_predictions(logits, samples)
 
 
 class DetectorTWIHead(TWIHead):
-    """What heads of detectors share."""
+    """Base class for the heads of detectors."""
 
     @property
     def _first(self) -> nn.Module:
@@ -252,7 +253,7 @@ class DetectorTWIHead(TWIHead):
     def _instances(
         self, feats: tuple[Tensor, ...], data_samples: list
     ) -> list[InstanceData]:
-        """What the head finds in each image."""
+        """The detections of the head in each image."""
 
     def why_not_judged(
         self, feats: Sequence[Tensor], *, training: bool
@@ -261,8 +262,8 @@ class DetectorTWIHead(TWIHead):
         found = super().why_not_judged(feats, training=training)
         if found or not training:
             return found
-        # Not the features of the dry run: an empty image looks the same all
-        # over, and PAA's mixture model finds nothing to fit.
+        # Not the features of the dry run: those of a blank image are constant,
+        # and PAA's mixture model cannot be fitted to them.
         generator = torch.Generator().manual_seed(0)
         noise = [
             torch.randn(feat.shape, generator=generator).to(feat)
@@ -273,12 +274,12 @@ class DetectorTWIHead(TWIHead):
                 self.judge([noise], [self.trial_sample(feats)])
         except Exception as error:
             if self.head.train_cfg is None:
-                return 'it has no `train_cfg` and so cannot assign truth'
+                return 'it has no `train_cfg`, so it cannot assign targets'
             return f'its losses raise {type(error).__name__}: {error}'
         return None
 
     def trial_sample(self, feats: Sequence[Tensor]) -> BaseDataElement:
-        """An image with one object, of the size that the maps come from."""
+        """An image with one object, of the size that gives these maps."""
         priors = getattr(self._first, 'prior_generator', None)
         stride = priors.strides[0] if priors is not None else 8
         stride = stride if isinstance(stride, int) else stride[0]
@@ -287,7 +288,7 @@ class DetectorTWIHead(TWIHead):
         boxes = feats[0].new_tensor([[0, 0, width / 2, height / 2]])
         labels = torch.zeros(1, dtype=torch.long, device=boxes.device)
         sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
-        # Pipelines always give it; CrowdDet's head reads it.
+        # Pipelines always set it; CrowdDet's head reads it.
         sample.ignored_instances = InstanceData(
             bboxes=boxes[:0], labels=labels[:0]
         )
@@ -334,7 +335,7 @@ def _with_instances(
 
 
 def _part(outs: Any, images: slice) -> Any:
-    """Some images of raw outputs, nested as heads nest them."""
+    """Raw outputs of some images, nested as heads nest them."""
     if isinstance(outs, Tensor):
         return outs[images]
     if isinstance(outs, (list, tuple)):
@@ -342,7 +343,7 @@ def _part(outs: Any, images: slice) -> Any:
     return outs
 
 
-#: Arguments of ``get_targets`` in mmdet that no prediction is part of.
+#: Arguments of mmdet's ``get_targets`` that do not depend on predictions.
 _FROM_TRUTH = {
     'anchor_list',
     'valid_flag_list',
@@ -359,10 +360,10 @@ _FROM_TRUTH = {
 def _assigning_once(
     head: nn.Module,
 ) -> tuple[nn.Module, Callable[[], None]]:
-    """A view of a dense head that assigns a batch's truth once.
+    """A view of a dense head that assigns a batch's targets only once.
 
-    Heads whose assigner looks at predictions (by the arguments of their
-    ``get_targets``) assign anew each time.
+    Heads whose assigner uses predictions (by the arguments of their
+    ``get_targets``) assign every time.
 
     Returns:
         The view, and what to call before each of its losses.
@@ -416,7 +417,7 @@ class DenseTWIHead(DetectorTWIHead):
         return self.head.loss(self._levels(feats), data_samples)
 
     def _truth(self, data_samples: list) -> list:
-        """The ground truth as the head learns it."""
+        """The ground truth as the head is trained with."""
         return data_samples
 
     def judge(
@@ -428,10 +429,10 @@ class DenseTWIHead(DetectorTWIHead):
         term: Any = None,
         said: Any = None,
     ) -> list[dict[str, Tensor]]:
-        """As in the base class, by one forward for all estimates.
+        """As in the base class, with one forward pass for all estimates.
 
         The norms of the head are frozen, so an image's outputs do not depend
-        on what else is in the batch.
+        on the rest of the batch.
         """
         from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
         from mmdet.models.utils import unpack_gt_instances
@@ -450,7 +451,7 @@ class DenseTWIHead(DetectorTWIHead):
         levels = [self._levels(step) for step in steps]
         judged = []
         with self._training_outputs():
-            # Of a single estimate nothing needs to be copied.
+            # A single estimate need not be copied.
             outs = self.head(
                 levels[0]
                 if len(levels) == 1
@@ -512,10 +513,10 @@ class DenseTWIHead(DetectorTWIHead):
 
 
 class ProposalTWIHead(DenseTWIHead):
-    """The head of a region proposal network that is a whole detector.
+    """The head of a region proposal network that is used as a detector.
 
-    It tells objects from background, so all ground truth is of one class, as
-    mmdet's ``RPN`` makes it.
+    It separates objects from background, so all ground truth has one class,
+    as in mmdet's ``RPN``.
 
     Source: ours.
     """
@@ -530,13 +531,13 @@ class ProposalTWIHead(DenseTWIHead):
 class PredictorTWIHead(DenseTWIHead):
     """The last layers of a dense head, on estimates of its towers' outputs.
 
-    The closest there is, in a detector, to the last linear layer of a
+    In a detector they correspond most closely to the last linear layer of a
     classifier.
 
     Source: ours.
 
     Args:
-        head: What ``twi.predictors_of`` gives.
+        head: The result of ``twi.predictors_of``.
 
     Shape:
         - feats: 2 L of ``(N, C_t, H, W)``, the levels of the classification
@@ -552,7 +553,7 @@ class PredictorTWIHead(DenseTWIHead):
 
 
 def one_class(sample: BaseDataElement) -> BaseDataElement:
-    """The ground truth as an RPN sees it, as mmdet's detectors make it."""
+    """The ground truth of an RPN, made as mmdet's detectors do."""
     copied = sample.new()
     copied.gt_instances = sample.gt_instances.new()
     copied.gt_instances.labels = torch.zeros_like(sample.gt_instances.labels)

@@ -1,4 +1,4 @@
-"""TWI through two-stage heads, on the proposals of the student."""
+"""TWI with two-stage heads, on the student's proposals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,16 +16,16 @@ class TwoStageTWIHead(DetectorTWIHead):
     """A region proposal network and a RoI head.
 
     Losses: the RPN's on the estimate, and the RoI head's on the estimate with
-    the proposals in ``data_sample.proposals`` (mmdet's own place for given
-    proposals; the student's, from ``StudentProposals``). The teacher's
-    assigners and samplers choose among them. Predictions: the teacher's RPN
-    proposes.
+    the student's proposals, which ``StudentProposals`` puts in
+    ``data_sample.proposals`` (mmdet's own place for given proposals). The
+    teacher's assigners and samplers choose among them. Predictions use the
+    proposals of the teacher's RPN.
 
     Source: ours.
 
     Args:
         rpn_head: The RPN's head.
-        roi_head: The RoI head; Cascade's too.
+        roi_head: The RoI head, also one of Cascade R-CNN.
     """
 
     def __init__(self, rpn_head: nn.Module, roi_head: nn.Module) -> None:
@@ -37,7 +37,7 @@ class TwoStageTWIHead(DetectorTWIHead):
         return self.head.with_mask
 
     def without_masks(self) -> 'TwoStageTWIHead':
-        """The same less the mask branch."""
+        """The same without the mask branch."""
         return type(self)(
             self._first, with_children(self.head, mask_head=None)
         )
@@ -50,7 +50,7 @@ class TwoStageTWIHead(DetectorTWIHead):
         self, feats: Sequence[Tensor], *, training: bool
     ) -> str | None:
         """As in the base class."""
-        # Learnt proposals and cascades of RPNs have none.
+        # Learnt proposals and cascaded RPNs have none.
         priors = getattr(self._first, 'prior_generator', None)
         if priors is not None and priors.num_levels != len(feats):
             return (
@@ -85,7 +85,7 @@ class TwoStageTWIHead(DetectorTWIHead):
             feats, [one_class(sample) for sample in data_samples]
         ).items():
             losses[key if 'rpn' in key else f'rpn_{key}'] = value
-        # RoI heads rename the boxes of the proposals that they are given.
+        # RoI heads rename the boxes of given proposals.
         proposals = [sample.proposals.new() for sample in data_samples]
         return losses | roi_head.loss(feats, proposals, data_samples)
 
@@ -100,9 +100,9 @@ class TwoStageTWIHead(DetectorTWIHead):
 class StudentProposals:
     """The proposals of the student's RPN in its own training pass.
 
-    Its raw outputs are recorded, nothing runs twice; they are decoded as the
-    student's detector does in training. Given to the teacher's RoI head, they
-    make both judge the same regions. No gradient goes through them.
+    The raw outputs of its RPN are recorded, so nothing runs twice, and
+    decoded as in the student's training. The teacher's RoI head gets them, so
+    both heads judge the same regions. No gradient flows through them.
 
     Source: ours; DIST likewise gives the teacher's RoI head the student's
     RoIs.
@@ -111,7 +111,7 @@ class StudentProposals:
         student: A two-stage detector.
 
     Raises:
-        ValueError: It has no RPN with plain convolutions at the end.
+        ValueError: It has no RPN that ends with plain convolutions.
     """
 
     SOURCES = ('rpn_head.rpn_cls', 'rpn_head.rpn_reg')

@@ -1,4 +1,4 @@
-"""Averages the extras beside the student, for modes such as T."""
+"""EMA of the extras as well as the student, for modes such as T."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,29 +17,28 @@ from ..registry import HOOKS
 class EMAHook(HostEMAHook):
     """mmengine's ``EMAHook``, for the distillers' extras as well.
 
-    That one averages the student alone: modes such as T join the averaged
-    student with extras as they were last trained. This one averages the
-    extras' parameters in the same way, evaluates with both averages, and
-    writes files whose extras go with the averaged student they hold. What a
-    resumed run needs of the extras as trained is in ``ema_state_dict``.
+    mmengine's averages only the student: modes such as T use the averaged
+    student with extras that are not averaged. This hook averages the
+    parameters of the extras in the same way, evaluates with both averages,
+    and writes both to the checkpoint. The extras without averaging, from
+    which a resumed run continues, are in ``ema_state_dict``.
 
-    Buffers of the extras (norms' statistics) are the last ones, with
-    ``update_buffers`` as well: counters and statistics of a fixed stretch of
-    the run have no average. Inner modules, which have an optimiser of their
-    own, are not averaged.
+    Buffers of the extras (norm statistics) are never averaged, not even with
+    ``update_buffers``: some are counters, or statistics of a fixed part of
+    the run. Inner modules, which have their own optimiser, are not averaged.
 
     Source: that MBRNet and align are averaged is ERA's [official code]; the
     files are [ours].
 
     Args:
-        kwargs: As mmengine's.
+        kwargs: As in mmengine's ``EMAHook``.
 
     Raises:
-        TypeError: The model is no ``Distillation``.
+        TypeError: The model is not a ``Distillation``.
     """
 
     def before_run(self, runner: Any) -> None:
-        """Copy the extras beside the model."""
+        """Copy the extras."""
         model = runner.model
         if is_model_wrapper(model):
             model = model.module
@@ -55,7 +54,7 @@ class EMAHook(HostEMAHook):
         )
 
     def _put(self, extras: Mapping[str, Any] | None) -> None:
-        """Take a file's extras as the averages, those that are there."""
+        """Load the extras of a file, as far as present, as averages."""
         for name, distiller in self._averages.items():
             entry = (extras or {}).get(name)
             if entry is not None and entry['type'] == type(distiller).__name__:
@@ -66,7 +65,7 @@ class EMAHook(HostEMAHook):
         return self.ema_extras.module
 
     def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
-        """Average."""
+        """Update the averages."""
         super().after_train_iter(runner, *args, **kwargs)
         own = self.src_model.distillers
         if self._ema_started(runner):
@@ -87,16 +86,16 @@ class EMAHook(HostEMAHook):
             own.data.copy_(kept)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Put averaged extras beside the averaged student."""
+        """Write averaged extras with the averaged student."""
         super().before_save_checkpoint(runner, checkpoint)
-        # What stands in the metadata of `ema_state_dict` are the extras as
-        # trained: its model shares them.
+        # The metadata of `ema_state_dict` has the extras without averaging:
+        # its model shares them.
         extras = extras_of(checkpoint['state_dict']) or {}
         for name, distiller in self._averages.items():
             extras[name]['state_dict'] = dict(distiller.state_dict())
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Take the averages in; a resumed run goes on with what it trained."""
+        """Load the averages; a resumed run trains on the extras themselves."""
         super().after_load_checkpoint(runner, checkpoint)
         state = checkpoint['state_dict']
         extras = extras_of(state)

@@ -1,4 +1,4 @@
-"""Evaluates predictions beside the model's own."""
+"""Evaluates further inference modes of a model."""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ..registry import HOOKS
 
 
 def for_mode(config: Any, mode: str) -> Any:
-    """An evaluator's config whose files do not overwrite the model's."""
+    """An evaluator's config for a mode; its files get names of their own."""
     if isinstance(config, (list, tuple)):
         return [for_mode(item, mode) for item in config]
     config = copy.deepcopy(config)
@@ -30,23 +30,23 @@ def for_mode(config: Any, mode: str) -> Any:
 
 @HOOKS.register_module()
 class ModesHook(Hook):
-    """Evaluates a model's further modes in the one pass that the loop makes.
+    """Evaluates further modes of a model in the same pass over the data.
 
-    In validation and test every mode asked for gets evaluators of its own;
-    their results are added under the mode's name: ``second/coco/bbox_mAP``
-    beside ``coco/bbox_mAP``. The model has ``check_modes``, ``active_modes``
-    and ``mode_predictions``, as ``Distillation`` and ``MutualDistillation``
-    have.
+    In validation and test each mode has its own evaluators. Their metrics
+    are logged under the mode's name: ``second/coco/bbox_mAP`` in addition to
+    ``coco/bbox_mAP``. The model must have ``check_modes``, ``active_modes``
+    and ``mode_predictions``, like ``Distillation`` and
+    ``MutualDistillation``.
 
     Source: ours.
 
     Args:
-        modes: A distiller's modes, or the other student of a
-            ``MutualDistillation``. 'S', the student alone, may be named and
-            changes nothing.
+        modes: A distiller's modes, or the second student of a
+            ``MutualDistillation``. 'S', the student alone, is allowed and has
+            no effect.
     """
 
-    # Before mmengine's own hooks take the metrics for log and best file.
+    # Before mmengine's own hooks use the metrics for log and best file.
     priority = 'HIGHEST'
 
     def __init__(self, modes: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ class ModesHook(Hook):
         return model
 
     def before_run(self, runner: Any) -> None:
-        """Refuse unknown modes before anything is computed."""
+        """Refuse unknown modes before the run starts."""
         self._model(runner).check_modes(self.modes)
 
     def _begin(self, runner: Any, config: Any, loop: Any) -> None:
@@ -93,7 +93,7 @@ class ModesHook(Hook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Hand the modes' predictions to their evaluators."""
+        """Give the modes' predictions to their evaluators."""
         model = self._model(runner)
         for mode, evaluator in self._evaluators.items():
             evaluator.process(

@@ -1,4 +1,4 @@
-"""Writes the students of a mutual distillation as plain host files."""
+"""Writes the students of a mutual distillation as plain checkpoints."""
 
 import os
 from pathlib import Path
@@ -14,14 +14,13 @@ from ..registry import HOOKS
 
 
 def write_students(checkpoint: str | Path) -> list[Path]:
-    """Write each student of a checkpoint beside it, as ``<stem>_<name>.pth``.
+    """Write each student of a checkpoint to ``<stem>_<name>.pth`` next to it.
 
-    The files hold the student's own keys and what the checkpoint says of
-    itself (``meta``: classes, epoch); stock hosts load them.
+    The files hold the student's own keys and the checkpoint's ``meta``
+    (classes, epoch). Stock hosts load them.
 
     Args:
-        checkpoint: A file that the training of a ``MutualDistillation`` has
-            written.
+        checkpoint: A checkpoint of a ``MutualDistillation``.
 
     Returns:
         The files, one per student.
@@ -35,7 +34,7 @@ def write_students(checkpoint: str | Path) -> list[Path]:
     if not students:
         raise ValueError(
             f'{str(checkpoint)!r} holds no `students.<name>` weights. Give a '
-            'checkpoint that the training of a MutualDistillation wrote.'
+            'checkpoint of a MutualDistillation.'
         )
     files = []
     for name, state_dict in students.items():
@@ -44,7 +43,7 @@ def write_students(checkpoint: str | Path) -> list[Path]:
         torch.save(
             {'meta': content.get('meta', {}), 'state_dict': state_dict}, part
         )
-        # So that an interrupted run leaves no half a file under the name.
+        # So that an interrupted run leaves no incomplete file.
         os.replace(part, file)
         files.append(file)
     return files
@@ -54,13 +53,14 @@ def write_students(checkpoint: str | Path) -> list[Path]:
 class StudentFilesHook(Hook):
     """After training, writes each student of the last and best checkpoint.
 
-    ``epoch_12.pth`` gives ``epoch_12_first.pth`` and ``epoch_12_second.pth``;
-    see :func:`write_students`, which does the same for any checkpoint.
+    From ``epoch_12.pth`` come ``epoch_12_first.pth`` and
+    ``epoch_12_second.pth``. :func:`write_students` does the same for any
+    checkpoint.
 
     Source: ours.
     """
 
-    # After mmengine's CheckpointHook, which writes the last one.
+    # After mmengine's CheckpointHook has written the last checkpoint.
     priority = 'LOWEST'
 
     @master_only
@@ -73,4 +73,4 @@ class StudentFilesHook(Hook):
         }
         for checkpoint in sorted(found):
             for file in write_students(checkpoint):
-                runner.logger.info(f'A plain student: {file}')
+                runner.logger.info(f'Plain student: {file}')

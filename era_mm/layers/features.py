@@ -1,4 +1,4 @@
-"""What is asked of features before they are compared.
+"""Precision, levels and shapes of features that are compared.
 
 Legend: N batch, C channels.
 """
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """In float32 at least: half precision loses small differences."""
+    """Cast to float32 or better: half precision loses small differences."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def levels_of(
     feats: Mapping[str, Sequence[Tensor]], sources: Sequence[str]
 ) -> list[Tensor]:
-    """The features of some sources in a row.
+    """The features of some sources, concatenated.
 
     Args:
         feats: Features by source.
@@ -39,17 +39,17 @@ def check_alike(
 
     Args:
         own: Shapes of one model's features, by level.
-        theirs: Those of the other.
-        names: How the message calls the two models.
-        at: Where the features come from in each. None: not said.
+        theirs: Shapes of the other's.
+        names: What the message calls the two models.
+        at: The source of the features in each. None: not named.
         advice: What to do.
-        slack: How many cells a side may differ by.
+        slack: By how many cells a side may differ.
 
     Shape:
         - own, theirs: L of ``(N, C, *)``
 
     Raises:
-        ValueError: Another number of levels, of dimensions, or other sizes.
+        ValueError: The numbers of levels or dimensions, or the sizes, differ.
     """
     if [len(shape) for shape in own] == [len(shape) for shape in theirs] and (
         all(

@@ -12,7 +12,7 @@ class FirstBatches(nn.Module):
     Source: ours.
 
     Args:
-        number: How many they are.
+        number: Number of batches.
 
     Raises:
         ValueError: Less than 1.
@@ -26,7 +26,7 @@ class FirstBatches(nn.Module):
             )
         self.number = number
         self.register_buffer('seen', torch.zeros((), dtype=torch.long))
-        # Known on the host, so that a step on a GPU need not ask.
+        # Kept on the host, so that a step need not synchronise with the GPU.
         self._is_over = False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ class FirstBatches(nn.Module):
         self._is_over = False
 
     def take(self) -> bool:
-        """Count a batch; False once there were enough."""
+        """Count a batch; False after the last."""
         if not self._is_over:
             self._is_over = int(self.seen) >= self.number
         if not self._is_over:

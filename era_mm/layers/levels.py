@@ -1,4 +1,4 @@
-"""What methods on maps share: levels in pairs, equal channels.
+"""Helpers of methods on maps: pairs of levels, equal channels.
 
 Legend: N batch, C channels, L levels.
 """
@@ -15,16 +15,17 @@ def check_maps(
     method: str,
     same_size: bool = True,
 ) -> None:
-    """Refuse what are no maps, or none that go together.
+    """Refuse features that are not maps, or that do not form pairs.
 
     Args:
-        student_feats: Its levels.
-        teacher_feats: The teacher's.
-        method: For the message.
+        student_feats: The student's features, by level.
+        teacher_feats: The teacher's features, by level.
+        method: Name of the method, for the message.
         same_size: Whether height and width must agree.
 
     Raises:
-        ValueError: Vectors or tokens, another number of levels, other sizes.
+        ValueError: Vectors or tokens, or different numbers of levels or
+            sizes.
     """
     shapes = [
         [tuple(feat.shape) for feat in feats]
@@ -41,8 +42,8 @@ def check_maps(
         same_size and any(s[2:] != t[2:] for s, t in zip(*shapes, strict=True))
     ):
         raise ValueError(
-            f'{method} needs levels in pairs'
-            f'{" of one size" if same_size else ""}, but {found}. Choose '
+            f'{method} needs pairs of levels'
+            f'{" of equal size" if same_size else ""}, but {found}. Choose '
             'sources of the same levels and strides, or let '
             'tools/make_config.py write a `source.resample`.'
         )
@@ -52,8 +53,8 @@ class Aligns(nn.ModuleList):
     """A 1x1 convolution at each level whose channels differ, none elsewhere.
 
     Args:
-        student_feats: Its levels.
-        teacher_feats: The teacher's.
+        student_feats: The student's features, by level.
+        teacher_feats: The teacher's features, by level.
 
     Shape:
         - feats: L of ``(N, C_s, H, W)``
@@ -73,5 +74,5 @@ class Aligns(nn.ModuleList):
         )
 
     def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
-        """Each level in the teacher's channels."""
+        """Each level with the teacher's number of channels."""
         return [align(feat) for align, feat in zip(self, feats, strict=True)]

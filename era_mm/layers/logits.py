@@ -1,6 +1,6 @@
 """Losses between the class logits of student and teacher.
 
-Legend: N batch, K classes, R places of a pyramid with their anchors.
+Legend: N batch, K classes, R anchors of all positions of a pyramid.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.nn.functional import (
 
 from .features import full_precision
 
-#: Beside the product of the norms in DIST's correlation. [official code]
+#: Added to the product of the norms in DIST's correlation. [official code]
 DIST_EPS = 1e-8
 
 
@@ -65,9 +65,9 @@ def dist_loss(
 
         rho(a, b) = <a', b'> / (||a'|| ||b'|| + 1e-8),   a' = a - mean(a)
 
-    The 1e-8 beside the product is no guard alone: where logits are confident
-    most of 1000 classes have probabilities near 0 in all of a batch, and it
-    takes the weight from such columns.
+    The 1e-8 added to the product is more than a guard. With confident logits,
+    most of 1000 classes have probabilities near 0 in the whole batch, and it
+    gives such columns little weight.
 
     Source: Huang et al., arXiv 2205.10536, eqs. 6 to 10; the place of 1e-8 as
     in ERA's [official code] and in DIST's own.
@@ -93,13 +93,13 @@ def dkd_loss(
     alpha: float = 1.0,
     beta: float = 8.0,
 ) -> Tensor:
-    """DKD: knowledge distillation, of the true class and of the others apart.
+    """DKD: target-class and non-target-class distillation, decoupled.
 
         tau^2 / N * sum_n [ alpha * KL(b_t || b_s) + beta * KL(o_t || o_s) ]
 
-    b are the two probabilities of the true class and of any other one, o is
-    the softmax over the other classes alone. With alpha = 1 and beta = 1 -
-    p_t(true) of each image it would be :func:`kl_loss`.
+    b are the probabilities of the true class and of all others together, o is
+    the softmax over the other classes only. With alpha = 1 and beta = 1 -
+    p_t(true) of each image it equals :func:`kl_loss`.
 
     Source: Zhao et al., arXiv 2203.08679, eq. 7; tau, alpha and beta are its
     released CIFAR-100 configs', tau^2 its [official code]'s.
@@ -130,7 +130,7 @@ def dkd_loss(
 
 
 def standardise_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    """An image's logits with mean 0 and deviation 1 over the classes.
+    """Logits with mean 0 and standard deviation 1 over the classes.
 
         (z - mean(z)) / (std(z) + eps)
 
@@ -146,19 +146,19 @@ def standardise_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def bernoulli_entropy(q: Tensor) -> Tensor:
-    """Entropy of each probability of a yes, in nats."""
+    """Entropy of each Bernoulli probability, in nats."""
     return torch.special.entr(q) + torch.special.entr(1 - q)
 
 
 def bernoulli_kl(
     *, student_logits: Tensor, target: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """KL from sigmoid scores to their targets, added up by row.
+    """KL between targets and sigmoid scores, summed per row.
 
         sum_c KL(q_rc || sigmoid(z_rc / T))
 
-    The binary cross-entropy less the target's entropy: equal in gradient, and
-    0 where both agree.
+    The binary cross-entropy minus the target's entropy: it has the same
+    gradient, and is 0 where both agree.
 
     Source: [ours], for dense heads.
 
@@ -191,10 +191,10 @@ def bernoulli_kl_loss(
 
 
 def rows_of_levels(scores: Sequence[Tensor], num_classes: int) -> Tensor:
-    """The logits of a dense head, a row for each anchor of each place.
+    """The logits of a dense head, one row per anchor and position.
 
     Shape:
-        - scores: one ``(N, A * K, H, W)`` per level, A anchors by place
+        - scores: one ``(N, A * K, H, W)`` per level, A anchors per position
         - out: ``(N, R, K)``
     """
     return torch.cat(
@@ -207,7 +207,7 @@ def rows_of_levels(scores: Sequence[Tensor], num_classes: int) -> Tensor:
 
 
 def top_rows(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Where an image's highest class scores are, as an index ``(N, k)``.
+    """Indices ``(N, k)`` of the rows with an image's highest class scores.
 
     Args:
         scores: ``(N, R, K)``.
@@ -223,14 +223,14 @@ def top_rows(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
 
 class Rows:
-    """Some anchors of each image, as places in the outputs of a dense head.
+    """Some anchors of each image, to be read from outputs of a dense head.
 
-    A row is an anchor of a place: level by level, place by place, anchor by
-    anchor. Where they lie is computed once for all outputs.
+    A row is an anchor at a position. Rows are ordered by level, position and
+    anchor. Their indices are computed once for all outputs.
 
     Args:
         numbers: Numbers of the rows, ``(N, k)``.
-        shapes: Anchors by place, height and width of each level.
+        shapes: Anchors per position, height and width of each level.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Rows:
         self._places: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def _places_of(self, width: int) -> list[tuple[Tensor, Tensor]]:
-        """By level: which values, and whether they are of this level."""
+        """By level: indices of values, and which belong to this level."""
         if width not in self._places:
             found, start = [], 0
             values = torch.arange(width, device=self.numbers.device)
@@ -258,13 +258,13 @@ class Rows:
         return self._places[width]
 
     def of(self, levels: Sequence[Tensor]) -> Tensor:
-        """What a head says of them.
+        """A head's outputs at these rows.
 
         Only these values are copied, not the maps.
 
         Args:
-            levels: One ``(N, A * width, H, W)`` per level, where maps may be
-                larger than the rows': what lies beyond is left out.
+            levels: One ``(N, A * width, H, W)`` per level. Maps may be larger
+                than those of the rows; the rest is ignored.
 
         Returns:
             ``(N, k, width)``.
@@ -284,10 +284,10 @@ class Rows:
 
 
 def best_rows(levels: Sequence[Tensor], num_classes: int, topk: int) -> Rows:
-    """Where an image's highest class scores are, over all levels.
+    """The rows with an image's highest class scores, over all levels.
 
     Args:
-        levels: One ``(N, A * K, H, W)`` per level, A anchors by place.
+        levels: One ``(N, A * K, H, W)`` per level, A anchors per position.
         num_classes: K.
         topk: Rows per image; all of them if there are no more.
     """

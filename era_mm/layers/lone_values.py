@@ -1,4 +1,4 @@
-"""Batch norm of a single value per channel, which has no statistics."""
+"""Batch norm of a single value per channel, which has no variance."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def _rest(norm: nn.Module, args: tuple) -> None:
         norm.training
         and norm.track_running_stats
         and inputs.numel() == inputs.shape[1]
-        # Ranks have more values together.
+        # All ranks together have more values.
         and not (isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1)
     ):
         norm.training = False
@@ -28,20 +28,20 @@ def _wake(norm: nn.Module, args: tuple, output: Any) -> None:
 
 
 def spare_lone_values(module: nn.Module) -> None:
-    """Let batch norms take one value per channel in training.
+    """Let batch norms accept one value per channel in training.
 
         y = (x - running mean) / sqrt(running variance + eps) * weight + bias
 
-    as in eval mode, for inputs such as ``(1, C)`` or ``(1, C, 1, 1)``, whose
-    variance over the batch does not exist: torch stops there. An epoch's last
-    batch may have one image. The running statistics stay as they are; other
-    inputs are normalised as ever. Ranks have batches of one size, so all do
-    the same.
+    as in eval mode, for inputs such as ``(1, C)`` or ``(1, C, 1, 1)``. They
+    have no variance over the batch, so torch raises an error; the last batch
+    of an epoch may have only one image. The running statistics are not
+    updated, and other inputs are normalised as usual. All ranks have the same
+    batch size, so all do the same.
 
     Source: ours.
 
     Args:
-        module: What holds the norms.
+        module: The module that contains the norms.
     """
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):

@@ -1,4 +1,4 @@
-"""Makes features of two unlike models comparable; nothing in it learns.
+"""Makes features of two different models comparable; has no parameters.
 
 Legend: N batch, C channels, L levels, T tokens, s a level's stride.
 """
@@ -13,38 +13,39 @@ TOKENS = ('map', 'mean', 'class')
 
 
 def tokens_to_map(tokens: Tensor, num_extra: int) -> Tensor:
-    """Patch tokens on their grid, in rows from the top left.
+    """Patch tokens as a map, row by row from the top left.
 
     Args:
-        tokens: What a transformer outputs.
-        num_extra: Tokens before the patches that stand for no place.
+        tokens: Output of a transformer.
+        num_extra: Number of tokens before the patches that have no position.
 
     Shape:
         - tokens: ``(N, num_extra + H * W, C)`` of a square image
         - out: ``(N, C, H, W)``
 
     Raises:
-        ValueError: The patches fill no square.
+        ValueError: The patches do not fill a square.
     """
     number = tokens.shape[1] - num_extra
     side = math.isqrt(max(number, 0))
     if number < 1 or side * side != number:
         raise ValueError(
             f'Tokens {tuple(tokens.shape)} with {num_extra} extra ones leave '
-            f'{number} patches, which fill no square grid. Square images '
-            'give a square; check `num_extra`.'
+            f'{number} patches, which do not fill a square. Use square '
+            'images, and check `num_extra`.'
         )
     return tokens[:, num_extra:].mT.unflatten(2, (side, side))
 
 
 def resize(feat: Tensor, scale: float) -> Tensor:
-    """A map in another stride.
+    """A map resized to another stride.
 
-    Larger: bilinear. Smaller: each new cell is the mean of what it covers.
+    Larger: bilinear. Smaller: each new cell is the mean of the cells that it
+    covers.
 
     Args:
         feat: The map.
-        scale: Its stride over the new one.
+        scale: Its stride divided by the new one.
 
     Shape:
         - feat: ``(N, C, H, W)``
@@ -62,10 +63,10 @@ def resize(feat: Tensor, scale: float) -> Tensor:
 def crop_to_common(
     *, student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Cut maps of equal stride to what both have.
+    """Crop maps of equal stride to their common size.
 
-    Preprocessors pad at the right and at the bottom, each to multiples of its
-    own, so the same image lies in the top left corner of both maps.
+    Preprocessors pad at the right and bottom, to different multiples, so the
+    image lies in the top left corner of both maps.
 
     Shape:
         - student_feats, teacher_feats: L of ``(N, C, *)``
@@ -84,20 +85,21 @@ def crop_to_common(
 
 
 class Resampler(nn.Module):
-    """Chooses, reshapes and resizes the outputs of one source, in this order.
+    """Selects, reshapes and resizes the outputs of a source, in this order.
 
     Source: ours.
 
     Args:
-        levels: Which of the source's outputs, in the order wanted; an output
-            may be named twice. None: all.
-        tokens: What tokens ``(N, T, C)`` become: 'map', the patches on their
-            grid; 'mean', the mean of the patches; 'class', the first token.
-            Maps ``(N, C, H, W)`` become their mean in place of 'mean'. None:
-            they stay as they are.
-        num_extra: Tokens before the patches, such as the class token.
+        levels: Indices of the source's outputs, in the order wanted; an
+            output may occur twice. None: all.
+        tokens: How to convert tokens ``(N, T, C)``: 'map', the patches as a
+            map; 'mean', the mean of the patches, and for maps
+            ``(N, C, H, W)`` their mean; 'class', the first token. None: not
+            at all.
+        num_extra: Number of tokens before the patches, such as the class
+            token.
         scales: For each of the levels the factor by which a map is resized,
-            its stride over the wanted one. None: none is.
+            its stride divided by the wanted one. None: nothing is resized.
 
     Shape:
         - feats: outputs of the source, each ``(N, C, H, W)``, ``(N, T, C)``
@@ -105,8 +107,8 @@ class Resampler(nn.Module):
         - out: L of ``(N, C, H', W')`` or ``(N, C)``
 
     Raises:
-        ValueError: An unknown kind of ``tokens``, a scale that is not
-            positive or not one for each level, a level that is not there.
+        ValueError: Unknown ``tokens``, a scale that is not positive, not one
+            scale for each level, or a level that does not exist.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class Resampler(nn.Module):
         self.scales = None if scales is None else tuple(scales)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The source's outputs as the distiller gets them."""
+        """The source's outputs, resampled."""
         levels = range(len(feats)) if self.levels is None else self.levels
         scales = self.scales or (1,) * len(levels)
         if len(scales) != len(levels) or not all(
@@ -172,16 +174,16 @@ class Resampler(nn.Module):
         return ', '.join(self.steps()) or 'nothing'
 
     def steps(self) -> list[str]:
-        """What it does, one sentence each, for the log."""
+        """What it does, one phrase each, for the log."""
         steps = []
         if self.levels is not None:
             steps.append(f'outputs {list(self.levels)}')
         if self.tokens is not None:
             made = dict(
-                map='put on their grid as a map',
-                mean='averaged over the places',
+                map='arranged as a map',
+                mean='averaged over all positions',
             ).get(self.tokens, 'reduced to the class token')
-            steps.append(f'places {made}')
+            steps.append(f'tokens {made}')
         for level, scale in enumerate(self.scales or ()):
             if scale != 1:
                 how = 'bilinear' if scale > 1 else 'mean of the cells'

@@ -201,7 +201,7 @@ def test_inherit__several_teachers_need_names():
     teacher = config['teacher']
     config['teacher'] = dict(a=teacher, b=copy.deepcopy(teacher))
     config['distiller'] = dict(ERA, teacher='a')
-    with pytest.raises(ValueError, match='does not say from which teacher'):
+    with pytest.raises(ValueError, match='does not name a teacher'):
         MODELS.build(dict(config, inherit=['bbox_head']))
     model = MODELS.build(dict(config, inherit={'bbox_head': 'b'}))
     # Teachers of one config with random weights are alike.

@@ -54,7 +54,7 @@ def test_places__the_first_that_can_be_read_is_taken(server):
 
 def test_places__all_are_named_if_none_can_be_read(server, tmp_path):
     _, url = server
-    with pytest.raises(ValueError, match='None of 2 places') as caught:
+    with pytest.raises(ValueError, match='None of the 2 given') as caught:
         read_checkpoint([f'{url}/gone.pth', str(tmp_path / 'none.pth')])
     assert 'HTTPError: HTTP Error 404' in str(caught.value)
     assert 'none.pth' in str(caught.value)
@@ -85,7 +85,9 @@ def test_places__what_is_no_checkpoint_does_not_stand_in_the_way(server):
     (folder / 'dead' / 't.pth').write_text('<html>moved</html>')
     torch.save({'w': torch.zeros(2)}, folder / 'old' / 't.pth')
     torch.save({'w': torch.ones(2)}, folder / 'good' / 't.pth')
-    with pytest.raises(FileNotFoundError, match='what came is no checkpoint'):
+    with pytest.raises(
+        FileNotFoundError, match='the file is not a checkpoint'
+    ):
         read_checkpoint(f'{url}/dead/t.pth')
     places = [f'{url}/{name}/t.pth' for name in ('dead', 'old', 'good')]
     right = digest(folder / 'good' / 't.pth')[:8]

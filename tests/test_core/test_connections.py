@@ -148,8 +148,8 @@ def test_resample__says_what_it_resizes(monkeypatch):
     said = logged_by(connections, monkeypatch)
     build(resample=COVER)
     assert said == [
-        'Resampler of the student: outputs [0, 1, 1].',
-        'Resampler of the student: level 2 resized by 0.5 (mean of the '
+        'Resampling of the student: outputs [0, 1, 1].',
+        'Resampling of the student: level 2 resized by 0.5 (mean of the '
         'cells).',
     ]
 

@@ -543,7 +543,7 @@ def test_export__refuses_what_two_students_do_not_have(trained, tmp_path):
     with pytest.raises(UserError, match='has one plain model'):
         export_student(cfg, str(plain), prefix, student='first')
     cfg.model = dict(type='era_mm.Distillation', student=detector_config())
-    with pytest.raises(UserError, match='Leave it out'):
+    with pytest.raises(UserError, match='Omit it'):
         export_student(cfg, file, prefix, student='first')
 
 

@@ -165,7 +165,7 @@ def test_sigmoid_classifiers__are_not_compared_by_softmax(
 ):
     with (
         DefaultScope.overwrite_default_scope('mmpretrain'),
-        pytest.raises(ValueError, match=r'may be several|sigmoid'),
+        pytest.raises(ValueError, match=r'may give several|sigmoid'),
     ):
         MODELS.build(
             distillation_config(distiller, config_of(8), config_of(16))

@@ -95,8 +95,8 @@ def test_teacher__names_in_one_line_what_its_file_has_besides(
     torch.save({'state_dict': with_averages(state)}, file)
     Teacher(detector_config(), str(file)).load()
     assert lines == [
-        f'{str(file)!r} has {len(state)} tensors besides those of RetinaNet, '
-        'which are not used: ema_backbone_conv1_weight, '
+        f'{str(file)!r} has {len(state)} tensors that RetinaNet does not '
+        'use: ema_backbone_conv1_weight, '
         'ema_backbone_bn1_weight, ema_backbone_bn1_bias, ....'
     ]
 

@@ -728,7 +728,7 @@ def test_refused__no_distillation(run):
 def test_refused__a_plain_file(run, mode):
     plain = run.model.student.state_dict()
     torch.save({'state_dict': plain}, run.file)
-    with pytest.raises(UserError, match='holds a plain student only'):
+    with pytest.raises(UserError, match='holds only a plain student'):
         run.export(mode)
     run.export('S')
 
@@ -741,7 +741,7 @@ def test_refused__another_run_s_file(run):
 
 def test_refused__a_teacher_with_random_weights(run):
     run.cfg.model.teacher.checkpoint = 'random'
-    with pytest.raises(UserError, match='another one in every run'):
+    with pytest.raises(UserError, match='differs in every run'):
         run.export('T')
     run.export('S')
 
@@ -783,9 +783,9 @@ def test_refused__files_that_are_there(run):
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(mode='S', keep_align=True), '--keep-align: it is about E0'),
-        (dict(mode='T', keep_align=True), '--keep-align: it is about E0'),
-        (dict(mode='S', distiller='x'), '--distiller: S is the student'),
+        (dict(mode='S', keep_align=True), '--keep-align: it is for mode E0'),
+        (dict(mode='T', keep_align=True), '--keep-align: it is for mode E0'),
+        (dict(mode='S', distiller='x'), '--distiller: mode S is the student'),
         (dict(mode='ST'), r"one of \('S', 'E0', 'T'\), but got 'ST'"),
         (dict(mode='T', distiller='x'), r"\['distiller'\], but got 'x'"),
     ],

@@ -63,11 +63,11 @@ def test_table__modes_plain_of_the_same_seed_and_what_to_do(kin):
     assert cells['T'] == ['41.0', '41.0', '2']
     assert cells['its file'] == [str(kin / 'epoch_2.pth')]
     # Commands that the command line knows.
-    for name in ('as a stock model', 'to look at it'):
+    for name in ('as a stock model', 'as a report'):
         assert cells[name][:3] == ['python', '-m', 'era_mm']
         assert cells[name][3] in cli.COMMANDS
     assert 'export_student' in cells['as a stock model']
-    assert str(kin.parent / 'b') in cells['to look at it']
+    assert str(kin.parent / 'b') in cells['as a report']
 
 
 def test_table__plain_as_the_config_says(kin):

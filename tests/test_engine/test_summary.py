@@ -125,7 +125,7 @@ def test_summary__of_other_models():
         'sources,',
     ]
     assert lines[0].endswith('GFLOPs for 64 x 64')
-    assert '  x.Dropping does not tell its weights' in lines
+    assert '  x.Dropping does not define its weights' in lines
     assert f'  x.{"*":<30}    times 2' in lines
     assert f'  y.{"loss_iekd_explore":<30} 50' in lines
     assert sum(line.startswith('b ') for line in lines) == 1

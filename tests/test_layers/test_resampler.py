@@ -77,7 +77,7 @@ def test_connector__says_what_it_does():
     resampler = Resampler(levels=[2, 0, 1], tokens='map', scales=[2, 1, 0.5])
     assert resampler.steps() == [
         'outputs [2, 0, 1]',
-        'places put on their grid as a map',
+        'tokens arranged as a map',
         'level 0 resized by 2 (bilinear)',
         'level 2 resized by 0.5 (mean of the cells)',
     ]

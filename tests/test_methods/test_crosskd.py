@@ -194,7 +194,7 @@ def test_distiller__refuses(tmp_path):
         )
     teacher = detector_config(width=16, channels=24)
     teacher['neck'] = teacher['neck'] | dict(num_outs=3)
-    with pytest.raises(ValueError, match='levels in pairs'):
+    with pytest.raises(ValueError, match='pairs of levels'):
         build(tmp_path, teacher=teacher)
 
 

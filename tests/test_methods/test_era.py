@@ -868,7 +868,7 @@ def test_dense__of_estimates_is_half_of_both_targets():
                     strides=[8, 16],
                 )
             ),
-            'anchors of the two have other sizes',
+            'anchors of the two have different sizes',
         ),
         (dict(num_classes=7), 'teacher has 7 classes and the student 3'),
         (
@@ -909,7 +909,7 @@ def test_logit__dense_heads_that_differ_are_refused(change, message, said):
         (
             ('RetinaHead', 'ATSSHead'),
             dict(),
-            'RetinaHead and ATSSHead code them in ways of their own',
+            'RetinaHead and ATSSHead encode them differently',
         ),
         (
             ('RetinaHead', 'RetinaHead'),
@@ -918,22 +918,22 @@ def test_logit__dense_heads_that_differ_are_refused(change, message, said):
                     type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]
                 )
             ),
-            'two RetinaHeads code them with other settings',
+            'two RetinaHeads encode them with different settings',
         ),
         (
             ('FCOSHead', 'FCOSHead'),
             dict(norm_on_bbox=False),
-            'two FCOSHeads code them with other settings',
+            'two FCOSHeads encode them with different settings',
         ),
         (
             ('GFLHead', 'GFLHead'),
             dict(reg_max=4),
-            'two GFLHeads code them with other settings',
+            'two GFLHeads encode them with different settings',
         ),
         (
             ('RetinaHead', 'RetinaHead'),
             dict(reg_decoded_bbox=True, loss_bbox=dict(type='GIoULoss')),
-            'two RetinaHeads code them with other settings',
+            'two RetinaHeads encode them with different settings',
         ),
     ],
 )
@@ -966,8 +966,8 @@ def test_dense__boxes_of_another_code_are_left_out(
         (dict(activated=True), "student's Head has no sigmoid scores"),
         (dict(use_sigmoid=False), "student's Head has no sigmoid scores"),
         # YOLOX's and YOLOv3's background is told by the objectness alone.
-        (dict(loss_obj=1), "student's Head scores objects apart"),
-        (dict(loss_conf=1), "student's Head scores objects apart"),
+        (dict(loss_obj=1), "student's Head predicts objectness"),
+        (dict(loss_conf=1), "student's Head predicts objectness"),
     ],
 )
 def test_logit__knows_heads_by_what_their_scores_are(change, message):
@@ -1380,7 +1380,7 @@ def test_pair__teacher_without_train_cfg_judges_nothing(said):
     model = build(teacher=teacher)
     assert len(said) == 1
     assert 'ERA without TWI' in said[0]
-    assert 'no `train_cfg` and so cannot assign truth' in said[0]
+    assert 'no `train_cfg`, so it cannot assign targets' in said[0]
     assert not any('twi' in key for key in losses_of(model))
     with pytest.raises(ValueError, match='no `train_cfg`'):
         build(teacher=teacher, twi_steps='all')

@@ -315,5 +315,5 @@ def test_logit__of_several_labels_is_left_out():
         )
 
     assert pair().distillers['distiller'].logit is None
-    with pytest.raises(ValueError, match='may be several'):
+    with pytest.raises(ValueError, match='may give several classes'):
         pair(logit=dict())

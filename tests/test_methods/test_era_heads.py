@@ -695,7 +695,7 @@ def test_pair__that_does_not_fit_is_refused_when_built(
         (
             'yolox',
             'rtmdet',
-            "the student's YOLOXHead scores objects apart",
+            "the student's YOLOXHead predicts objectness",
         ),
     ],
 )

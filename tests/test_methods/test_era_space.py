@@ -1281,11 +1281,11 @@ def test_compare__gives_a_teacher_its_own_images(tmp_path, monkeypatch):
                     target_stds=[0.1, 0.1, 0.2, 0.2],
                 )
             ),
-            'the two RoI heads code them with other settings',
+            'the two RoI heads encode them with different settings',
         ),
         (
             dict(reg_class_agnostic=True),
-            'the two RoI heads code them with other settings',
+            'the two RoI heads encode them with different settings',
         ),
     ],
 )

@@ -267,7 +267,7 @@ def test_classifiers__refused(classifiers, image_batch):
             dict(type='era_mm.LogitDistiller'),
             student=classifier_config(num_classes=4),
         )
-    with pytest.raises(ValueError, match=r'beta. is of kind'):
+    with pytest.raises(ValueError, match=r'beta. is for kind'):
         classifiers(dict(type='era_mm.LogitDistiller', logit=dict(beta=1.0)))
     model = classifiers(
         dict(type='era_mm.LogitDistiller', logit=dict(kind='dkd'))
@@ -276,5 +276,5 @@ def test_classifiers__refused(classifiers, image_batch):
     for sample in batch['data_samples']:
         del sample.gt_label
         sample.set_gt_score(torch.tensor([0.5, 0.5, 0.0]))
-    with pytest.raises(ValueError, match='the one true class'):
+    with pytest.raises(ValueError, match='a single true class'):
         model(**batch, mode='loss')

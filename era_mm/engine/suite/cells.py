@@ -1,4 +1,4 @@
-"""A cell of the matrix: one run, its config, its folder and what is left."""
+"""A cell of the matrix: one run with its config, folder and state."""
 
 import contextlib
 import copy
@@ -32,14 +32,14 @@ class Cell:
     """One run of the matrix.
 
     Args:
-        suite: Where it is from.
+        suite: The suite it belongs to.
         pair: Its teacher and student.
-        method: None: the pair's teacher.
-        seed: None: as the config has it (the teacher).
-        folder: Where its files are.
+        method: Its method. None: it trains the pair's teacher.
+        seed: Its seed. None: the config's (for the teacher).
+        folder: The folder of its files.
         teacher: The cell that trains its teacher, if there is one.
-        sources: Configs as they are, by the names that are asked for; shared
-            by the cells of a matrix, which reads each once.
+        sources: Unchanged configs by name, shared by the cells of a matrix,
+            so that each is read once.
     """
 
     suite: Suite = field(repr=False)
@@ -54,20 +54,20 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As the screen shows it: pair/method/seed."""
+        """Name on the screen: pair/method/seed."""
         if self.method is None:
             return f'{self.pair.name}/{TEACHER}'
         return f'{self.pair.name}/{self.method.name}/s{self.seed}'
 
     @property
     def key(self) -> tuple[str, str, int | None]:
-        """What tells its row from others of the suite."""
+        """Key of its row in the suite."""
         name = TEACHER if self.method is None else self.method.name
         return self.pair.name, name, self.seed
 
     @property
     def config_name(self) -> str:
-        """Base name of the config that it runs."""
+        """Base name of its config."""
         return Path(self._source).stem
 
     @cached_property
@@ -87,18 +87,18 @@ class Cell:
         except KeyError as error:
             raise UserError(
                 f'{self.suite.name}: the config {self.method.config!r} of '
-                f'{self.method.name} asks for {error}, but the pair '
+                f'{self.method.name} needs {error}, but the pair '
                 f'{self.pair.name} has {", ".join(sorted(words))}.'
             ) from None
 
     @property
     def config_file(self) -> Path:
-        """The config as it is run."""
+        """File of the config as it is run."""
         return self.folder / 'config.py'
 
     @property
     def log(self) -> Path:
-        """What its programs say."""
+        """File with the output of its processes."""
         return self.folder / 'log.txt'
 
     @cached_property
@@ -106,7 +106,7 @@ class Cell:
         """The config as it is run, but for the teacher's weights."""
         source = self._source
         if source not in self.sources:
-            # It says which file it has found: no news here.
+            # It prints the file that it has found.
             with contextlib.redirect_stdout(io.StringIO()):
                 file = find_config(source, f'{self.suite.name}: {self.name}')
             self.sources[source] = Config.fromfile(file)
@@ -136,10 +136,10 @@ class Cell:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that its config says, but for the teacher's file.
+        """SHA-256 of its config without the teacher's file.
 
-        Paths are those within the checkout, so that another machine's rows
-        are known again.
+        Paths are relative to the checkout, so that rows of another machine
+        are recognised.
         """
         values = self.config.to_dict()
         if self.has_teacher:
@@ -150,15 +150,15 @@ class Cell:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """What has to be run; weights that are given need no training."""
+        """The phases to run; given weights need no training."""
         given = self.method is None and self.pair.checkpoint
         return PHASES[1:] if given else PHASES
 
     def weights(self) -> str:
-        """What is tested: the pair's own file, or what training has left.
+        """The weights to test: the pair's file, or the training's checkpoint.
 
         Raises:
-            UserError: Training has left none.
+            UserError: Training has left no checkpoint.
         """
         if self.method is None and self.pair.checkpoint:
             return self.pair.checkpoint
@@ -168,23 +168,23 @@ class Cell:
         return found['checkpoint']
 
     def teacher_weights(self) -> str | None:
-        """Path or URL of what its teacher is loaded from."""
+        """Path or URL of its teacher's weights."""
         if not self.has_teacher or self.teacher is None:
             return None
         return self.teacher.weights()
 
     def is_done(self, phase: str) -> bool:
-        """Whether a phase has left what it should."""
+        """Whether a phase has completed."""
         found = read_json(self.folder / f'{phase}.json')
         return found is not None and (
             phase != 'train' or not find_fault_among(found['checkpoint'])
         )
 
     def open(self, job: Mapping[str, Any]) -> None:
-        """Make its folder ready: kept if it is of the same run, else new.
+        """Prepare its folder: keep it if it is of the same run, else renew it.
 
         Args:
-            job: What the run depends on beside the config; 'teacher', the
+            job: What the run depends on besides the config; 'teacher' is the
                 checksum of the teacher's weights.
         """
         wanted = dict(job, fingerprint=self.fingerprint)
@@ -229,7 +229,7 @@ def _cells(suite: Suite, work_dir: Path) -> Iterator[Cell]:
 
 
 def checksum(file: str) -> str:
-    """SHA-256 of a file's content; of its address, where it is a URL."""
+    """SHA-256 of a file's content, or of the address of a URL."""
     if '://' in file:
         return hashlib.sha256(file.encode()).hexdigest()
     with open(file, 'rb') as stream:
@@ -245,5 +245,5 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     write_whole(file, (json.dumps(value, indent=1) + '\n').encode())

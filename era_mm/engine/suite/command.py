@@ -37,32 +37,32 @@ def run_suite(
     command: Command = worker_command,
     console: Console | None = None,
 ) -> bool:
-    """Run what is not finished of a suite, and write its rows and the page.
+    """Run the unfinished part of a suite, and write its rows and the page.
 
-    Rows are written whenever a run is finished, so an interruption loses
-    nothing but the epochs since the last checkpoints.
+    Rows are written whenever a run finishes, so an interruption loses only
+    the epochs since the last checkpoints.
 
     Args:
         file: The suite file, see :mod:`~era_mm.engine.suite.spec`.
-        jobs: Runs at a time. None: as many as there are cores for; 0: none,
-            the page is written from the rows that are there.
-        work_dir: Where the runs write. None: work_dirs/suites/<name>.
+        jobs: Number of concurrent runs. None: as many as there are cores; 0:
+            run nothing, and write the page from the existing rows.
+        work_dir: Folder of the runs. None: work_dirs/suites/<name>.
         results: Folder of the rows.
-        page: What is made of them.
+        page: File of the page.
         only: Patterns of cells, 'pair/method/s0'; none: all. A teacher that
-            they need is run, too.
-        again: Patterns of cells to run once more, from the beginning.
-        dry_run: Tell what would be run, and do nothing.
-        commit: Of the code. None: asked of git.
+            they need is run as well.
+        again: Patterns of cells to run again, from the beginning.
+        dry_run: Only list what would be run.
+        commit: Commit of the code. None: from git.
         command: See :data:`~era_mm.engine.suite.running.Command`.
-        console: Where to tell what happens.
+        console: Where to report progress.
 
     Returns:
         Whether nothing failed.
 
     Raises:
-        UserError: A wrong suite file, a config that is not there, a pattern
-            that matches nothing, another suite in the same folder.
+        UserError: A wrong suite file, a missing config, a pattern that
+            matches nothing, or another suite in the same folder.
     """
     suite = read_suite(file)
     jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
@@ -71,8 +71,8 @@ def run_suite(
     for out in (results, page.parent):
         if not out.is_dir():
             raise UserError(
-                f'suite: expected the folder {out}, in which results are '
-                'written. Run it in a checkout, or give another place.'
+                f'suite: expected the folder {out} for the results. '
+                'Run it in a checkout, or give another path.'
             )
     console = console or Console()
     rows_file = results / f'{suite.name}.jsonl'
@@ -137,7 +137,7 @@ def _matching(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 
 
 def _listing(matrix: Matrix) -> Iterator[str]:
-    """A line of each cell, and what would become of it."""
+    """A line for each cell with its state."""
     to_run = matrix.to_run()
     for cell in matrix.cells:
         state = 'finished'
@@ -151,9 +151,9 @@ def _listing(matrix: Matrix) -> Iterator[str]:
 
 
 def commit_of_code() -> str:
-    """The commit that the code is of; '-dirty' where it was changed since.
+    """The commit of the code, with '-dirty' if it was changed since.
 
-    Only what decides of a result counts: the suite itself writes results.
+    Only files that affect results count; the suite itself writes results.
     """
 
     def git(*arguments: str) -> str:
@@ -194,8 +194,8 @@ def alone(work_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f'suite: another one works in {work_dir}. Wait for it, end '
-                'it, or give another folder with --work-dir.'
+                f'suite: another one is running in {work_dir}. Wait for it, '
+                'stop it, or give another folder with --work-dir.'
             ) from None
         yield
     finally:

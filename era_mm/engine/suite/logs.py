@@ -1,4 +1,4 @@
-"""What a run has logged: its metrics, its time and how far it is."""
+"""Reads the logs of a run: metrics, time and progress."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from era_mm.errors import UserError
 
 
 def scalars(work_dir: Path) -> list[dict[str, Any]]:
-    """What training has logged, from all its attempts in their order."""
+    """Values logged in training, from all attempts in order."""
     return [
         record
         for file in sorted(work_dir.glob('*/vis_data/scalars.json'))
@@ -43,27 +43,27 @@ def tested(work_dir: Path) -> dict[str, float]:
     Raises:
         UserError: There are none.
     """
-    # What mmengine's LoggerHook leaves of a test.
+    # Written by mmengine's LoggerHook in a test.
     for file in sorted(work_dir.glob('*/*.json'), reverse=True):
         found = metrics_of([json.loads(file.read_text())])
         if found:
             return found
     raise UserError(
         f'{work_dir}: expected the metrics of a test, but there are none. '
-        'Does `test_evaluator` give any?'
+        'Does `test_evaluator` return any?'
     )
 
 
 def train_seconds(records: Iterable[dict[str, Any]]) -> float | None:
-    """Seconds that the iterations took, without start and validation.
+    """Seconds of all iterations, without start-up and validation.
 
         sum over logged steps of time * (step - last logged step)
 
-    ``time`` is mmengine's mean over the iterations that were last. What was
-    done again after an interruption counts once.
+    ``time`` is mmengine's mean over the last iterations. Iterations that were
+    repeated after an interruption count once.
 
     Returns:
-        None where nothing was logged.
+        The time; None if nothing was logged.
     """
     times: dict[int, float] = {}
     for record in records:
@@ -79,7 +79,7 @@ def train_seconds(records: Iterable[dict[str, Any]]) -> float | None:
 
 
 def share_done(work_dir: Path, unit: str, length: int) -> float:
-    """How much of a training is done, by its newest log: 0 to 1."""
+    """Progress of a training, from its newest log: 0 to 1."""
     files = sorted(work_dir.glob('*/vis_data/scalars.json'))
     last = None
     for record in _lines(files[-1]) if files else ():
@@ -94,11 +94,11 @@ def share_done(work_dir: Path, unit: str, length: int) -> float:
 def ends_of(
     records: Iterable[dict[str, Any]], patterns: Iterable[str]
 ) -> dict[str, dict[str, float]]:
-    """The first and the last of logged values, those of training.
+    """The first and the last of values logged in training.
 
     Args:
-        records: What :func:`scalars` gives.
-        patterns: As a shell's.
+        records: The result of :func:`scalars`.
+        patterns: Shell-style patterns.
 
     Returns:
         ``first`` and ``last`` of each value that a pattern matches.

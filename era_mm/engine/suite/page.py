@@ -1,4 +1,4 @@
-"""``docs/results.md``, made of the rows of ``results/*.jsonl`` alone."""
+"""Writes ``docs/results.md`` from the rows of ``results/*.jsonl``."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,8 +37,8 @@ def write_page(file: Path, results: Path, find: Sequence[Path] = ()) -> None:
     Args:
         file: Where.
         results: Folder of the rows.
-        find: Folders of configs; what is published is shown beside the
-            config of ours, if there is one.
+        find: Folders of configs; published numbers are shown with our config,
+            if there is one.
     """
     write_whole(file, page(results, find).encode())
 
@@ -126,7 +126,7 @@ def _methods_table(pair: PairResults) -> str:
 
 
 def _by_mean(pair: PairResults, methods: Iterable[str]) -> list[str]:
-    """The best first; what was not run last."""
+    """The best first; methods without runs last."""
 
     def place(method: str) -> tuple[bool, float]:
         mean = pair.mean(method)
@@ -242,7 +242,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _verdicts(pair: PairResults) -> Iterator[str]:
-    """Which methods are better than plain here, and which are not."""
+    """The methods that are better than plain here, and those that are not."""
     better, worse, same = [], [], []
     for method in _by_mean(pair, pair.methods('baseline', 'method')):
         more = pair.more_than(pair.plain, method)
@@ -267,7 +267,7 @@ def _verdicts(pair: PairResults) -> Iterator[str]:
 
 
 def _remarks(pair: PairResults) -> Iterator[str]:
-    """What went wrong, and where the rest was measured."""
+    """Runs that failed, and the machines of the others."""
     if pair.failed:
         yield 'Runs that stopped with an error and have no number:'
         yield ''

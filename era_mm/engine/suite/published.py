@@ -1,4 +1,4 @@
-"""What others have published of the pairs that we have configs for."""
+"""Published results for the pairs that we have configs for."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -29,11 +29,11 @@ def published_section(
     suites: Iterable[tuple[Row, Sequence[Row]]],
     find: Sequence[Path],
 ) -> str:
-    """The section of the page; empty without a file of them.
+    """The section of the page; empty without a file of published results.
 
     Args:
         results: Folder with published.json.
-        suites: Headers and rows: what was run here after all.
+        suites: Headers and rows of our own runs.
         find: Folders of our configs.
     """
     file = results / FILE
@@ -80,7 +80,7 @@ def _row(
 def _measured(
     suites: Iterable[tuple[Row, Sequence[Row]]],
 ) -> dict[str, str]:
-    """Our means by config, of runs of the config as it is."""
+    """Our means by config, from runs of the unchanged config."""
     values: dict[str, list[float]] = {}
     shown = {}
     for header, rows in suites:

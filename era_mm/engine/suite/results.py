@@ -1,7 +1,7 @@
-"""What the rows of a suite say, before it is written down.
+"""Statistics of the rows of a suite, for the page.
 
-Every number here is computed from rows of finished runs. What has none is
-None.
+Every number is computed from rows of finished runs, and is None without such
+rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +14,8 @@ from era_mm.statistics import Estimate, estimate, mean_ratio, paired
 from .rows import Row, read_rows
 from .spec import TEACHER, Metric
 
-#: A plain run counts as long as a method if it lasts this share of its time:
-#: times of one run vary by a few percent.
+#: A plain run counts as long as a method's if it takes at least this share of
+#: its time: times of a run vary by a few percent.
 AS_LONG = 0.95
 
 #: Values by seed.
@@ -26,9 +26,9 @@ class PairResults:
     """The rows of one pair.
 
     Args:
-        header: Of the suite.
+        header: Header of the suite.
         pair: Name of the pair.
-        rows: Of the suite.
+        rows: Rows of the suite.
     """
 
     def __init__(self, header: Row, pair: str, rows: Sequence[Row]) -> None:
@@ -65,7 +65,7 @@ class PairResults:
 
         Args:
             method: Name of the method.
-            mode: Of the inference modes beside the student's own ('').
+            mode: Inference mode; '' is the student's own.
         """
         key = f'{mode}/{self.metric.key}' if mode else self.metric.key
         return {
@@ -101,7 +101,7 @@ class PairResults:
     def more_than(
         self, other: str | None, method: str, mode: str = ''
     ) -> Estimate | None:
-        """By how much a method is better than another, by seeds."""
+        """Difference of a method to another, by pairs of seeds."""
         if other is None:
             return None
         return paired(self.values(method, mode), self.values(other))
@@ -118,7 +118,7 @@ class PairResults:
 
     @cached_property
     def best_baseline(self) -> str | None:
-        """The baseline of the highest mean, among those of most runs."""
+        """The baseline with the highest mean, among those with most runs."""
         counts = {
             name: len(self.values(name)) for name in self.methods('baseline')
         }
@@ -133,7 +133,8 @@ class PairResults:
     def cost(self, method: str) -> float | None:
         """Training time relative to the plain student's.
 
-        By seeds, among runs on one kind of machine with as many beside them.
+        By seeds, among runs on one kind of machine with the same number of
+        concurrent runs.
         """
         ratios = [
             mean_ratio(times, self._times(self.plain).get(where, {}))
@@ -154,7 +155,7 @@ class PairResults:
         return found
 
     def plain_as_long(self, method: str) -> str | None:
-        """The shortest plain training that took a method's time or more.
+        """The shortest plain training that took at least a method's time.
 
         None if there is none, or times are not known.
         """

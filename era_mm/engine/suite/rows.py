@@ -1,7 +1,7 @@
 """The file of a suite's results: a header, and a row for each finished run.
 
-``results/<suite>.jsonl``: the first line says what the suite compares, each
-further one is a run. The page is made of nothing else.
+``results/<suite>.jsonl``: the first line describes the suite, each further
+line is a run. The page is written from these files only.
 """
 
 import json
@@ -24,12 +24,12 @@ Key = tuple[str, str, int | None]
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
-    """What tells a row from others of its suite."""
+    """Key of a row in its suite."""
     return row['pair'], row['method'], row['seed']
 
 
 def header_of(suite: Suite) -> Row:
-    """What the page has to know of a suite."""
+    """The description of a suite for the page."""
     return dict(
         suite=suite.name,
         title=suite.title,
@@ -60,7 +60,7 @@ def read_rows(file: Path) -> tuple[Row | None, list[Row]]:
     """The header and the rows of a file.
 
     Returns:
-        None and no rows where there is no file, or one of another tool.
+        None and no rows if there is no file, or one of another tool.
     """
     if not file.exists():
         return None, []
@@ -77,11 +77,11 @@ def read_rows(file: Path) -> tuple[Row | None, list[Row]]:
 
 
 def write_rows(file: Path, header: Row, rows: Iterable[Row]) -> None:
-    """Write a file whole or not at all, rows in the order of the suite."""
+    """Write a file completely or not at all, rows in the suite's order."""
     pairs, methods = list(header['pairs']), [TEACHER, *header['methods']]
 
     def place(row: Row) -> tuple[int, ...]:
-        # What the suite does not ask for any more was measured all the same.
+        # Rows that the suite no longer asks for are kept, at the end.
         return tuple(
             names.index(name) if name in names else len(names)
             for names, name in (
@@ -105,11 +105,11 @@ def row_of(
     Args:
         cell: The cell.
         teacher: Checksum of its teacher's weights.
-        commits: Of the code in each attempt.
-        jobs: Runs that shared the machine.
+        commits: Commit of the code in each attempt.
+        jobs: Number of concurrent runs on the machine.
 
     Raises:
-        UserError: The test gave no metric of the suite's.
+        UserError: The test did not return the suite's metric.
     """
     records = logs.scalars(cell.folder / 'train')
     trained = read_json(cell.folder / 'train.json')
@@ -157,7 +157,7 @@ def _about(cell: Cell, teacher: str | None, commits: Sequence[str]) -> Row:
         options=dict(cell.method.options) if cell.method else {},
         fingerprint=cell.fingerprint,
         teacher=teacher,
-        # Several where an interrupted run went on with other code.
+        # Several if an interrupted run was resumed with other code.
         commit=' '.join(dict.fromkeys(commits)),
         attempts=len(commits),
         finished=datetime.now(UTC).isoformat(timespec='seconds'),
@@ -167,10 +167,10 @@ def _about(cell: Cell, teacher: str | None, commits: Sequence[str]) -> Row:
 def is_current(
     row: Mapping[str, Any] | None, cell: Cell, teacher: str | None
 ) -> bool:
-    """Whether a row is what a cell would give.
+    """Whether a row is up to date for a cell.
 
     Args:
-        row: Of an earlier call, if there is one.
+        row: Row of an earlier call, if there is one.
         cell: The cell.
         teacher: Checksum of its teacher's weights; None: not known.
     """

@@ -1,4 +1,4 @@
-"""Runs the cells of a matrix, several at a time."""
+"""Runs the cells of a matrix, several concurrently."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ from . import logs
 from .cells import Cell, checksum, read_json, write_json
 from .rows import Key, Row, failed_row, is_current, key_of, row_of
 
-#: Seconds between two looks at the runs.
+#: Seconds between two checks of the runs.
 LOOK_EVERY = 0.2
-#: Lines of a log that tell of an error.
+#: Number of log lines to show for an error.
 ERROR_LINES = 12
 
 #: Makes the command line of a phase of the cell in a folder.
@@ -34,35 +34,35 @@ def worker_command(phase: str, folder: Path) -> list[str]:
 
 
 class Watcher(Protocol):
-    """Who is told how the matrix goes."""
+    """Receives the progress of the matrix."""
 
     def expect(self, total: int) -> None:
-        """So many cells will be run, or looked at again."""
+        """So many cells will be run or checked again."""
 
     def started(self, cell: Cell, goes_on: bool) -> None:
-        """A cell runs from now on."""
+        """A cell has started."""
 
     def at(self, cell: Cell, share: float, phase: str) -> None:
-        """A running cell has come so far."""
+        """Progress of a running cell."""
 
     def ended(self, cell: Cell, row: Row, seconds: float) -> None:
         """A cell is finished, or failed with ``row['error']``."""
 
     def left(self, cell: Cell, reason: str) -> None:
-        """A cell need not or cannot be run."""
+        """A cell is not run."""
 
 
 @dataclass
 class _Run:
-    """A cell under way.
+    """A running cell.
 
     Args:
         cell: The cell.
         teacher: Checksum of its teacher's weights.
-        slot: Its place among the runs at a time.
-        began: When its first phase began.
-        process: Of the phase that runs.
-        phase: Its name.
+        slot: Its index among the concurrent runs.
+        began: Start time of its first phase.
+        process: Process of the current phase.
+        phase: Name of the current phase.
     """
 
     cell: Cell
@@ -74,21 +74,21 @@ class _Run:
 
 
 class Matrix:
-    """Runs what is not finished, and keeps the rows.
+    """Runs the unfinished cells, and keeps the rows.
 
-    Each phase is a program of its own, with one thread. A program that
-    fails gives a row with its error; the others go on. Whoever interrupts
-    ends the programs; what they have saved is gone on from.
+    Each phase is a process of its own, with one thread. If a process fails,
+    its row has the error, and the others continue. An interruption ends the
+    processes; the next call resumes from their checkpoints.
 
     Args:
         cells: In the order in which they should run.
-        rows: What is known from before.
-        jobs: Runs at a time.
-        watcher: Told what happens.
+        rows: Rows of earlier calls.
+        jobs: Number of concurrent runs.
+        watcher: Receives the progress.
         save: Called with all rows whenever one is new.
-        commit: Tells the code's state.
+        commit: Returns the commit of the code.
         command: See :data:`Command`.
-        gpus: GPUs to share among the runs; 0: as the machine has it.
+        gpus: Number of GPUs to share among the runs; 0: do not assign any.
     """
 
     def __init__(
@@ -118,14 +118,14 @@ class Matrix:
     # -- what is to be done ------------------------------------------------
 
     def current(self, cell: Cell, teacher: str | None = None) -> bool:
-        """Whether a cell's row is there."""
+        """Whether a cell's row exists and is up to date."""
         return is_current(self.rows.get(cell.key), cell, teacher)
 
     def to_run(self) -> list[Cell]:
-        """The cells that are not finished, as far as is known now.
+        """The cells that are not finished, as far as known now.
 
-        A teacher whose row is there but whose weights are not is among them
-        if a student needs it.
+        They include a teacher with a row but without weights, if a student
+        needs it.
         """
         needed = [cell for cell in self.cells if not self.current(cell)]
         for cell in self.cells:
@@ -139,7 +139,7 @@ class Matrix:
         return [cell for cell in self.cells if cell in needed]
 
     def _checksum(self, cell: Cell) -> str | None:
-        """Of the weights of a cell's teacher."""
+        """Checksum of the weights of a cell's teacher."""
         if not cell.has_teacher:
             return None
         weights = cell.teacher_weights()
@@ -151,10 +151,10 @@ class Matrix:
     # -- running -----------------------------------------------------------
 
     def run(self) -> bool:
-        """Run the matrix; whether all of it is finished."""
+        """Run the matrix; returns whether all of it is finished."""
         waiting = self.to_run()
-        # A teacher that is trained anew may be another one: its students'
-        # rows are looked at again when it is there.
+        # A teacher that is trained again may differ: its students' rows are
+        # checked again afterwards.
         for cell in self.cells:
             if cell.has_teacher and cell.teacher in waiting:
                 waiting.append(cell)
@@ -175,7 +175,7 @@ class Matrix:
         return not failed
 
     def _next(self, waiting: list[Cell], failed: list[Cell]) -> bool:
-        """Deal with the first cell that can be; False if none can."""
+        """Handle the first cell that is ready; False if there is none."""
         under_way = [run.cell for run in self._runs]
         for cell in list(waiting):
             if cell.has_teacher and cell.teacher in failed:
@@ -232,7 +232,7 @@ class Matrix:
         with cell.log.open('a') as log:
             return subprocess.Popen(
                 self.command(phase, cell.folder),
-                # It ends when the other end, which is here, goes.
+                # The worker ends when this end is closed.
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -285,7 +285,7 @@ class Matrix:
         )
 
     def _stop(self) -> None:
-        """End what still runs."""
+        """Stop the running processes."""
         for run in self._runs:
             run.process.terminate()
         for run in self._runs:

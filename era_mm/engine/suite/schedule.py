@@ -1,4 +1,4 @@
-"""A run's schedule, made longer or shorter."""
+"""Makes the schedule of a run longer or shorter."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,14 +7,14 @@ from mmengine.config import Config
 
 from era_mm.errors import UserError
 
-#: What warms up, where it begins with the run.
+#: Schedulers that are a warm-up if they begin with the run.
 _WARM_UPS = ('LinearLR', 'ConstantLR')
-#: Of a model: counted in iterations of its own schedule.
+#: Keys of a model that are counted in iterations of its own schedule.
 _OWN_TIMES = ('pretrain_iters', 'phases')
 
 
 def length_of(cfg: Config) -> tuple[str, int]:
-    """How long a run is: 'epochs' or 'iters', and how many."""
+    """Length of a run: 'epochs' or 'iters', and the number."""
     for unit in ('epochs', 'iters'):
         number = cfg.train_cfg.get(f'max_{unit}')
         if number is not None:
@@ -26,22 +26,21 @@ def length_of(cfg: Config) -> tuple[str, int]:
 
 
 def stretch(cfg: Config, factor: float) -> None:
-    """Make a run ``factor`` times as long, its learning rates with it.
+    """Make a run ``factor`` times as long, with its learning rate schedule.
 
     Everything that is counted in the loop's own unit is multiplied: the
-    length, milestones, begin and end of each scheduler. A warm-up of some
-    iterations, in a run of epochs, stays as it is.
+    length, and milestones, begin and end of each scheduler. A warm-up in
+    iterations, in a run of epochs, does not change.
 
     Source: ours.
 
     Args:
         cfg: A whole config; changed in place.
-        factor: Above 0.
+        factor: Factor above 0.
 
     Raises:
-        UserError: The length would not be whole, or the model has a phase of
-            its own that is counted in iterations: what a longer run means
-            there has to be said.
+        UserError: The length would not be a whole number, or the model has a
+            phase in iterations, whose length in a longer run is not defined.
     """
     if factor == 1:
         return
@@ -49,10 +48,10 @@ def stretch(cfg: Config, factor: float) -> None:
     own = sorted(set(_own_times(cfg.get('model', {}))))
     if own:
         raise UserError(
-            f'schedule: {cfg.filename} sets {", ".join(own)}, which lasts for '
-            f'a number of iterations; how long in a run {factor} times as '
-            'long? Leave the method out of this schedule (schedule=1, or '
-            '`pairs`), or give a config of its own that says so.'
+            f'schedule: {cfg.filename} sets {", ".join(own)} in iterations, '
+            f'and their length in a run {factor} times as long is not '
+            'defined. Exclude the method from this schedule (schedule=1, or '
+            '`pairs`), or give a separate config for it.'
         )
     loop = cfg.train_cfg
     if loop.get('val_interval') == length:

@@ -1,4 +1,4 @@
-"""Shows how a matrix goes: bars on a terminal, else a line per event."""
+"""Shows the progress of a matrix: bars on a terminal, else lines."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Screen:
 
     Args:
         progress: The bars.
-        jobs: Runs at a time.
+        jobs: Number of concurrent runs.
     """
 
     def __init__(self, progress: Progress, jobs: int) -> None:
@@ -28,19 +28,19 @@ class Screen:
         self._all = progress.add_task('all', total=None, text='')
 
     def expect(self, total: int) -> None:
-        """So many cells will be run, or looked at again."""
+        """So many cells will be run or checked again."""
         self._total = total
         self._progress.update(self._all, total=total)
 
     def started(self, cell: Cell, goes_on: bool) -> None:
-        """A cell runs from now on."""
+        """A cell has started."""
         self._bars[cell.name] = self._progress.add_task(
             cell.name, total=1.0, text='starting'
         )
         self._say(f'{cell.name}: {"goes on" if goes_on else "started"}')
 
     def at(self, cell: Cell, share: float, phase: str) -> None:
-        """A running cell has come so far."""
+        """Progress of a running cell."""
         self._progress.update(
             self._bars[cell.name], completed=share, text=phase
         )
@@ -61,7 +61,7 @@ class Screen:
         self._say(f'{cell.name}: {result}, {clock(seconds)}{self._so_far()}')
 
     def left(self, cell: Cell, reason: str) -> None:
-        """A cell need not or cannot be run."""
+        """A cell is not run."""
         self._count()
         self._say(f'{cell.name}: not run, {reason}')
 

@@ -1,4 +1,4 @@
-"""What a suite file says: pairs, methods, seeds, and what they are judged by.
+"""Reads a suite file: pairs, methods, seeds and metric.
 
 A suite file is a config in Python, YAML or JSON::
 
@@ -30,7 +30,7 @@ from mmengine.config import Config
 
 from era_mm.errors import UserError
 
-#: What a method is in the tables. 'part' is set by ``part_of``.
+#: Roles of a method in the tables. 'part' is set by ``part_of``.
 ROLES = ('plain', 'baseline', 'method', 'part')
 #: The cell that trains a pair's teacher.
 TEACHER = 'teacher'
@@ -39,13 +39,13 @@ _NAME = re.compile(r'\w[\w.+-]*')
 
 @dataclass(frozen=True)
 class Metric:
-    """What the tables compare; more is better.
+    """The metric of the tables; higher is better.
 
     Args:
-        key: As the test loop names it: 'coco/bbox_mAP', 'accuracy/top1'.
-        name: What the tables call it.
-        scale: Factor to what the tables show, 100 for shares.
-        digits: After the point.
+        key: Its key in the test loop: 'coco/bbox_mAP', 'accuracy/top1'.
+        name: Its name in the tables.
+        scale: Factor for the tables, 100 for fractions.
+        digits: Digits after the decimal point.
     """
 
     key: str
@@ -59,14 +59,16 @@ class Pair:
     """A teacher and a student.
 
     Args:
-        name: In folders and rows; ``{pair}`` in a method's ``config``.
+        name: Its name in folders and rows; ``{pair}`` in a method's
+            ``config``.
         student: Base name or path of the plain student's config;
-            ``{student}`` there.
-        teacher: Likewise of the teacher; None: no method needs one.
+            ``{student}`` in a method's ``config``.
+        teacher: Base name or path of the teacher's config; None: no method
+            needs one.
         checkpoint: Path or URL of the teacher's weights. None: the suite
-            trains the teacher, as its config says, before its students.
-        title: What the page calls it.
-        words: For further ``{...}`` of a ``config``.
+            trains the teacher with its config, before its students.
+        title: Its name on the page.
+        words: Values for further ``{...}`` in a ``config``.
     """
 
     name: str
@@ -79,20 +81,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables: a config, and what is changed in it.
+    """A row of the tables: a config and changes to it.
 
     Args:
-        name: In folders, rows and tables.
+        name: Its name in folders, rows and tables.
         config: Base name or path of a config, with ``{pair}``,
             ``{student}``, ``{teacher}`` and the pair's ``words``.
         role: 'plain' (the student alone, at any schedule), 'baseline',
-            'method', or 'part' (a method less or more something).
-        options: Changes of the config, as ``--cfg-options`` has them.
-        schedule: Factor of the suite's schedule.
-        part_of: The method of which this is a part. Its config and options
-            are taken over.
-        pairs: Only these; None: all.
-        title: What the page calls it.
+            'method', or 'part' (a variant of a method).
+        options: Changes to the config, as in ``--cfg-options``.
+        schedule: Factor on the suite's schedule.
+        part_of: The method of which this is a variant. It inherits the config
+            and options of that method.
+        pairs: Only for these pairs; None: all.
+        title: Its name on the page.
     """
 
     name: str
@@ -110,14 +112,14 @@ class Suite:
     """A whole suite file.
 
     Args:
-        name: The file's, without its ending; names the results.
+        name: Name of the file without suffix; also of the results.
         title: Heading of the suite on the page.
-        metric: What is compared.
-        pairs: By name.
-        methods: By name, in the order of the tables.
-        seeds: One run each; the same for all methods.
-        schedule: Factor of every student's schedule.
-        options: Changes of every config, the teacher's included.
+        metric: The metric that is compared.
+        pairs: Pairs by name.
+        methods: Methods by name, in the order of the tables.
+        seeds: One run for each; the same for all methods.
+        schedule: Factor on every student's schedule.
+        options: Changes to every config, including the teacher's.
         keep: Patterns of logged values to keep in the rows, such as
             'era_unexplained_*': the first and the last of each.
     """
@@ -133,7 +135,7 @@ class Suite:
     keep: Sequence[str] = ()
 
     def methods_of(self, pair: Pair) -> Iterator[Method]:
-        """The methods that a pair is tried with."""
+        """The methods for a pair."""
         for method in self.methods.values():
             if method.pairs is None or pair.name in method.pairs:
                 yield method
@@ -143,8 +145,8 @@ def read_suite(file: str | Path) -> Suite:
     """Read a suite file.
 
     Raises:
-        UserError: There is no such file, or it says something that is not
-            known, lacks something or contradicts itself.
+        UserError: There is no such file, or it has unknown, missing or
+            contradictory entries.
     """
     file = Path(file)
     if not file.is_file():
@@ -155,7 +157,7 @@ def read_suite(file: str | Path) -> Suite:
     try:
         found = Config.fromfile(file).to_dict()
     except OSError as error:
-        # What mmengine makes of an ending that it does not know.
+        # mmengine's error for an unknown suffix.
         raise UserError(
             f'suite: {error}; expected .py, .yaml or .json.'
         ) from error
@@ -182,7 +184,7 @@ def read_suite(file: str | Path) -> Suite:
     if not any(method.role == 'plain' for method in methods.values()):
         raise UserError(
             f"{where}: expected a method with role='plain', the student "
-            'alone, with which all are compared. Add '
+            'alone, for comparison. Add '
             "plain=dict(config='{student}', role='plain')."
         )
     _check(

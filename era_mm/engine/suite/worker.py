@@ -1,8 +1,8 @@
-"""A phase of a cell, in a program of its own.
+"""Runs a phase of a cell, in a separate process.
 
-``python -m era_mm.engine.suite.worker train|test FOLDER`` trains or tests
-what lies in a cell's folder, as ``train`` and ``test`` do, and leaves
-train.json or test.json there.
+``python -m era_mm.engine.suite.worker train|test FOLDER`` trains or tests the
+cell in a folder, as ``train`` and ``test`` do, and writes train.json or
+test.json there.
 """
 
 import argparse
@@ -21,7 +21,7 @@ MIB = 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a phase; the exit status is returned."""
+    """Run a phase; returns the exit status."""
     parser = argparse.ArgumentParser(prog='worker', description=__doc__)
     parser.add_argument('phase', choices=['train', 'test'])
     parser.add_argument('folder', type=Path)
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_with_the_suite() -> None:
-    """Stop when the other end of stdin goes, with whoever started this.
+    """Stop when stdin is closed, because the suite has ended.
 
-    A suite that was killed cannot stop its runs, and the next one would
-    start them a second time.
+    A suite that was killed cannot stop its runs, and the next one would start
+    them again.
     """
     # Not through Python's buffer, whose lock a forked data worker would find
     # taken for ever.
@@ -63,7 +63,7 @@ def _train(folder: Path) -> tuple[int, dict[str, Any]]:
     if last.exists() and not find_fault_among(last.read_text().strip()):
         argv.append('--resume')
     else:
-        # Of a run that was stopped before its first checkpoint.
+        # A run that was stopped before its first checkpoint.
         shutil.rmtree(work_dir, ignore_errors=True)
     status = run_train(argv)
     if status:

@@ -341,7 +341,7 @@ def alive(folder):
 
 def test_alone__refuses_a_second_suite():
     with command.alone(Path('here')):
-        with pytest.raises(UserError, match='another one works in here'):
+        with pytest.raises(UserError, match='another one is running in here'):
             with command.alone(Path('here')):
                 pass
     with command.alone(Path('here')):
