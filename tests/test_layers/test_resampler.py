@@ -24,7 +24,7 @@ def test_tokens_to_map__rows_from_the_top_left_without_the_extra_ones():
 
 @pytest.mark.parametrize(('number', 'extra'), [(6, 1), (1, 1), (3, 4)])
 def test_tokens_to_map__refuses_what_fills_no_square(number, extra):
-    with pytest.raises(ValueError, match='no square grid'):
+    with pytest.raises(ValueError, match='do not fill a square'):
         tokens_to_map(torch.zeros(1, number, 2), extra)
 
 
