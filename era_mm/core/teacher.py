@@ -19,13 +19,19 @@ from .recorder import Recorder
 from .utils import errors_only, preserve_rng
 
 
-def classes_of(meta: Mapping) -> tuple[str, ...] | None:
+def classes_of(meta: Mapping | Sequence) -> tuple[str, ...] | None:
     """The class names that a file's or a data set's meta data tell.
 
     Files of mmengine keep the data set's meta data (``dataset_meta``), files
-    from before it the names alone (``CLASSES``).
+    from before it the names alone (``CLASSES``). Several data sets in one
+    have a list where they differ (mmdet's ``ConcatDataset``): names that
+    differ tell nothing.
     """
-    meta = meta.get('dataset_meta') or meta
+    if isinstance(meta, Mapping):
+        meta = meta.get('dataset_meta') or meta
+    if not isinstance(meta, Mapping):
+        each = {classes_of(part) for part in meta}
+        return each.pop() if len(each) == 1 else None
     names = meta.get('classes') or meta.get('CLASSES')
     if names is None:
         return None
