@@ -24,6 +24,7 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.runner import Runner
 
 from era_mm.core import Teacher
+from era_mm.core.classes import plain_name
 from era_mm.core.host_models import num_classes_of
 from era_mm.core.utils import errors_only
 from era_mm.errors import UserError, first_line
@@ -47,7 +48,10 @@ TURN_OFF = (
 
 
 def compare_classes(
-    student: Sequence[str] | None, teacher: Sequence[str] | None, name: str
+    student: Sequence[str] | None,
+    teacher: Sequence[str] | None,
+    name: str,
+    judges: bool = True,
 ) -> str:
     """Compare the names of the student's classes with a teacher's.
 
@@ -55,16 +59,19 @@ def compare_classes(
         student: Of the data that the student trains on.
         teacher: Of the teacher's checkpoint.
         name: The teacher's name.
+        judges: Whether anything learns, or would, from what it predicts.
 
     Returns:
         How they differ; '' where they agree or one side does not tell.
 
     Raises:
-        UserError: The same names stand in another order.
+        UserError: It judges, and the same names stand in another order.
     """
     if student is None or teacher is None:
         return ''
-    pairs = list(zip(map(_plain, student), map(_plain, teacher), strict=False))
+    pairs = list(
+        zip(map(plain_name, student), map(plain_name, teacher), strict=False)
+    )
     differing = [i for i, (own, their) in enumerate(pairs) if own != their]
     if len(student) != len(teacher):
         return (
@@ -77,6 +84,13 @@ def compare_classes(
         return ''
     theirs = {their for _, their in pairs}
     moved = [i for i in differing if pairs[i][0] in theirs]
+    if len(moved) > 1 and not judges:
+        return (
+            f'The {name} has the classes of the data in another order, '
+            f'{len(moved)} of {len(student)} stand elsewhere'
+            + _example(moved, student, teacher)
+            + '. Its features can teach, its predictions cannot.'
+        )
     if len(moved) > 1:
         raise UserError(
             f'pre-flight: the {name} has the classes of the data in another '
@@ -91,11 +105,6 @@ def compare_classes(
         f'{len(differing)} of {len(student)} classes have another name in '
         f'the {name}' + _example(differing, student, teacher) + '.'
     )
-
-
-def _plain(name: str) -> str:
-    """Spelling aside: 'Traffic_light' is 'traffic light'."""
-    return re.sub(r'[\W_]+', ' ', name).strip().lower()
 
 
 def _example(
@@ -121,7 +130,9 @@ def has_classes_of(
         return True
     if len(student) != len(teacher):
         return False
-    pairs = zip(map(_plain, student), map(_plain, teacher), strict=True)
+    pairs = zip(
+        map(plain_name, student), map(plain_name, teacher), strict=True
+    )
     return 2 * sum(own == their for own, their in pairs) >= len(student)
 
 
@@ -229,14 +240,11 @@ def _parts_of(runner: Runner) -> list[_Part]:
             f'MultiDatasetsEvaluator has {len(prefixes)} dataset_prefixes and '
             f'{len(metrics)} metrics for {len(ends)} val sets'
         )
+    starts = [0, *ends[:-1]]
     return [
-        _Part(*part, range(*limits))
-        for *part, limits in zip(
-            prefixes,
-            metrics,
-            metas,
-            itertools.pairwise([0, *ends]),
-            strict=True,
+        _Part(prefix, metric, own, range(start, end))
+        for prefix, metric, own, start, end in zip(
+            prefixes, metrics, metas, starts, ends, strict=True
         )
     ]
 
@@ -496,7 +504,8 @@ def check_teacher(
         return f'{name}: random weights, not evaluated'
     if runner.val_loop is None:
         return f'{name}: not evaluated, the config has no val_dataloader'
-    if not has_classes_of(classes, teacher.classes):
+    named_alike = has_classes_of(classes, teacher.classes)
+    if not (named_alike or teacher.same_classes):
         return f'{name}: not evaluated, its classes are not those of the data'
     known = num_classes_of(teacher.model)
     if known is not None and classes is not None and known != len(classes):
