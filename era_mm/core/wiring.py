@@ -12,7 +12,7 @@ from .host_models import (
     blank_sample,
     forward_until,
     image_channels,
-    three_channels,
+    images_for,
 )
 from .recorder import Recorder
 from .teacher import BaseTeacher
@@ -30,11 +30,8 @@ def _shapes_of(feats: Features) -> Shapes:
     }
 
 
-def _images_for(teacher: BaseTeacher, images: Any) -> Any:
-    """A grey student's images, as a teacher of RGB ones gets them."""
-    if image_channels(teacher.model) == 1:
-        return images
-    return three_channels(images)
+def _channels(number: int) -> str:
+    return 'one channel' if number == 1 else f'{number} channels'
 
 
 class Wiring:
@@ -50,11 +47,11 @@ class Wiring:
         distillers: The distillers by name; an ``nn.ModuleDict``, which
             copies of the model share.
         input_size: Height and width of the dry run, in pixels; a number for
-            both. It is grey where the student's images are.
+            both. It has as many channels as the student's images.
 
     Raises:
-        ValueError: A distiller without its teacher, a teacher of grey images
-            for a student of others, sources that do not exist, pairs that do
+        ValueError: A distiller without its teacher, a teacher of images of
+            other channels, sources that do not exist, pairs that do
             not fit.
     """
 
@@ -108,13 +105,17 @@ class Wiring:
                 )
 
     def _check_images(self) -> None:
-        """Refuse teachers of grey images where the student's are not."""
+        """Refuse teachers that cannot see the student's images."""
+        own = image_channels(self._student)
         for name, teacher in self._teachers.items():
-            if image_channels(teacher.model) < image_channels(self._student):
+            theirs = image_channels(teacher.model)
+            if theirs != own and (own, theirs) != (1, 3):
                 raise ValueError(
-                    f'The {name} is for images of one channel, and the '
-                    "student's have three. Give a teacher of RGB images, or "
-                    'a student of grey ones.'
+                    f'The {name} is for images of {_channels(theirs)}, and '
+                    f"the student's have {own}. Both have to see the same "
+                    'images; only a grey student may have a teacher of RGB '
+                    'ones, which gets its one channel three times. Correct '
+                    '`in_channels` of a backbone, or give another teacher.'
                 )
 
     def _check_moved(self) -> None:
@@ -151,7 +152,7 @@ class Wiring:
         inputs = torch.zeros(1, channels, *self.input_size)
         samples = [blank_sample(*self.input_size)]
         recorder = self._listen_to_all()
-        own = explained('student', self.input_size)
+        own = explained('student', tuple(inputs.shape[1:]))
         with own, torch.no_grad(), evaluating(self._student), recorder:
             forward_until(self._student, inputs, recorder.sources, samples)
         student_feats = recorder.pop()
@@ -166,10 +167,9 @@ class Wiring:
                 )
             )
             if teacher.is_recorded:
-                with explained(name, self.input_size):
-                    teacher_feats[name] = teacher.extract(
-                        _images_for(teacher, inputs), samples
-                    )
+                theirs = images_for(teacher.model, inputs)
+                with explained(name, tuple(theirs.shape[1:])):
+                    teacher_feats[name] = teacher.extract(theirs, samples)
         self.student_shapes = _shapes_of(student_feats)
         self.teacher_shapes = {
             name: _shapes_of(feats) for name, feats in teacher_feats.items()
@@ -196,7 +196,8 @@ class Wiring:
         own = teacher_inputs or {}
         return {
             name: teacher.extract(
-                _images_for(teacher, own.get(name, inputs)), data_samples
+                images_for(teacher.model, own.get(name, inputs)),
+                data_samples,
             )
             for name, teacher in self._teachers.items()
             # One that is there to be inherited from alone is not asked.

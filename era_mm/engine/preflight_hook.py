@@ -43,7 +43,8 @@ class PreflightHook(Hook):
     Raises:
         UserError: A teacher is near chance
             (:func:`~era_mm.engine.teacher_check.find_fault`), or has the
-            data's classes in another order; the run ends before the last
+            data's classes in another order where its predictions were to
+            teach; the run ends before the last
             phase of a distiller begins.
     """
 
