@@ -73,7 +73,7 @@ def test_print_sources__that_cannot_run_names_the_channels(host, capsys):
     path = Path(config)
     path.write_text(
         path.read_text().replace(
-            'neck=dict(in_channels=[8', 'neck=dict(in_channels=[9'
+            'in_channels=[8, 16', 'in_channels=[8, 17'
         )
     )
     capsys.readouterr()
