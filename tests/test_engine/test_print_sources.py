@@ -72,9 +72,7 @@ def test_print_sources__that_cannot_run_names_the_channels(host, capsys):
     assert cli.run_print_sources([config, '--input-size', '0']) == 1
     path = Path(config)
     path.write_text(
-        path.read_text().replace(
-            'in_channels=[8, 16', 'in_channels=[8, 17'
-        )
+        path.read_text().replace('in_channels=[8, 16', 'in_channels=[8, 17')
     )
     capsys.readouterr()
     assert cli.run_print_sources([config, '--input-size', '64']) == 1
