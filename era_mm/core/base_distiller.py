@@ -74,6 +74,9 @@ class BaseDistiller(BaseModule):
     - :meth:`extra_flops`: what a step costs, for the summary.
     - :meth:`compare`: what it measures on the first batches of validation.
     - :meth:`export`: one of these modes as an ordinary host model.
+    - :attr:`uses_predictions`, :meth:`leave_predictions`: whether it learns
+      from what a teacher predicts, and what it does where these are of other
+      classes than the data's.
 
     Args:
         source: Module whose output is distilled, in student and teacher
@@ -102,6 +105,8 @@ class BaseDistiller(BaseModule):
     #: Modules of the given model that :meth:`student_config` has replaced,
     #: and the module that has the same output now.
     moved_sources: Mapping[str, str] = MappingProxyType({})
+    #: Whether :meth:`leave_predictions` has left out what it can do without.
+    left_predictions = False
     #: Whether :meth:`phase` ever freezes anything.
     has_phases = False
 
@@ -290,6 +295,31 @@ class BaseDistiller(BaseModule):
             size; None if not known.
         """
         return None
+
+    # -- classes -----------------------------------------------------------
+
+    @property
+    def uses_predictions(self) -> bool:
+        """Whether what the teacher predicts teaches, not features alone."""
+        return False
+
+    def leave_predictions(self, reason: str) -> None:
+        """Go on without what the teacher predicts.
+
+        Called once, before training, where ``uses_predictions`` and the
+        teacher knows other classes than the data. This one cannot.
+
+        Args:
+            reason: Why, a clause.
+
+        Raises:
+            ValueError: There would be nothing left, or nothing of what the
+                config asks for by name.
+        """
+        raise ValueError(
+            f'{type(self).__name__} learns from what the teacher predicts, '
+            f'but {reason}. Take a method on features.'
+        )
 
     # -- steps and phases --------------------------------------------------
 

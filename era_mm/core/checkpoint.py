@@ -49,6 +49,18 @@ def extras_of(state_dict: Mapping[str, Tensor]) -> dict | None:
     return metadata.get('', {}).get(METADATA_KEY)
 
 
+def drop_extras(state_dict: Mapping[str, Tensor]) -> None:
+    """Take the extras out of a state dict's metadata.
+
+    Also those of the students in it, where there are several.
+
+    Args:
+        state_dict: Changed in place; one without extras stays as it is.
+    """
+    for entry in (getattr(state_dict, '_metadata', None) or {}).values():
+        entry.pop(METADATA_KEY, None)
+
+
 def students_of(state_dict: Mapping[str, Tensor]) -> dict[str, OrderedDict]:
     """The students of a ``MutualDistillation``'s state dict, each plain.
 

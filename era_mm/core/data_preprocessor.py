@@ -8,7 +8,7 @@ from mmengine.model import BaseDataPreprocessor
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .host_models import image_channels, three_channels
+from .host_models import images_for, three_channels
 from .teacher import BaseTeacher
 
 #: Settings that do not change the images.
@@ -238,8 +238,7 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
             # Preprocessors write into the data samples.
             samples = copy.deepcopy(data.get('data_samples'))
             raw = {**data, 'data_samples': samples}
-            if image_channels(self._own[name].model) == 3:
-                raw['inputs'] = three_channels(data['inputs'])
+            raw['inputs'] = images_for(self._own[name].model, data['inputs'])
             teacher_inputs[name] = preprocessor(raw, False)['inputs']
         data = self.student(data, training)
         return {**data, 'teacher_inputs': teacher_inputs}

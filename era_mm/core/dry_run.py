@@ -13,7 +13,7 @@ def explained(owner: str, size: tuple[int, ...]) -> Iterator[None]:
 
     Args:
         owner: 'student', or a teacher's name.
-        size: Height and width of the image.
+        size: Channels, height and width of the image.
 
     Raises:
         ValueError: Instead of an error of torch.
@@ -24,9 +24,9 @@ def explained(owner: str, size: tuple[int, ...]) -> Iterator[None]:
         lines = str(error).splitlines() or ['no details']
         raise ValueError(
             f'The {owner} cannot run on an image of '
-            f'{" x ".join(map(str, size))} ({type(error).__name__}: '
-            f'{lines[0]}). Its parts do not fit together, or it needs a '
-            'larger image: compare `in_channels` of neck and head with the '
-            'output of the part before, or set `input_size` of the '
-            'Distillation.'
+            f'{" x ".join(map(str, size[1:]))} with {size[0]} channels '
+            f'({type(error).__name__}: {lines[0]}). Its parts do not fit '
+            'together, or it needs another image: compare `in_channels` of '
+            'neck and head with what the part before outputs, or set '
+            '`input_size` of the Distillation.'
         ) from error

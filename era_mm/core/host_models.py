@@ -31,14 +31,29 @@ def num_classes_of(model: nn.Module) -> int | None:
 
 
 def image_channels(model: nn.Module) -> int:
-    """Number of channels of a model's images: 1 (grey) or 3.
+    """Number of channels of a model's images: 3, 1 (grey), or others.
 
-    It is 1 if the first convolution has one input channel.
+    As many as its first convolution takes; 3 if it has none.
     """
-    for module in getattr(model, 'backbone', model).modules():
+    modules: Any = getattr(model, 'backbone', model).modules()
+    places = 1
+    for module in modules:
+        if type(module).__name__ == 'Focus':
+            # YOLOX puts four pixels into the channels of one.
+            places = 4
         if isinstance(module, nn.Conv2d):
-            return 1 if module.in_channels == 1 else 3
+            return module.in_channels // places
     return 3
+
+
+def images_for(model: nn.Module, images: Any) -> Any:
+    """A grey student's images as a model gets them; others as they are.
+
+    Args:
+        model: A teacher, or the student.
+        images: A tensor ``(*, C, H, W)``, or a list of such.
+    """
+    return images if image_channels(model) == 1 else three_channels(images)
 
 
 def three_channels(images: Any) -> Any:

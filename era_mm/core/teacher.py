@@ -14,18 +14,28 @@ from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
 from .checkpoint import fingerprint, load_whole, read_with_meta
-from .host_models import forget_files, forward_until, resolve_model_config
+from .host_models import (
+    forget_files,
+    forward_until,
+    images_for,
+    resolve_model_config,
+)
 from .recorder import Recorder
 from .utils import errors_only, preserve_rng
 
 
-def classes_of(meta: Mapping) -> tuple[str, ...] | None:
+def classes_of(meta: Mapping | Sequence) -> tuple[str, ...] | None:
     """The class names in the meta data of a file or a data set.
 
     Files of mmengine have the data set's meta data (``dataset_meta``), older
-    ones only the names (``CLASSES``).
+    ones only the names (``CLASSES``). Several data sets in one have a list
+    where they differ (mmdet's ``ConcatDataset``); None if the names differ.
     """
-    meta = meta.get('dataset_meta') or meta
+    if isinstance(meta, Mapping):
+        meta = meta.get('dataset_meta') or meta
+    if not isinstance(meta, Mapping):
+        each = {classes_of(part) for part in meta}
+        return each.pop() if len(each) == 1 else None
     names = meta.get('classes') or meta.get('CLASSES')
     if names is None:
         return None
@@ -129,6 +139,9 @@ class Teacher(BaseTeacher):
             features are returned as float32. None: as the surrounding
             context.
         name: Its name, for messages.
+        same_classes: That its class i is class i of the data, whatever both
+            are called. False: only where the names say so, or are not known;
+            else its head does not judge.
 
     Raises:
         TypeError: An unknown key.
@@ -146,6 +159,7 @@ class Teacher(BaseTeacher):
         sha256: Any = None,
         dtype: str | None = None,
         name: str = 'teacher',
+        same_classes: bool = False,
     ) -> None:
         if checkpoint is None:
             raise ValueError(
@@ -167,6 +181,7 @@ class Teacher(BaseTeacher):
         self.checkpoint = checkpoint
         self.sha256 = sha256
         self.dtype = dtype
+        self.same_classes = same_classes
         found, scope = resolve_model_config(config)
         with preserve_rng(), DefaultScope.overwrite_default_scope(scope):
             # Detectors write into the config that they are built from.
@@ -278,7 +293,8 @@ class Teacher(BaseTeacher):
         Returns:
             A data sample with predictions for each image.
         """
-        return self.model.test_step(batch)
+        images = images_for(self.model, batch['inputs'])
+        return self.model.test_step({**batch, 'inputs': images})
 
     def _autocast(self, inputs: Tensor) -> Any:
         if self.dtype is None:

@@ -12,7 +12,7 @@ from .host_models import (
     blank_sample,
     forward_until,
     image_channels,
-    three_channels,
+    images_for,
 )
 from .recorder import Recorder
 from .teacher import BaseTeacher
@@ -30,11 +30,8 @@ def _shapes_of(feats: Features) -> Shapes:
     }
 
 
-def _images_for(teacher: BaseTeacher, images: Any) -> Any:
-    """A grey student's images, converted for a teacher of RGB images."""
-    if image_channels(teacher.model) == 1:
-        return images
-    return three_channels(images)
+def _channels(number: int) -> str:
+    return 'one channel' if number == 1 else f'{number} channels'
 
 
 class Wiring:
@@ -50,12 +47,13 @@ class Wiring:
         distillers: The distillers by name; an ``nn.ModuleDict``, which
             copies of the model share.
         input_size: Height and width of the image of the dry run, in pixels;
-            or one number for both. It is grey if the student's images are.
+            or one number for both. It has as many channels as the student's
+            images.
 
     Raises:
-        ValueError: A distiller without its teacher, a teacher of grey images
-            for a student of RGB images, sources that do not exist, or pairs
-            that do not fit.
+        ValueError: A distiller without its teacher, a teacher of images with
+            other channels, sources that do not exist, or pairs that do not
+            fit.
     """
 
     def __init__(
@@ -108,13 +106,17 @@ class Wiring:
                 )
 
     def _check_images(self) -> None:
-        """Refuse teachers of grey images if the student's are RGB."""
+        """Refuse teachers that cannot take the student's images."""
+        own = image_channels(self._student)
         for name, teacher in self._teachers.items():
-            if image_channels(teacher.model) < image_channels(self._student):
+            theirs = image_channels(teacher.model)
+            if theirs != own and (own, theirs) != (1, 3):
                 raise ValueError(
-                    f'The {name} is for images of one channel, and the '
-                    "student's have three. Give a teacher of RGB images, or "
-                    'a student of grey ones.'
+                    f'The {name} is for images of {_channels(theirs)}, and '
+                    f"the student's have {own}. Both have to see the same "
+                    'images; only a grey student may have a teacher of RGB '
+                    'ones, which gets its one channel three times. Correct '
+                    '`in_channels` of a backbone, or give another teacher.'
                 )
 
     def _check_moved(self) -> None:
@@ -151,7 +153,7 @@ class Wiring:
         inputs = torch.zeros(1, channels, *self.input_size)
         samples = [blank_sample(*self.input_size)]
         recorder = self._listen_to_all()
-        own = explained('student', self.input_size)
+        own = explained('student', tuple(inputs.shape[1:]))
         with own, torch.no_grad(), evaluating(self._student), recorder:
             forward_until(self._student, inputs, recorder.sources, samples)
         student_feats = recorder.pop()
@@ -166,10 +168,9 @@ class Wiring:
                 )
             )
             if teacher.is_recorded:
-                with explained(name, self.input_size):
-                    teacher_feats[name] = teacher.extract(
-                        _images_for(teacher, inputs), samples
-                    )
+                theirs = images_for(teacher.model, inputs)
+                with explained(name, tuple(theirs.shape[1:])):
+                    teacher_feats[name] = teacher.extract(theirs, samples)
         self.student_shapes = _shapes_of(student_feats)
         self.teacher_shapes = {
             name: _shapes_of(feats) for name, feats in teacher_feats.items()
@@ -196,7 +197,8 @@ class Wiring:
         own = teacher_inputs or {}
         return {
             name: teacher.extract(
-                _images_for(teacher, own.get(name, inputs)), data_samples
+                images_for(teacher.model, own.get(name, inputs)),
+                data_samples,
             )
             for name, teacher in self._teachers.items()
             # Not a teacher that only gives inherited weights.

@@ -1,13 +1,17 @@
 """mmengine's CheckpointHook in an order that a kill cannot hurt."""
 
-from collections.abc import Collection
+import hashlib
+import os
+import pickle
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
+from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import CheckpointHook
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner, save_checkpoint
 
+from era_mm.core.checkpoint import drop_extras
 from era_mm.engine.whole_files import parts_in, write_whole
 from era_mm.registry import HOOKS
 
@@ -44,7 +48,8 @@ class WholeCheckpointHook(CheckpointHook):
     writes ``last_checkpoint`` in place. With ``max_keep_ckpts=1`` a kill
     between the two loses all; a kill while ``best_*.pth`` is written leaves
     no best. ``train`` takes this one where a config has mmengine's; what is
-    written, and under which names, is the same.
+    written, and under which names, is the same. But what ``published_keys``
+    makes is to be handed on: it has nothing of the distillers.
 
     Source: ours.
 
@@ -119,6 +124,25 @@ class WholeCheckpointHook(CheckpointHook):
         super()._save_best_checkpoint(runner, metrics)
         if is_main_process():
             self._remove_outdated()
+
+    @master_only
+    def _publish_model(self, runner: Runner, ckpt_path: str) -> None:
+        checkpoint = CheckpointLoader.load_checkpoint(ckpt_path, 'cpu')
+        kept = {
+            key: value
+            for key, value in checkpoint.items()
+            if key in self.published_keys
+        }
+        for value in kept.values():
+            if isinstance(value, Mapping):
+                drop_extras(value)
+        digest = hashlib.sha256(pickle.dumps(kept)).hexdigest()
+        path = f'{os.path.splitext(ckpt_path)[0]}-{digest[:8]}.pth'
+        save_checkpoint(kept, path, backend_args=self.backend_args)
+        runner.logger.info(
+            f'The checkpoint ({ckpt_path}) is published to {path}, with '
+            f'{", ".join(kept)} alone and nothing of the distillers.'
+        )
 
     def _remove_outdated(self) -> None:
         best = (

@@ -121,15 +121,20 @@ def _report_input(pair: Pair) -> str:
         pair.student.model.data_preprocessor,
         pair.teacher.model.data_preprocessor,
     )
+    channels = ''
+    if pair.student.channels != pair.teacher.channels:
+        channels = 'grey images, which the teacher gets as three channels; '
+    elif pair.student.channels != 3:
+        channels = f'images of {pair.student.channels} channels; '
     if not found:
-        return 'both preprocess alike'
+        return f'{channels}both preprocess alike'
     shown = ', '.join(
         f'{_LABELS.get(key, key)} {_short(theirs)} (student {_short(own)})'
         for key, (own, theirs) in found.items()
         # `mean` and `std` show it.
         if key != 'enable_normalize'
     )
-    return f'the teacher has its own preprocessing: {shown}'
+    return f'{channels}the teacher has its own preprocessing: {shown}'
 
 
 def _short(value: Any) -> Any:

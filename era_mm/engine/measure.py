@@ -157,6 +157,11 @@ class Member:
         return num_classes_of(self.model)
 
     @property
+    def channels(self) -> int:
+        """How many channels its images have."""
+        return image_channels(self.model)
+
+    @property
     def feeds_head(self) -> str:
         """The module whose output is the input of its head."""
         neck = getattr(self.model, 'neck', None)

@@ -149,6 +149,15 @@ class Pair:
                 f'{kinds[1]}. Their features and labels are not comparable: '
                 f'give a {kinds[0]} as teacher.'
             )
+        own, theirs = self.student.channels, self.teacher.channels
+        if own != theirs and (own, theirs) != (1, 3):
+            raise UserError(
+                f'teacher: {self.teacher.name} takes images of {theirs} '
+                f'channels, and the student ({self.student.name}) of {own}. '
+                'Both have to see the same images; only a grey student may '
+                'have a teacher of RGB ones. Correct `in_channels` of a '
+                'backbone, or give another teacher.'
+            )
         self.is_detector = kinds[0] == 'detector'
         sizes = self.input_sizes or (
             DETECTOR_SIZES if self.is_detector else CLASSIFIER_SIZES
@@ -175,9 +184,9 @@ class Pair:
         member, size, cause = problem
         raise UserError(
             f'{member.role}: {member.name} cannot run on an image of '
-            f'{size}x{size} (tried: {list(sizes)}): {type(cause).__name__}: '
-            f'{cause}. Both models must accept the images of the '
-            "student's pipeline."
+            f'{size}x{size} with {member.channels} channels (tried: '
+            f'{list(sizes)}): {type(cause).__name__}: {cause}. Both models '
+            "must accept the images of the student's pipeline."
         ) from cause
 
     def check_training(self, match: Match) -> None:

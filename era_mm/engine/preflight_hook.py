@@ -10,7 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from era_mm.core import Distillation, MutualDistillation
-from era_mm.core.teacher import classes_of
+from era_mm.core.teacher import Teacher, classes_of
 from era_mm.core.utils import preserve_rng
 from era_mm.engine.summary import summary_of
 from era_mm.engine.teacher_check import check_teacher, compare_classes
@@ -43,7 +43,8 @@ class PreflightHook(Hook):
     Raises:
         UserError: A teacher is near chance
             (:func:`~era_mm.engine.teacher_check.find_fault`), or has the
-            data's classes in another order; the run ends before the last
+            data's classes in another order where its predictions were to
+            teach; the run ends before the last
             phase of a distiller begins.
     """
 
@@ -85,8 +86,13 @@ class PreflightHook(Hook):
             runner.logger.warning(remark)
         teachers = model.teachers if isinstance(model, Distillation) else {}
         for teacher in teachers.values():
-            remark = compare_classes(classes, teacher.classes, teacher.name)
-            if remark:
+            remark = compare_classes(
+                classes,
+                teacher.classes,
+                teacher.name,
+                judges=_judges(model, teacher),
+            )
+            if remark and not teacher.same_classes:
                 runner.logger.warning(remark)
             if self.num_images and runner.iter == 0:
                 runner.logger.info(
@@ -98,6 +104,15 @@ class PreflightHook(Hook):
                         self.seconds,
                     )
                 )
+
+
+def _judges(model: Distillation, teacher: Teacher) -> bool:
+    """Whether a method learns, or would have, from what it predicts."""
+    return not teacher.same_classes and any(
+        distiller.uses_predictions or distiller.left_predictions
+        for distiller in model.distillers.values()
+        if model.teachers.get(distiller.teacher) is teacher
+    )
 
 
 def unknown_classes(dataset: Any) -> str:

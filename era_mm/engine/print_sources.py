@@ -93,12 +93,15 @@ def _table(role: str, member: Member, depth: int, sizes: list[int]) -> str:
                 problem = error
     else:
         raise UserError(
-            f'{role}: {member.name} cannot run on images of {sizes} pixels: '
-            f'{type(problem).__name__}: {problem}. Give --input-size.'
+            f'{role}: {member.name} cannot run on images of '
+            f'{member.channels} channels and {sizes} pixels: '
+            f'{type(problem).__name__}: {problem}. Give --input-size; the '
+            "channels are those of the backbone's first convolution."
         ) from problem
+    shown = '' if member.channels == 3 else f', {member.channels} channels'
     lines = [
         f'{role}: {type(member.model).__name__}, {member.name}, on '
-        f'{size}x{size}{remark}'
+        f'{size}x{size}{shown}{remark}'
     ]
     modules = dict(member.model.named_modules())
     # In the order of the model, not of the calls: a parent ends last.

@@ -6,7 +6,11 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from era_mm.core.host_models import kind_of, num_classes_of
+from era_mm.core.host_models import (
+    image_channels,
+    kind_of,
+    num_classes_of,
+)
 from era_mm.errors import UserError
 
 #: Sides of the boxes, relative to those of the image.
@@ -36,7 +40,8 @@ def random_batch(
         A batch as from a dataloader: ``inputs`` and ``data_samples``.
 
     Shape:
-        - inputs: ``batch_size`` of ``(3, H, W)``, uint8
+        - inputs: ``batch_size`` of ``(C, H, W)``, uint8; C as the model's
+          images have
 
     Raises:
         UserError: The model is neither detector nor classifier, or its number
@@ -59,7 +64,10 @@ def random_batch(
     for index in range(batch_size):
         inputs.append(
             torch.randint(
-                256, (3, *size), generator=generator, dtype=torch.uint8
+                256,
+                (image_channels(model), *size),
+                generator=generator,
+                dtype=torch.uint8,
             )
         )
         labels = torch.randint(

@@ -8,6 +8,7 @@ from mmengine.dist import broadcast_object_list, get_rank, master_only
 from mmengine.runner.base_loop import BaseLoop
 
 from era_mm.core.utils import preserve_rng
+from era_mm.engine.class_rule import leave_other_heads
 from era_mm.engine.loops import ResumableEpochLoop, validates_now
 from era_mm.engine.strict_loading import StrictLoading
 from era_mm.engine.whole_files import write_whole
@@ -76,6 +77,8 @@ class TrainingRunner(StrictLoading):
         auto = self._resume and self._load_from is None  # type: ignore
         if auto and not self._has_loaded:
             self._load_from = self._find_newest()
+        # The teachers' files have been read by now.
+        leave_other_heads(self)
         super().load_or_resume()
 
     def _find_newest(self) -> str | None:

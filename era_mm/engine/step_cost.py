@@ -8,7 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from era_mm.core import Distillation
-from era_mm.core.host_models import blank_sample
+from era_mm.core.host_models import (
+    blank_sample,
+    image_channels,
+    images_for,
+)
 from era_mm.core.utils import evaluating, preserve_rng
 
 #: Height and width of the image for counting, in pixels: large enough for the
@@ -44,14 +48,21 @@ def step_cost(model: Distillation) -> float | None:
     """
     distillers = model.distillers.values()
     device = next(model.student.parameters()).device
-    inputs = torch.zeros(1, 3, SIZE, SIZE, device=device)
+    channels = image_channels(model.student)
+    inputs = torch.zeros(1, channels, SIZE, SIZE, device=device)
     samples = [blank_sample(SIZE, SIZE)]
     with preserve_rng(), torch.no_grad(), evaluating(model.student):
         student = flops_of(
             lambda: model.student(inputs, samples, mode='tensor')
         )
         teachers = sum(
-            flops_of(partial(teacher.extract, inputs, samples))
+            flops_of(
+                partial(
+                    teacher.extract,
+                    images_for(teacher.model, inputs),
+                    samples,
+                )
+            )
             for teacher in model.teachers.values()
             if teacher.is_recorded
         )

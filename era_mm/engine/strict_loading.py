@@ -1,5 +1,6 @@
 """Checks that a checkpoint is one of the model before it is loaded."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from era_mm.core import DistilledStudent
+from era_mm.core.checkpoint import METADATA_KEY
 from era_mm.core.fit import find_misfits
 from era_mm.engine.work_dir import fault_in
 from era_mm.errors import UserError
@@ -58,6 +60,15 @@ class StrictLoading(Runner):
         self._is_resuming = True
         try:
             super().resume(filename, *args, **kwargs)
+        except ValueError as error:
+            # Of torch's optimisers, which load last.
+            if 'parameter group' not in str(error):
+                raise
+            raise UserError(
+                f'--resume: {filename} cannot be gone on from: its optimiser '
+                f'is of other parameters than this run trains ({error}). '
+                + self._start_from(filename)
+            ) from error
         finally:
             self._is_resuming = False
         if self._strict:
@@ -91,8 +102,6 @@ class StrictLoading(Runner):
                 for title, names in keys.items()
                 if names
             )
-            if self._is_resuming:
-                self._check_extras()
         return checkpoint
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
@@ -122,6 +131,7 @@ class StrictLoading(Runner):
         }
         self._refuse(find_misfits(own, plain, keys=self._is_resuming))
         if self._is_resuming:
+            self._check_distillers(weights)
             self._check_rest(checkpoint)
 
     def _check_rest(self, checkpoint: Mapping) -> None:
@@ -150,15 +160,54 @@ class StrictLoading(Runner):
                 ]
             )
 
-    def _check_extras(self) -> None:
-        for module in self._bare_model.modules():
-            if isinstance(module, DistilledStudent) and not module.has_extras:
-                self._refuse(
-                    [
-                        'what the distillers have learnt is missing, or that '
-                        'of another method'
-                    ]
-                )
+    def _check_distillers(self, weights: Mapping) -> None:
+        """Refuse a file of a run that had other distillers, or none."""
+        metadata = getattr(weights, '_metadata', None) or {}
+        saved = {
+            f'{name}.{key}'.lstrip('.'): entry['type']
+            for name, parts in metadata.items()
+            for key, entry in (parts.get(METADATA_KEY) or {}).items()
+        }
+        own = {
+            f'{name}.{key}'.lstrip('.'): type(distiller).__name__
+            for name, module in self._bare_model.named_modules()
+            if isinstance(module, DistilledStudent)
+            for key, distiller in module.distillers.items()
+        }
+        if saved == own:
+            return
+        if not saved:
+            kind = 'a plain run: what the distillers have learnt is missing'
+        elif not own:
+            kind = 'a distillation, and the config is of a plain run'
+        else:
+            kind = (
+                'a run of other distillers: what the distillers have learnt '
+                f'is of {_listed(saved)}, and the config has {_listed(own)}'
+            )
+        raise UserError(
+            f'--resume: {self._file} is of {kind}. So this run cannot go on '
+            f'from it. {self._start_from(self._file)}'
+        )
+
+    def _start_from(self, file: str) -> str:
+        """How a new run starts from the student in a file."""
+        start = (
+            'To start a new run from the weights of its student, leave '
+            '--resume out and '
+        )
+        if set(file) & set(' ,()[]"\''):
+            # mmengine takes these for parts of a list, and blanks away.
+            return f'{start}write into the config: load_from = {file!r}'
+        command = shlex.join(
+            [
+                *('python', '-m', 'era_mm', 'train'),
+                self.cfg.filename or 'CONFIG',
+                *('--work-dir', f'{self.work_dir}_new'),
+                *('--cfg-options', f'load_from={file}'),
+            ]
+        )
+        return f'{start}load them:\n  {command}'
 
     def _check_optimizers(self) -> None:
         wrappers = self.optim_wrapper
@@ -189,6 +238,10 @@ class StrictLoading(Runner):
                 f'{type(self._bare_model).__name__}, but {self._file} does '
                 'not fit:\n' + '\n'.join(lines) + f'\n{ADVICE}'
             )
+
+
+def _listed(distillers: Mapping[str, str]) -> str:
+    return ', '.join(f'{key!r} ({kind})' for key, kind in distillers.items())
 
 
 def _lengths(schedulers: Any) -> Any:

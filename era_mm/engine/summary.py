@@ -11,7 +11,7 @@ from mmengine.analysis import FlopAnalyzer
 from torch import nn
 
 from era_mm.core import BaseDistiller, Distillation, MutualDistillation
-from era_mm.core.host_models import blank_sample, image_channels
+from era_mm.core.host_models import blank_sample, image_channels, images_for
 from era_mm.core.mutual import Peer
 from era_mm.core.utils import preserve_rng
 from era_mm.engine.step_cost import cost_line
@@ -128,7 +128,9 @@ def flops_text(
             )
             samples = [blank_sample(*size)]
         else:
-            data = model.data_preprocessor(copy.deepcopy(batch), False)
+            data = copy.deepcopy(batch)
+            data['inputs'] = images_for(model, data['inputs'])
+            data = model.data_preprocessor(data, False)
             inputs, samples = data['inputs'], data['data_samples']
         height, width = inputs.shape[-2:]
         if inputs.device.type == 'cpu' and height * width > MAX_CPU_PIXELS:

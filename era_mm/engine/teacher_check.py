@@ -7,21 +7,24 @@ preprocessing trains a student without any error, to nothing.
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import mmengine.fileio
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.runner import Runner
 
 from era_mm.core import Teacher
+from era_mm.core.classes import plain_name
 from era_mm.core.host_models import num_classes_of
 from era_mm.core.utils import errors_only
 from era_mm.errors import UserError, first_line
@@ -45,7 +48,10 @@ TURN_OFF = (
 
 
 def compare_classes(
-    student: Sequence[str] | None, teacher: Sequence[str] | None, name: str
+    student: Sequence[str] | None,
+    teacher: Sequence[str] | None,
+    name: str,
+    judges: bool = True,
 ) -> str:
     """Compare the names of the student's classes with a teacher's.
 
@@ -53,16 +59,19 @@ def compare_classes(
         student: Of the data that the student trains on.
         teacher: Of the teacher's checkpoint.
         name: The teacher's name.
+        judges: Whether anything learns, or would, from what it predicts.
 
     Returns:
         How they differ; '' where they agree or one side does not tell.
 
     Raises:
-        UserError: The same names stand in another order.
+        UserError: It judges, and the same names stand in another order.
     """
     if student is None or teacher is None:
         return ''
-    pairs = list(zip(map(_plain, student), map(_plain, teacher), strict=False))
+    pairs = list(
+        zip(map(plain_name, student), map(plain_name, teacher), strict=False)
+    )
     differing = [i for i, (own, their) in enumerate(pairs) if own != their]
     if len(student) != len(teacher):
         return (
@@ -75,6 +84,13 @@ def compare_classes(
         return ''
     theirs = {their for _, their in pairs}
     moved = [i for i in differing if pairs[i][0] in theirs]
+    if len(moved) > 1 and not judges:
+        return (
+            f'The {name} has the classes of the data in another order, '
+            f'{len(moved)} of {len(student)} stand elsewhere'
+            + _example(moved, student, teacher)
+            + '. Its features can teach, its predictions cannot.'
+        )
     if len(moved) > 1:
         raise UserError(
             f'pre-flight: the {name} has the classes of the data in another '
@@ -89,11 +105,6 @@ def compare_classes(
         f'{len(differing)} of {len(student)} classes have another name in '
         f'the {name}' + _example(differing, student, teacher) + '.'
     )
-
-
-def _plain(name: str) -> str:
-    """Spelling aside: 'Traffic_light' is 'traffic light'."""
-    return re.sub(r'[\W_]+', ' ', name).strip().lower()
 
 
 def _example(
@@ -119,7 +130,9 @@ def has_classes_of(
         return True
     if len(student) != len(teacher):
         return False
-    pairs = zip(map(_plain, student), map(_plain, teacher), strict=True)
+    pairs = zip(
+        map(plain_name, student), map(plain_name, teacher), strict=True
+    )
     return 2 * sum(own == their for own, their in pairs) >= len(student)
 
 
@@ -157,6 +170,8 @@ class Evaluation:
         num_objects: How many objects these show; None: not known.
         seconds: What it took.
         num_found: How many objects were found; None: it does not detect.
+        parts: What it says of each val set, by the set's prefix, where it
+            tells several apart; names of metrics without the prefix.
     """
 
     metrics: Mapping[str, float]
@@ -164,6 +179,74 @@ class Evaluation:
     num_objects: int | None
     seconds: float
     num_found: int | None = None
+    parts: Mapping[str, 'Evaluation'] = field(default_factory=dict)
+
+
+class _NoSplitError(Exception):
+    """An evaluator that cannot be given a part of val."""
+
+
+class _Part(NamedTuple):
+    """A val set that an evaluator looks at by itself.
+
+    Args:
+        prefix: What the evaluator calls it; '' where it is all there is.
+        config: Of what evaluates it.
+        meta: The set's meta data.
+        indices: Of its images in the dataset.
+    """
+
+    prefix: str
+    config: Any
+    meta: Any
+    indices: range
+
+
+def _parts_of(runner: Runner) -> list[_Part]:
+    """The val sets that the run's evaluator tells apart.
+
+    Raises:
+        _NoSplitError: It puts its results together in a way of its own.
+    """
+    evaluator = runner.val_evaluator
+    config = runner.cfg.val_evaluator
+    own = [
+        type(metric).__name__
+        for metric in evaluator.metrics
+        if type(metric).evaluate is not BaseMetric.evaluate
+    ]
+    if own:
+        raise _NoSplitError(f'{own[0]} evaluates in a way of its own')
+    way = type(evaluator).evaluate
+    meta = evaluator.dataset_meta
+    if way is Evaluator.evaluate:
+        total = len(runner.val_dataloader.dataset)
+        return [_Part('', config, meta, range(total))]
+    # Of mmdet, which need not be there.
+    if way.__qualname__ != 'MultiDatasetsEvaluator.evaluate':
+        raise _NoSplitError(
+            f'{type(evaluator).__name__} evaluates in a way of its own'
+        )
+    prefixes = evaluator.dataset_prefixes
+    metas = (
+        list(meta) if isinstance(meta, Sequence) else [meta] * len(prefixes)
+    )
+    ends = (metas[0] or {}).get('cumulative_sizes', ())
+    metrics = config.metrics
+    if isinstance(metrics, Mapping):
+        metrics = [metrics]
+    if not len(prefixes) == len(ends) == len(metrics) == len(metas):
+        raise _NoSplitError(
+            f'MultiDatasetsEvaluator has {len(prefixes)} dataset_prefixes and '
+            f'{len(metrics)} metrics for {len(ends)} val sets'
+        )
+    starts = [0, *ends[:-1]]
+    return [
+        _Part(prefix, metric, own, range(start, end))
+        for prefix, metric, own, start, end in zip(
+            prefixes, metrics, metas, starts, ends, strict=True
+        )
+    ]
 
 
 def evaluate_teacher(
@@ -172,8 +255,10 @@ def evaluate_teacher(
     """Test a teacher on some images of val with the run's own evaluator.
 
     The images are drawn by a generator of its own from the whole split, so a
-    sorted one is no trap. They are read in this process: a data loader's
-    workers would change the run's random state.
+    sorted one is no trap. Where the evaluator tells several val sets apart
+    (mmdet's ``MultiDatasetsEvaluator``), each image is judged by the metric
+    of its set; a set of which none was drawn is left out. Images are read in
+    this process: a data loader's workers would change the run's random state.
 
     Args:
         teacher: The teacher.
@@ -184,30 +269,74 @@ def evaluate_teacher(
     """
     loader = runner.val_dataloader
     dataset = loader.dataset
+    parts = _parts_of(runner)
     number = min(num_images, len(dataset))
-    indices = random.Random(0).sample(range(len(dataset)), number)
+    drawn = random.Random(0).sample(range(len(dataset)), number)
     size = loader.batch_size or 1
     began = time.monotonic()
-    batches: list[dict] = []
-    samples: list[list] = []
-    for start in range(0, number, size):
-        if batches and time.monotonic() - began > seconds:
+    seen: dict[int, list[tuple[dict, list]]] = {}
+    for which, indices in _batches(drawn, parts, size):
+        if seen and time.monotonic() - began > seconds:
             break
-        batch = loader.collate_fn(
-            [dataset[index] for index in indices[start : start + size]]
-        )
+        batch = loader.collate_fn([dataset[index] for index in indices])
         found = [sample.cpu() for sample in teacher.predict(batch)]
         # Images are large, and evaluators have no use for them.
-        batches.append({k: v for k, v in batch.items() if k != 'inputs'})
-        samples.append(found)
-    images = [sample for found in samples for sample in found]
-    with TemporaryDirectory() as folder, _silence():
-        config, num_objects = _for_images(
-            runner.cfg.val_evaluator, images, Path(folder)
+        rest = {k: v for k, v in batch.items() if k != 'inputs'}
+        seen.setdefault(which, []).append((rest, found))
+    judged = {
+        parts[which].prefix: _judge(runner, parts[which], seen[which])
+        for which in sorted(seen)
+    }
+    took = time.monotonic() - began
+    if len(parts) == 1:
+        return replace(next(iter(judged.values())), seconds=took)
+    return Evaluation(
+        {
+            f'{prefix}/{key}': value
+            for prefix, part in judged.items()
+            for key, value in part.metrics.items()
+        },
+        sum(part.num_images for part in judged.values()),
+        _sum(part.num_objects for part in judged.values()),
+        took,
+        _sum(part.num_found for part in judged.values()),
+        judged,
+    )
+
+
+def _batches(
+    drawn: Sequence[int], parts: Sequence[_Part], size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Batches of one part each, of all parts in turn."""
+    queues = []
+    for which, part in enumerate(parts):
+        own = [index for index in drawn if index in part.indices]
+        queues.append(
+            [
+                (which, own[start : start + size])
+                for start in range(0, len(own), size)
+            ]
         )
+    for turn in itertools.zip_longest(*queues):
+        yield from (batch for batch in turn if batch is not None)
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    known = list(numbers)
+    return None if None in known else sum(n for n in known if n is not None)
+
+
+def _judge(
+    runner: Runner, part: _Part, seen: Sequence[tuple[dict, list]]
+) -> Evaluation:
+    """What the evaluator of a val set says of predictions on it."""
+    images = [sample for _, found in seen for sample in found]
+    with TemporaryDirectory() as folder, _silence():
+        config, num_objects = _for_images(part.config, images, Path(folder))
         evaluator = runner.build_evaluator(config)
-        evaluator.dataset_meta = runner.val_evaluator.dataset_meta
-        for batch, found in zip(batches, samples, strict=True):
+        evaluator.dataset_meta = part.meta
+        for batch, found in seen:
             evaluator.process(data_samples=found, data_batch=batch)
         metrics = {}
         for metric in evaluator.metrics:
@@ -221,7 +350,7 @@ def evaluate_teacher(
         {k: v for k, v in metrics.items() if isinstance(v, (int, float))},
         len(images),
         num_objects,
-        time.monotonic() - began,
+        0.0,
         sum(len(sample.pred_instances) for sample in images)
         if all('pred_instances' in sample for sample in images)
         else None,
@@ -247,7 +376,9 @@ def _for_images(
     if isinstance(config, (list, tuple)):
         items = list(config)
     else:
-        items = [config, *config.get('metrics', [])]
+        metrics = config.get('metrics', [])
+        one = isinstance(metrics, Mapping)
+        items = [config, *([metrics] if one else metrics)]
     num_objects = None
     for number, item in enumerate(items):
         if item.get('outfile_prefix'):
@@ -280,7 +411,9 @@ def find_fault(evaluation: Evaluation, num_classes: int | None) -> str:
 
     Top-1 accuracy is judged by :func:`is_near_chance`; the box AP of COCO,
     LVIS and VOC metrics at IoU 0.5 by ``MIN_AP``, if there are
-    ``MIN_OBJECTS``. Other metrics are not judged. A detector that finds
+    ``MIN_OBJECTS``. Other metrics are not judged. Of several val sets it is
+    the mean over their objects, or images where these are not known: a
+    teacher that is good on one of them is of use. A detector that finds
     nothing where ``MIN_TO_FIND`` objects are is at fault without any metric:
     evaluators give none for it.
     """
@@ -292,8 +425,8 @@ def find_fault(evaluation: Evaluation, num_classes: int | None) -> str:
             f'it finds nothing on {evaluation.num_images} images of val with '
             f'{evaluation.num_objects} objects'
         )
-    for key, value in evaluation.metrics.items():
-        total = evaluation.num_images
+    figures = _pooled(evaluation)
+    for key, (value, total, _) in figures.items():
         if key == 'accuracy/top1' and num_classes is not None:
             if is_near_chance(round(value / 100 * total), total, num_classes):
                 return (
@@ -302,17 +435,49 @@ def find_fault(evaluation: Evaluation, num_classes: int | None) -> str:
                     f'{100 / num_classes:.1f}'
                 )
     for pattern in ('bbox_mAP_50', 'bbox_AP50', 'AP50', 'mAP'):
-        for key, value in evaluation.metrics.items():
+        for key, (value, total, objects) in figures.items():
             if not re.search(rf'(^|/){pattern}$', key):
                 continue
-            objects = evaluation.num_objects or 0
             if 0 <= value < MIN_AP and objects >= MIN_OBJECTS:
                 return (
-                    f'{key} is {value:.3f} on {evaluation.num_images} images '
-                    f'of val with {objects} objects'
+                    f'{key} is {value:.3f} on {total} images of val with '
+                    f'{objects} objects'
                 )
             return ''
     return ''
+
+
+class _Figure(NamedTuple):
+    """A metric, and the images and objects that it is of."""
+
+    value: float
+    num_images: int
+    num_objects: int
+
+
+def _pooled(evaluation: Evaluation) -> dict[str, _Figure]:
+    """Each metric, over the val sets that have it."""
+    figures: dict[str, list[_Figure]] = {}
+    for part in evaluation.parts.values() or (evaluation,):
+        for key, value in part.metrics.items():
+            figures.setdefault(key, []).append(
+                _Figure(value, part.num_images, part.num_objects or 0)
+            )
+    return {key: _mean(own) for key, own in figures.items()}
+
+
+def _mean(figures: Sequence[_Figure]) -> _Figure:
+    if len(figures) == 1:
+        return figures[0]
+    _, images, objects = zip(*figures, strict=True)
+    # A set without objects has no AP; metrics write -1.
+    weights = objects if any(objects) else images
+    return _Figure(
+        sum(f.value * w for f, w in zip(figures, weights, strict=True))
+        / sum(weights),
+        sum(images),
+        sum(objects),
+    )
 
 
 def check_teacher(
@@ -339,7 +504,8 @@ def check_teacher(
         return f'{name}: random weights, not evaluated'
     if runner.val_loop is None:
         return f'{name}: not evaluated, the config has no val_dataloader'
-    if not has_classes_of(classes, teacher.classes):
+    named_alike = has_classes_of(classes, teacher.classes)
+    if not (named_alike or teacher.same_classes):
         return f'{name}: not evaluated, its classes are not those of the data'
     known = num_classes_of(teacher.model)
     if known is not None and classes is not None and known != len(classes):
@@ -349,6 +515,8 @@ def check_teacher(
         )
     try:
         found = evaluate_teacher(teacher, runner, num_images, seconds)
+    except _NoSplitError as reason:
+        return f'{name}: not evaluated, {reason}'
     except Exception as error:
         # A run that would train must not fail because its teacher cannot be
         # tested: it may have no head, the evaluator may need all.
@@ -370,9 +538,15 @@ def check_teacher(
             f'What to do: test the {name} alone with its own config. '
             + TURN_OFF
         )
-    shown = ', '.join(
-        f'{key} {value:g}' for key, value in list(found.metrics.items())[:2]
-    )
+    metrics = list(found.metrics.items())[:2]
+    if found.parts:
+        # The first of each set.
+        metrics = [
+            (f'{prefix}/{key}', value)
+            for prefix, part in found.parts.items()
+            for key, value in list(part.metrics.items())[:1]
+        ]
+    shown = ', '.join(f'{key} {value:g}' for key, value in metrics)
     return (
         f'{name}: {shown or "no metric"} on {found.num_images} images of val '
         f'({found.seconds:.1f} s)'

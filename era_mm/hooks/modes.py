@@ -17,7 +17,10 @@ def for_mode(config: Any, mode: str) -> Any:
     if isinstance(config, (list, tuple)):
         return [for_mode(item, mode) for item in config]
     config = copy.deepcopy(config)
-    for item in (config, *config.get('metrics', [])):
+    metrics = config.get('metrics', [])
+    # An evaluator may have one metric by itself.
+    metrics = [metrics] if isinstance(metrics, dict) else metrics
+    for item in (config, *metrics):
         if item.get('outfile_prefix'):
             item['outfile_prefix'] = f'{item["outfile_prefix"]}.{mode}'
         if item.get('out_file_path'):

@@ -17,6 +17,7 @@ from torch.nn.functional import (
 )
 
 from ..core import BaseDistiller, Features, MeasuredPair, Plan
+from ..core.classes import why_other_classes
 from ..core.host_models import is_query_based
 from ..heads import (
     DenseTWIHead,
@@ -26,6 +27,7 @@ from ..heads import (
     predictors_of,
     tower_sources,
     why_no_sigmoid_scores,
+    why_not_comparable,
 )
 from ..layers import crop_to_common, full_precision, rows_of_levels
 from ..registry import MODELS
@@ -143,6 +145,9 @@ class CrossKDDistiller(BaseDistiller):
         """
         match = pair.match()
         reason = _why_not(pair.student.model, pair.teacher.model)
+        reason = reason or why_other_classes(
+            pair.student.classes, pair.teacher.classes
+        )
         if reason is None and (match.resample or match.unused()):
             reason = 'their levels have other strides'
         if reason is not None:
@@ -215,6 +220,11 @@ class CrossKDDistiller(BaseDistiller):
         outs = self.head.training_forward(theirs)
         self._leave_boxes_if(self._why_no_boxes(outs))
         self._compare(self._cross(own), outs)
+
+    @property
+    def uses_predictions(self) -> bool:
+        """Always: the crossed ones learn to be them."""
+        return True
 
     @property
     def _bins(self) -> int:
@@ -363,6 +373,9 @@ def _why_not(student: nn.Module, teacher: nn.Module) -> str | None:
                 f"the {owner}'s {type(model.bbox_head).__name__} has no two "
                 'towers that the levels share (cls_convs and reg_convs)'
             )
+    reason = why_not_comparable(student, teacher)
+    if reason is not None:
+        return reason
     problem = why_no_sigmoid_scores(teacher.bbox_head)
     return (
         problem

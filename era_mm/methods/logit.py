@@ -13,6 +13,7 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from ..core import BaseDistiller, Features, MeasuredPair, Plan
+from ..core.classes import why_other_classes
 from ..core.host_models import is_query_based
 from ..core.utils import evaluating, preserve_rng
 from ..heads import (
@@ -120,12 +121,7 @@ class LogitDistiller(BaseDistiller):
         """
         student, teacher = pair.student, pair.teacher
         reason = _why_not(student.model, teacher.model)
-        names = (student.classes, teacher.classes)
-        if reason is None and None not in names and names[0] != names[1]:
-            reason = (
-                'student and teacher have the same number of classes, but '
-                'other ones or another order'
-            )
+        reason = reason or why_other_classes(student.classes, teacher.classes)
         if reason is not None:
             raise ValueError(
                 f'Logits cannot be distilled: {reason}. Take a '
@@ -155,6 +151,11 @@ class LogitDistiller(BaseDistiller):
         loss = config.head.setdefault('loss', dict(type='CrossEntropyLoss'))
         loss['loss_weight'] = self.label_weight * loss.get('loss_weight', 1.0)
         return config
+
+    @property
+    def uses_predictions(self) -> bool:
+        """Always: it has no other term."""
+        return True
 
     # -- meeting the pair --------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, mse_loss
 
 from ..core import BaseDistiller, Features, MeasuredPair, Plan, Unregistered
+from ..core.classes import why_other_classes
 from ..core.phase import Phase
 from ..heads import why_not_reused
 from ..layers import full_precision
@@ -155,11 +156,9 @@ class SimKDDistiller(BaseDistiller):
         """
         student, teacher = pair.student, pair.teacher
         reason = why_not_reused(student.model, teacher.model)
-        names = (student.classes, teacher.classes)
+        reason = reason or why_other_classes(student.classes, teacher.classes)
         if pair.is_detector:
             reason = 'it is for classifiers'
-        elif None not in names and names[0] != names[1]:
-            reason = 'the two have other classes, or another order of them'
         else:
             for member in (student, teacher):
                 dims = [
@@ -221,6 +220,11 @@ class SimKDDistiller(BaseDistiller):
                 'kind of head and the same classes.'
             )
         self._heads = (Unregistered(student.head), Unregistered(teacher.head))
+
+    @property
+    def uses_predictions(self) -> bool:
+        """Always: the teacher's classifier is the student's."""
+        return True
 
     def phase(self) -> Phase:
         """The one of the whole run: no labels, a frozen classifier."""

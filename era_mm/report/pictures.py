@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from era_mm.core.teacher import classes_of
+
 from .comparison import Group
 from .heat import data_uri
 from .models import quiet
@@ -39,7 +41,7 @@ class Panels(ABC):
         self.subjects = list(subjects)
         self.found = found
         self.options = options
-        self.classes = list(dataset.metainfo.get('classes') or [])
+        self.classes = list(classes_of(dataset.metainfo) or [])
         self.plain = next((s for s in subjects if s.group is plain), None)
         self.taught = next(
             (s for s in subjects if s.role == 'distilled'), None

@@ -9,7 +9,11 @@ from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 from torch import nn
 
+from era_mm.core.host_models import image_channels
+from era_mm.engine.random_batch import random_batch
+from era_mm.engine.step_cost import cost_line
 from era_mm.layers import spare_lone_values
+from era_mm.methods.era.losses import ERALoss
 from era_mm.testing import (
     classifier_config,
     detection_batch,
@@ -86,6 +90,61 @@ def test_batch_of_one__is_a_finite_step(host, distiller):
     assert all(module.training for module in model.distillers.modules())
 
 
+def test_first_batch_of_one__teaches_nothing_of_a_variance_that_is_unknown():
+    """One value per channel has none; a share of it would be of anything."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(
+            distillation_config(
+                dict(type='era_mm.ERADistiller', form='normalised'),
+                classifier_config(),
+                classifier_config(16),
+            )
+        )
+    model.init_weights()
+    model.train()
+
+    def step(number):
+        batch = detection_batch(number)
+        batch['data_samples'] = [
+            DataSample().set_gt_label(i % 3) for i in range(number)
+        ]
+        model.zero_grad()
+        losses = model(**model.data_preprocessor(batch, True), mode='loss')
+        model.parse_losses(losses)[0].backward()
+        distiller = model.distillers['distiller']
+        gradients = [p.grad for p in distiller.mbrnet.parameters()]
+        assert all(g.isfinite().all() for g in gradients)
+        return distiller, losses, gradients
+
+    distiller, losses, gradients = step(1)
+    terms = distiller.loss_terms
+    assert losses['era_unexplained_e0'] == 1
+    assert losses['loss_era_align'] == terms.align_weight
+    assert not distiller.explained.any()
+    assert not any(g.any() for g in gradients)
+    # More of them have a variance.
+    distiller, losses, gradients = step(2)
+    assert losses['era_unexplained_e0'] != 1
+    assert any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize('levels', [1, 2])
+def test_unknown_variance__counts_as_one_without_gradient(levels):
+    """(1 + 0.5 * 4) / 2 where another level is known."""
+    terms = ERALoss()
+    aligned = [torch.full((1, 2), 2.0, requires_grad=True)] * levels
+    losses = terms.of_shares(
+        aligned=aligned,
+        residuals=[torch.zeros(1, 4, 2)] * levels,
+        targets=[torch.zeros(1, 2)] * levels,
+        share_weights=torch.tensor([0.0, 0.5][:levels]),
+    )
+    found = losses['era_unexplained_e0']
+    assert float(found) == (1.0 if levels == 1 else 1.5)
+    losses['loss_era_align'].backward()
+    assert aligned[0].grad.any() == (levels == 2)
+
+
 def grey(**kwargs):
     config = copy.deepcopy(detector_config(**kwargs))
     config['backbone']['in_channels'] = 1
@@ -122,6 +181,96 @@ def test_grey_student__trains(colour):
     )
     found = data['teacher_inputs']['teacher']
     assert torch.allclose(found, (image.expand(2, 3, 64, 64) - mean) / std)
+
+
+def with_channels(number, **kwargs):
+    """For images such as RGB with infrared, which no preprocessor changes."""
+    config = copy.deepcopy(detector_config(**kwargs))
+    config['backbone']['in_channels'] = number
+    config['data_preprocessor'] = dict(type='DetDataPreprocessor')
+    return config
+
+
+def test_images_of_four_channels__train_and_are_measured():
+    wide = dict(width=16, channels=24)
+    model = MODELS.build(
+        distillation_config(
+            dict(type='era_mm.ERADistiller'),
+            with_channels(4),
+            with_channels(4, **wide),
+        )
+    )
+    assert cost_line(model)
+    model.init_weights()
+    raw = random_batch(
+        model.student, 2, (64, 64), 3, torch.Generator().manual_seed(0)
+    )
+    assert raw['inputs'][0].shape == (4, 64, 64)
+    data = model.data_preprocessor(raw, True)
+    total, _ = model.parse_losses(model(**data, mode='loss'))
+    total.backward()
+    assert total.isfinite()
+
+
+@pytest.mark.parametrize(('own', 'theirs'), [(3, 1), (4, 3), (3, 4), (1, 4)])
+def test_images_of_other_channels__are_refused(own, theirs):
+    with pytest.raises(ValueError) as error:
+        MODELS.build(
+            distillation_config(
+                dict(type='era_mm.ERADistiller'),
+                with_channels(own),
+                with_channels(theirs, width=16, channels=24),
+            )
+        )
+    message = str(error.value)
+    shown = 'one channel' if theirs == 1 else f'{theirs} channels'
+    assert f"images of {shown}, and the student's have {own}" in message
+
+
+def test_image_channels__of_stems_that_are_no_plain_convolution():
+    class Focus(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(12, 8, 3)
+
+    assert image_channels(nn.Sequential(Focus())) == 3
+    assert image_channels(nn.Sequential(nn.Linear(147, 8))) == 3
+    assert image_channels(nn.Sequential(nn.Conv2d(1, 8, 3))) == 1
+
+
+def test_grey_student__is_counted_and_its_teacher_evaluated():
+    """The teacher of RGB images gets the one channel three times."""
+    teacher = detector_config(width=16, channels=24)
+    model = MODELS.build(
+        distillation_config(dict(type='era_mm.ERADistiller'), grey(), teacher)
+    )
+    assert cost_line(model)
+    raw = random_batch(
+        model.student, 1, (64, 64), 3, torch.Generator().manual_seed(0)
+    )
+    assert raw['inputs'][0].shape == (1, 64, 64)
+    for sample in raw['data_samples']:
+        sample.set_metainfo(dict(scale_factor=(1.0, 1.0)))
+    colour = copy.deepcopy(raw)
+    colour['inputs'] = [i.expand(3, -1, -1) for i in raw['inputs']]
+    own = model.teachers['teacher']
+    (found,), (expected,) = own.predict(raw), own.predict(colour)
+    assert len(found.pred_instances) > 0
+    assert torch.equal(
+        found.pred_instances.bboxes, expected.pred_instances.bboxes
+    )
+
+
+def test_dry_run__that_fails_names_the_channels():
+    broken = with_channels(4)
+    widths = broken['neck']['in_channels']
+    broken['neck']['in_channels'] = [width + 1 for width in widths]
+    with pytest.raises(ValueError, match='64 x 64 with 4 channels'):
+        MODELS.build(
+            distillation_config(
+                dict(type='era_mm.ERADistiller'), broken, with_channels(4)
+            )
+        )
 
 
 def test_grey_teacher__of_a_colour_student_is_refused():

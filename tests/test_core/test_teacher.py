@@ -10,7 +10,7 @@ from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import MODELS
 from torch import nn
 
-from era_mm.core.teacher import Teacher
+from era_mm.core.teacher import Teacher, classes_of
 from era_mm.registry import MODELS as ERA_MODELS
 from era_mm.testing import (
     detection_batch,
@@ -187,3 +187,16 @@ def test_teacher__config_that_does_not_exist():
 def test_teacher__without_config_is_refused():
     with pytest.raises(ValueError, match="a dict with 'config'"):
         build(teacher=dict(checkpoint='random'))
+
+
+def test_classes__of_several_data_sets_are_told_where_they_agree():
+    """mmdet's ConcatDataset has a list where anything differs."""
+    one = dict(classes=('a', 'b'), palette=[(0, 0, 0)])
+    other = dict(classes=['a', 'b'], palette=[(1, 1, 1)])
+    assert classes_of([one, other]) == ('a', 'b')
+    assert classes_of(dict(dataset_meta=[one, other])) == ('a', 'b')
+    assert classes_of([one, dict(classes=('a', 'c'))]) is None
+    assert classes_of([one, dict()]) is None
+    # One set, or files from before meta data of sets.
+    assert classes_of(dict(dataset_meta=one)) == ('a', 'b')
+    assert classes_of(dict(CLASSES='a')) == ('a',)

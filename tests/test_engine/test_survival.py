@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,10 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
-from mmengine.registry import HOOKS, METRICS
+from mmengine.registry import HOOKS, METRICS, MODELS
 
 from era_mm import cli
+from era_mm.core import extras_of
 from era_mm.core.safe_files import load_file
 from era_mm.core.utils import run_seed
 from era_mm.engine import whole_files, work_dir
@@ -462,6 +464,88 @@ def test_resume__refuses_what_is_not_the_runs(
     assert said in printed
     assert 'epoch_3.pth' in printed
     assert 'Traceback' not in printed
+
+
+def test_resume__of_a_plain_runs_file_names_the_command_that_starts_from_it(
+    config, whole, tmp_path, capsys
+):
+    file = str(tmp_path / 'plain.pth')
+    shutil.copy(whole / 'epoch_3.pth', file)
+    spoil(file, without_extras)
+    folder = tmp_path / 'run'
+    options = {'train_cfg.max_epochs': 1}
+    assert train(config, folder, '--resume', file, **options) == 1
+    printed = capsys.readouterr().err.split('error: ')[-1]
+    assert f'{file} is of a plain run' in printed
+    command = shlex.split(printed.splitlines()[-1])
+    assert command[:4] == ['python', '-m', 'era_mm', 'train']
+    arguments = command[4:]
+    assert arguments[:2] == [config, '--work-dir']
+    assert arguments[2] == f'{folder}_new'
+    name = f'experiment_name=survival{next(NUMBERS)}'
+    assert cli.run_train([*arguments, name, 'train_cfg.max_epochs=1']) == 0
+    assert Path(arguments[2], 'epoch_1.pth').is_file()
+    # No option of mmengine can hold a blank.
+    other = str(tmp_path / 'plain run.pth')
+    shutil.move(file, other)
+    assert train(config, folder, '--resume', other, **options) == 1
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.endswith(f'write into the config: load_from = {other!r}')
+
+
+def test_resume__of_another_distillers_run_names_both(
+    config, whole, tmp_path, capsys
+):
+    folder = shutil.copytree(whole, tmp_path / 'run')
+    spoil(folder / 'epoch_3.pth', of_another_method)
+    options = {'train_cfg.max_epochs': 4}
+    assert train(config, folder, '--resume', **options) == 1
+    printed = capsys.readouterr().err.split('error: ')[-1]
+    assert "'distiller' (SoKDDistiller)" in printed
+    assert "the config has 'distiller' (ERADistiller)" in printed
+
+
+def test_resume__of_other_parameters_says_so_where_it_is_not_strict(
+    config, whole, tmp_path, capsys
+):
+    file = str(tmp_path / 'plain.pth')
+    shutil.copy(whole / 'epoch_3.pth', file)
+
+    def as_plain(content):
+        without_extras(content)
+        groups = content['optimizer']['param_groups']
+        groups[0]['params'] = groups[0]['params'][:-2]
+
+    spoil(file, as_plain)
+    options = {'strict_load': False}
+    assert train(config, tmp_path / 'a', '--resume', file, **options) == 1
+    printed = capsys.readouterr().err.split('error: ')[-1]
+    assert 'its optimiser is of other parameters than this run' in printed
+    assert f'load_from={file}' in printed
+
+
+def test_published__file_is_the_plain_students(config, tmp_path):
+    options = {
+        'train_cfg.max_epochs': 1,
+        'default_hooks.checkpoint.published_keys': "['meta','state_dict']",
+    }
+    folder = tmp_path / 'run'
+    assert train(config, folder, **options) == 0
+    whole_file = load_file(folder / 'epoch_1.pth')
+    published = sorted(folder.glob('*-????????.pth'))
+    # The last and the best.
+    assert len(published) == 2
+    for file in published:
+        content = torch.load(file, weights_only=False)
+        assert set(content) == {'meta', 'state_dict'}
+        state = content['state_dict']
+        assert list(state) == list(whole_file['state_dict'])
+        assert extras_of(state) is None
+    assert extras_of(whole_file['state_dict'])
+    # The student's numbers and no other: what a plain run would publish.
+    numbers = sum(value.numel() for value in state.values())
+    model = MODELS.build(classifier_config())
+    assert numbers == sum(v.numel() for v in model.state_dict().values())
 
 
 def test_load_from__refuses_what_does_not_fit_unless_asked(

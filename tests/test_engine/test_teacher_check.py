@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
 from era_mm.engine import teacher_check
 from era_mm.engine.teacher_check import (
     Evaluation,
+    check_teacher,
     compare_classes,
     evaluate_teacher,
     find_fault,
@@ -20,6 +23,7 @@ from era_mm.engine.teacher_check import (
 )
 from era_mm.errors import UserError
 from era_mm.testing import distillation_config, run_config
+from era_mm.testing.toy import CLASSES
 
 ERA = dict(type='era_mm.ERADistiller')
 
@@ -260,3 +264,165 @@ def test_evaluation__leaves_the_teacher_as_it_is(many, tmp_path):
     assert found.metrics['coco/bbox_mAP'] < 0.5
     assert teacher.fingerprint() == before
     assert not any(module.training for module in teacher.model.modules())
+
+
+# -- several val sets --------------------------------------------------------
+
+
+def several(roots, tmp_path, metrics=None, metainfos=(), **kwargs):
+    """A run with a val set in each of some folders, told apart."""
+    config = run_config(
+        distillation_config(ERA), roots[0], tmp_path / 'run', **kwargs
+    )
+    one = config.val_dataloader.dataset
+    metainfos = metainfos or [one.metainfo] * len(roots)
+    config.val_dataloader.dataset = dict(
+        type='ConcatDataset',
+        datasets=[
+            dict(one, data_root=root, metainfo=metainfo)
+            for root, metainfo in zip(roots, metainfos, strict=True)
+        ],
+    )
+    config.val_evaluator = dict(
+        type='MultiDatasetsEvaluator',
+        dataset_prefixes=[f'set{number}' for number in range(len(roots))],
+        metrics=metrics
+        or [
+            dict(type='CocoMetric', ann_file=f'{root}/annotations.json')
+            for root in roots
+        ],
+    )
+    return Runner.from_cfg(Config(config))
+
+
+@pytest.mark.parametrize('differ', [False, True])
+def test_sets__of_all_images_are_judged_as_the_runs_own_loop_does(
+    many, coco, tmp_path, differ
+):
+    """Their image ids coincide; so only the split tells them apart."""
+    metainfos = [
+        dict(classes=CLASSES, palette=[(number, 0, 0)] * len(CLASSES))
+        for number in range(2)
+    ]
+    runner = several(
+        [many, coco], tmp_path, metainfos=metainfos if differ else ()
+    )
+    teacher = runner.model.teachers['teacher']
+    knows(teacher, lambda img_id: img_id % 3 > 0)
+    found = evaluate_teacher(teacher, runner, 100, 60)
+    runner.model = teacher.model
+    expected = runner.val_loop.run()
+    assert isinstance(runner.val_evaluator.dataset_meta, list) is differ
+    assert 0.5 < expected['set0/coco/bbox_mAP'] < 0.8
+    assert found.metrics == expected
+    assert list(found.parts) == ['set0', 'set1']
+    assert found.num_images == 24 + found.parts['set1'].num_images
+    assert found.parts['set0'].num_objects == 24
+
+
+def test_sets__of_which_some_images_are_drawn_find_a_perfect_teacher_so(
+    many, tmp_path
+):
+    runner = several([many] * 5, tmp_path)
+    teacher = runner.model.teachers['teacher']
+    knows(teacher)
+    found = evaluate_teacher(teacher, runner, 16, 60)
+    assert found.num_images == 16
+    assert all(
+        value == 1.0
+        for key, value in found.metrics.items()
+        if key.endswith('bbox_mAP')
+    )
+    teacher.checkpoint = 'there.pth'
+    line = check_teacher(teacher, runner, CLASSES, 16, 60)
+    assert 'set0/coco/bbox_mAP 1, ' in line
+    assert 'on 16 images' in line
+
+
+def test_sets__share_the_time(many, tmp_path, monkeypatch):
+    """Two batches, one of each set, though all of one would fit."""
+    runner = several([many, many], tmp_path)
+    teacher = runner.model.teachers['teacher']
+    knows(teacher)
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(teacher_check.time, 'monotonic', lambda: next(now))
+    found = evaluate_teacher(teacher, runner, 20, 15)
+    sizes = {name: part.num_images for name, part in found.parts.items()}
+    assert sizes == {'set0': 2, 'set1': 2}
+
+
+def test_sets__are_one_for_what_is_near_chance():
+    def part(value, number, key='coco/bbox_mAP_50'):
+        return Evaluation({key: value}, number, number, 0.0)
+
+    def together(**parts):
+        return find_fault(Evaluation({}, 9, 9, 1.0, 9, parts), 10)
+
+    # (0 * 30 + 0.06 * 30) / 60 = 0.03 with 60 objects.
+    message = together(a=part(0.0, 30), b=part(0.06, 30))
+    assert 'bbox_mAP_50 is 0.030 on 60 images of val with 60' in message
+    # Good on one of the two: (0 * 30 + 0.5 * 30) / 60 = 0.25.
+    assert not together(a=part(0.0, 30), b=part(0.5, 30))
+    # A set without objects has no AP, and counts for nothing.
+    assert together(a=part(0.0, 60), b=part(-1.0, 0))
+    # 49 objects are too few, whatever another metric saw.
+    assert not together(a=part(0.0, 49), b=part(0.9, 90, 'voc/mAP'))
+
+    # 10 of 64 and 0 of 64: 10 of 128 are chance for 10 classes.
+    def of_classifier(right):
+        return Evaluation({'accuracy/top1': right / 0.64}, 64, None, 0.0)
+
+    assert 'is 7.8 on 128' in together(a=of_classifier(10), b=of_classifier(0))
+    assert not together(a=of_classifier(40), b=of_classifier(0))
+
+
+def test_sets__that_do_not_go_with_the_evaluator_are_not_evaluated(
+    many, tmp_path
+):
+    metric = dict(type='CocoMetric', ann_file=f'{many}/annotations.json')
+    runner = several([many, many], tmp_path, metrics=[metric])
+    teacher = runner.model.teachers['teacher']
+    teacher.checkpoint = 'there.pth'
+    assert check_teacher(teacher, runner, CLASSES, 16, 60) == (
+        'teacher: not evaluated, MultiDatasetsEvaluator has 2 '
+        'dataset_prefixes and 1 metrics for 2 val sets'
+    )
+
+
+class OwnEvaluator(Evaluator):
+    def evaluate(self, size):
+        return {}
+
+
+class OwnMetric(CocoMetric):
+    def evaluate(self, size):
+        return {}
+
+
+@pytest.mark.parametrize('own', ['evaluator', 'metric'])
+def test_evaluation__in_a_way_of_its_own_is_not_guessed(many, tmp_path, own):
+    metric = dict(
+        type=OwnMetric if own == 'metric' else 'CocoMetric',
+        ann_file=f'{many}/annotations.json',
+    )
+    kind = OwnEvaluator if own == 'evaluator' else 'Evaluator'
+    runner = make(
+        many, tmp_path, val_evaluator=dict(type=kind, metrics=metric)
+    )
+    teacher = runner.model.teachers['teacher']
+    teacher.checkpoint = 'there.pth'
+    name = 'OwnEvaluator' if own == 'evaluator' else 'OwnMetric'
+    assert check_teacher(teacher, runner, CLASSES, 16, 60) == (
+        f'teacher: not evaluated, {name} evaluates in a way of its own'
+    )
+
+
+def test_evaluation__takes_a_single_metric_of_an_evaluator(many, tmp_path):
+    metric = dict(type='CocoMetric', ann_file=f'{many}/annotations.json')
+    runner = make(
+        many, tmp_path, val_evaluator=dict(type='Evaluator', metrics=metric)
+    )
+    teacher = runner.model.teachers['teacher']
+    knows(teacher)
+    found = evaluate_teacher(teacher, runner, 4, 60)
+    assert found.metrics['coco/bbox_mAP'] == 1.0

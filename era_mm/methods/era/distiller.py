@@ -401,18 +401,19 @@ class ERADistiller(HeadUser):
             and self.step % EXPLAINED_EVERY == 0
         ):
             self._explain(losses)
-        if self._proposals is not None:
+        if self._proposals is not None and self.uses_predictions:
             data_samples = self._proposals.attach(student_feats, data_samples)
         said: Any = None
-        if self.logit is not None:
+        term = self._term
+        if term is not None:
             if own_feats is not None:
                 own = self._maps(own_feats, self.teacher_sources)
                 targets = tuple(full_precision(t) for t in own)
             with torch.no_grad():
-                said = self.logit.target(self._head, targets, data_samples)
+                said = term.target(self._head, targets, data_samples)
                 if learns:
-                    self.logit.measure(said)
-            terms = self.logit.of_student(student_feats, said)
+                    term.measure(said)
+            terms = term.of_student(student_feats, said)
             losses |= {f'loss_era_{k}': value for k, value in terms.items()}
         if self.twi_steps != 'none' and self.step % self.twi_interval == 0:
             losses |= self._twi_losses(parts, data_samples, said)
@@ -496,7 +497,7 @@ class ERADistiller(HeadUser):
         if self.twi_head is None:
             return total
         head = count(lambda: self._head(targets))
-        if self.logit is not None and not isinstance(self.logit, RoITerm):
+        if self._term is not None and not isinstance(self._term, RoITerm):
             total += head
         if self.twi_steps != 'none':
             weights = self.loss_terms.step_weights(self.mbrnet.num_branches)
@@ -513,10 +514,10 @@ class ERADistiller(HeadUser):
         }
         if self.twi_steps != 'none':
             weights['loss_era_twi_*'] = self.loss_terms.twi_weight
-        if self.logit is not None:
+        if self._term is not None:
             weights |= {
                 f'loss_era_{name}': weight
-                for name, weight in self.logit.loss_weights().items()
+                for name, weight in self._term.loss_weights().items()
             }
         return weights
 
@@ -534,10 +535,13 @@ class ERADistiller(HeadUser):
     def inference_modes(self) -> tuple[str, ...]:
         """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'.
 
-        None where the teacher's head cannot be used or predicts less than
-        the student's, and no 'ST' where the student's cannot be used.
+        None where the teacher's head cannot be used, predicts less than the
+        student's or other classes, and no 'ST' where the student's cannot be
+        used.
         """
         if self.twi_head is None or self._lacks_masks:
+            return ()
+        if self.left_predictions:
             return ()
         estimates = [f'E{i}' for i in range(self.mbrnet.num_branches)]
         return (*estimates, 'T', *(['ST'] if self._blends else []))

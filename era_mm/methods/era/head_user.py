@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...core import BaseDistiller, Features, MeasuredPair
+from ...core.classes import why_other_classes
 from ...core.host_models import is_query_based
 from ...core.utils import preserve_rng
 from ...heads import (
@@ -100,12 +101,9 @@ class HeadUser(BaseDistiller):
         reason = why_not_reused(student.model, teacher.model)
         if reason is not None:
             return reason
-        names = (student.classes, teacher.classes)
-        if None not in names and names[0] != names[1]:
-            return (
-                'student and teacher have the same number of classes, but '
-                'other ones or another order'
-            )
+        reason = why_other_classes(student.classes, teacher.classes)
+        if reason is not None:
+            return reason
         head = find_head(teacher.model)
         assert head is not None
         _, teacher_feats = pair.match(cover=True).feats()
@@ -188,6 +186,47 @@ class HeadUser(BaseDistiller):
             )
             head = head.without_masks()
         return head
+
+    @property
+    def _term(self) -> LogitTerm | DetectorTerm | None:
+        """The term on the student's own logits, where it counts."""
+        return None if self.left_predictions else self.logit
+
+    @property
+    def uses_predictions(self) -> bool:
+        """Whether there is TWI, or a term on the student's own logits."""
+        return self.twi_steps != 'none' or self._term is not None
+
+    def leave_predictions(self, reason: str) -> None:
+        """Go on without TWI and without terms on the student's own logits.
+
+        Raises:
+            ValueError: The config asks for one of them by name.
+        """
+        asked = {
+            f'twi_steps={self.twi_steps!r}': self._asks_for_twi,
+            f'twi_targets={self.twi_targets!r}': self._asks_for_targets
+            and self.twi_steps != 'none',
+            '`logit`': self._asks_for_logit,
+        }
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise ValueError(
+                    f"{name} asks for what the teacher's head says, but "
+                    f'{reason}. Leave it out for ERA on features alone.'
+                )
+        parts = ['TWI'] if self.twi_steps != 'none' else []
+        if self.logit is not None:
+            parts.append("terms on the student's own logits")
+        print_log(
+            f'ERA without {" and ".join(parts)}: {reason}. Where only their '
+            "names differ, set `same_classes=True` in the teacher's config.",
+            logger='current',
+            level=logging.WARNING,
+        )
+        self.twi_steps = 'none'
+        # The term stays, as its units are in the files.
+        self.left_predictions = True
 
     def _leave_head(self, reason: str) -> None:
         """Go on without the teacher's head, where that was not asked for."""

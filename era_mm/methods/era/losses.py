@@ -298,7 +298,8 @@ class ERALoss(nn.Module):
         """Feature losses of a batch in a normalised space.
 
         An error is the share of the teacher's variance that is left: 0 where
-        all are equal, 1 where every estimate is the mean.
+        all are equal, 1 where every estimate is the mean. A level whose
+        variance is not known yet counts as 1, without gradient.
 
         Source: ours.
 
@@ -306,7 +307,8 @@ class ERALoss(nn.Module):
             aligned: u by level.
             residuals: d by level, ``(N, B, C_t, *)``.
             targets: The teacher's feature by level.
-            share_weights: Weights of the levels, as the space has them.
+            share_weights: Weights of the levels, as the space has them; 0:
+                the level's variance is not known.
 
         Returns:
             The two losses, and ``era_unexplained_e0`` ...
@@ -318,7 +320,9 @@ class ERALoss(nn.Module):
                 for u, d, t in zip(aligned, residuals, targets, strict=True)
             ]
         )
-        shares = (share_weights[:, None] * by_level).mean(dim=0)
+        weights = share_weights[:, None]
+        by_level = torch.where(weights > 0, weights * by_level, 1.0)
+        shares = by_level.mean(dim=0)
         return self._weighed(list(shares.unbind()), 'unexplained')
 
     def _weighed(self, errors: list, name: str) -> dict[str, Tensor]:

@@ -30,7 +30,9 @@ class FeatureSpace(nn.Module):
 
     A channel that varies less than a tenth of its level's root mean square is
     divided by that tenth: a dead channel has no variance to divide by. Shares
-    are of what the level's variance is then (``share_weights``).
+    are of what the level's variance is then (``share_weights``). A level of
+    which a single value was seen, as in a first batch of one image, has no
+    variance yet: its ``share_weights`` is 0 until it has.
 
     Source: ours. PKD (arXiv 2207.02039) normalises each batch by itself, from
     which an estimate could not be mapped back.
@@ -84,7 +86,10 @@ class FeatureSpace(nn.Module):
         self.get_buffer(f'mean{level}').copy_(first)
         self.get_buffer(f'std{level}').copy_(std)
         kept = float((var / std**2).mean())
-        self.share_weights[level] = 1 / kept if kept > 0 else 1.0
+        if float(moments[-1]) > 1:
+            self.share_weights[level] = 1 / kept if kept > 0 else 1.0
+        else:
+            self.share_weights[level] = 0.0
 
     def _of(self, name: str, level: int, feat: Tensor) -> Tensor:
         value = self.get_buffer(f'{name}{level}').to(feat.dtype)

@@ -65,6 +65,20 @@ class WrappingDistiller(BaseDistiller):
         """The wrapped distiller's."""
         return self.base.student_config(config)
 
+    @property
+    def uses_predictions(self) -> bool:
+        """The wrapped distiller's."""
+        return self.base.uses_predictions
+
+    @property
+    def left_predictions(self) -> bool:  # type: ignore[override]
+        """The wrapped distiller's."""
+        return self.base.left_predictions
+
+    def leave_predictions(self, reason: str) -> None:
+        """The wrapped distiller's."""
+        self.base.leave_predictions(reason)
+
     def phase(self) -> Phase | None:
         """The wrapped distiller's."""
         return self.base.phase()

@@ -1,0 +1,70 @@
+"""A teacher's head judges only what it knows the classes of."""
+
+from typing import Any
+
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from era_mm.core import Distillation
+from era_mm.core.classes import why_other_classes
+from era_mm.core.teacher import classes_of
+from era_mm.errors import UserError
+from era_mm.hooks import ModesHook
+
+ADVICE = (
+    "Give the data's `metainfo.classes` and the teacher the same classes in "
+    'the same order. Where only their names differ, say so: '
+    'teacher=dict(..., same_classes=True).'
+)
+
+
+def leave_other_heads(runner: Runner) -> None:
+    """Let no teacher's head judge that knows other classes than the data.
+
+    As soon as the teachers' files are read, which tell their classes. A
+    method that can goes on without its terms on predictions and says so in
+    one line; one that has no others, or whose config asks for them by name,
+    is refused. See :func:`~era_mm.core.classes.why_other_classes`.
+
+    Source: ours.
+
+    Args:
+        runner: The run. Its model may be of another kind.
+
+    Raises:
+        UserError: A method cannot go without, or a hook asks for modes that
+            need such a head.
+    """
+    model: Any = runner.model
+    model = model.module if is_model_wrapper(model) else model
+    if not isinstance(model, Distillation):
+        return
+    metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
+    classes = classes_of(metainfo)
+    for name, teacher in model.teachers.items():
+        reason = why_other_classes(classes, teacher.classes)
+        if reason is None or teacher.same_classes:
+            continue
+        for key, distiller in model.distillers.items():
+            if distiller.teacher != name or not distiller.uses_predictions:
+                continue
+            try:
+                distiller.leave_predictions(reason)
+            except ValueError as error:
+                raise UserError(
+                    f'distiller {key!r}: {error} {ADVICE}'
+                ) from error
+        _check_modes(runner, model, reason)
+
+
+def _check_modes(runner: Runner, model: Distillation, reason: str) -> None:
+    for hook in runner.hooks:
+        if isinstance(hook, ModesHook):
+            try:
+                model.check_modes(hook.modes)
+            except ValueError as error:
+                raise UserError(
+                    f'{type(hook).__name__}: {error} The modes that are gone '
+                    f"go through the teacher's head: {reason}. Leave the hook "
+                    f'out. {ADVICE}'
+                ) from error
