@@ -229,7 +229,7 @@ class Toy:
                     raise
                 except BaseException as error:
                     status = f'{type(error).__name__}: {error}'
-        return status, said.getvalue().rpartition('error: ')[2]
+        return status, said.getvalue().rpartition('\nerror: ')[2]
 
     def start(
         self, work_dir: Path, *flags: str, config: dict, ranks: int = 1

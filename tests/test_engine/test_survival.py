@@ -501,7 +501,16 @@ class AtIterationHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter != self.iteration:
             return
-        if self.what == 'nan':
+        if self.what == 'nan gradient':
+            parameter = next(runner.model.student.parameters())
+            parameter.register_hook(
+                lambda gradient: (
+                    gradient * torch.nan
+                    if runner.iter == self.iteration
+                    else gradient
+                )
+            )
+        elif self.what == 'nan':
             next(runner.model.student.parameters()).data.fill_(torch.nan)
         else:
             os.kill(os.getpid(), getattr(signal, self.what))
@@ -601,6 +610,17 @@ def test_nan__is_named_and_no_file_has_it(at_iteration, tmp_path, capsys):
     # The file of the second epoch would have held it.
     newest, passed = newest_whole(folder)
     assert (newest.name, passed) == ('epoch_1.pth', [])
+
+
+def test_nan__is_left_out_if_asked(at_iteration, tmp_path):
+    folder = tmp_path / 'run'
+    options = {'check_finite.action': 'skip'}
+    assert train(at_iteration('nan gradient'), folder, **options) == 0
+    (log,) = folder.glob('*/*.log')
+    assert 'in iteration 5 gradients are not finite' in log.read_text()
+    assert '1 of 9 steps were left out' in log.read_text()
+    weights = load_file(folder / 'epoch_3.pth')['state_dict']
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_teacher_of_nan__is_refused_before_the_first_step(
