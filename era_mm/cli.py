@@ -162,7 +162,11 @@ def _explain(error: BaseException) -> str:
     is_key = isinstance(error, KeyError) and error.args
     text = without_workers(error, str(error.args[0] if is_key else error))
     if is_own(error):
-        return f'\nerror: {text}'
+        cause = error.__cause__
+        hint = '\n--traceback prints where it was raised.'
+        return f'\nerror: {text}' + (
+            hint if cause is not None and not is_own(cause) else ''
+        )
     with tempfile.NamedTemporaryFile(
         'w', prefix='era_mm-', suffix='.traceback.txt', delete=False
     ) as file:

@@ -54,8 +54,9 @@ def config(tmp_path_factory):
         '',
         'unset',
         default_scope='mmpretrain',
+        # Six images: one step of each rank in an epoch.
         train_dataloader=classifier_loader(
-            write_class_folders(folder / 'data')
+            write_class_folders(folder / 'data'), batch_size=3
         ),
         train_cfg=dict(by_epoch=True, max_epochs=100000),
         default_hooks=dict(

@@ -354,6 +354,17 @@ def test_resume__inside_an_epoch_goes_on_where_it_was(
         assert own['meta']['iter'] == 9
 
 
+def test_resume__between_two_updates_is_said_to_lose_gradients(
+    config, tmp_path
+):
+    folder = tmp_path / 'run'
+    options = {'optim_wrapper.accumulative_counts': 2}
+    assert train(config, folder, **options) == 0
+    (log,) = folder.glob('*/*.log')
+    said = 'written every 3 iterations, but the weights are updated every 2'
+    assert said in log.read_text()
+
+
 def kill_after(patch, iterations):
     """Kill when the file of an iteration is whole, before what follows."""
 
@@ -441,6 +452,10 @@ SPOILT = {
     'no hub': (drop('message_hub'), 'no message_hub'),
     'no iteration': (drop('meta', 'iter'), 'meta.iter'),
     'negative': (put(-1, 'meta', 'epoch'), 'meta.epoch'),
+    'no groups': (
+        put(None, 'optimizer', 'param_groups'),
+        'epoch_3.pth cannot be gone on from: TypeError',
+    ),
     'schedules': (put([{}, {}], 'param_schedulers'), 'schedules'),
 }
 
