@@ -1,6 +1,6 @@
 """mmengine's CheckpointHook in an order that a kill cannot hurt."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sized
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def lost_gradients(hook: CheckpointHook, runner: Runner) -> str:
         return ''
     interval = hook.interval
     if hook.by_epoch:
-        if not hasattr(loader, '__len__'):
+        if not isinstance(loader, Sized):
             return ''
         interval *= len(loader)
     if interval % gathered == 0:

@@ -5,7 +5,7 @@
 Seeded: what an attempt draws depends on ``--seed``, its kind and its number
 alone. Every attempt is a call of the commands themselves on a toy run. Each
 leaves a line in ``--record``, so a soak that was stopped goes on, and
-``--again KIND`` repeats a kind. What came out, as counted, is written to
+``--again`` repeats what failed. What came out, as counted, is written to
 ``docs/reliability.md``; the exit status is 1 if anything went wrong.
 ``tests/soak/test_short.py`` runs a few of each.
 """
@@ -111,7 +111,13 @@ def at_random(toy: Toy, index: int, chance: random.Random) -> Ending:
 def on_two_ranks(toy: Toy, index: int, chance: random.Random) -> Ending:
     """The same for a method on two ranks, both killed."""
     name = sorted(methods())[index]
-    return _killed(toy, name, toy.base_of(name), [], 2, chance)
+    config = toy.base_of(name)
+    # As many batches of two images for each rank as for one.
+    loader = config['train_dataloader']
+    loader['dataset'] = dict(
+        type='RepeatDataset', times=2, dataset=loader['dataset']
+    )
+    return _killed(toy, name, config, [], 2, chance)
 
 
 def _killed(
@@ -260,9 +266,9 @@ class Record:
             for line in self.lines
         )
 
-    def drop(self, kind: str) -> None:
-        """Forget a kind."""
-        self.lines = [line for line in self.lines if line['kind'] != kind]
+    def drop_failures(self) -> None:
+        """Forget what failed, so that it is tried again."""
+        self.lines = [line for line in self.lines if not line['failure']]
         if self.path is not None:
             self.path.write_text(
                 ''.join(f'{json.dumps(line)}\n' for line in self.lines)
@@ -400,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         '--only', nargs='+', choices=KINDS, metavar='KIND', default=KINDS
     )
     parser.add_argument(
-        '--again', nargs='+', choices=KINDS, metavar='KIND', default=[]
+        '--again', action='store_true', help='try what failed once more'
     )
     parser.add_argument(
         '--record', type=Path, default=ROOT / 'work_dirs' / 'soak.jsonl'
@@ -409,8 +415,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.record.parent.mkdir(parents=True, exist_ok=True)
     record = Record(args.record.absolute())
-    for kind in args.again:
-        record.drop(kind)
+    if args.again:
+        record.drop_failures()
     numbers: dict[str, int | None] = dict.fromkeys(KINDS)
     numbers['kills at random times'] = args.kills
     numbers['wrong configs'] = args.configs

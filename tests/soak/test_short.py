@@ -36,9 +36,12 @@ def test_soak__a_few_of_each_fail_nowhere(monkeypatch, tmp_path):
         line['ending'] == 'resumed bit-identically'
         for line in record.of('kills around writes')
     )
-    # A soak that was stopped goes on; a kind that is dropped is tried anew.
+    # A soak that was stopped goes on, and repeats what failed if asked.
     read = soak.Record(tmp_path / 'record.jsonl')
     assert read.lines == record.lines
-    read.drop('faults')
-    assert not soak.Record(tmp_path / 'record.jsonl').has('faults', 0)
+    failed = dict(record.lines[0], index=99, failure='it broke')
+    read.add(**failed)
+    assert '`it broke`' in soak.page(read, seed=1)
+    read.drop_failures()
+    assert soak.Record(tmp_path / 'record.jsonl').lines == record.lines
     assert '| wrong configs | 8 |' in soak.page(record, seed=1)
