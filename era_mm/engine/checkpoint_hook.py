@@ -8,7 +8,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from era_mm.engine.whole_files import parts_in, write_whole
+from era_mm.engine.whole_files import parts_in, write_or_tell
 from era_mm.registry import HOOKS
 
 
@@ -116,7 +116,7 @@ class WholeCheckpointHook(CheckpointHook):
         )
         if is_main_process():
             pointer = Path(runner.work_dir, 'last_checkpoint')
-            write_whole(pointer, self.last_ckpt.encode())
+            write_or_tell(pointer, self.last_ckpt.encode())
             self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:

@@ -14,7 +14,7 @@ from era_mm.core.utils import preserve_rng
 from era_mm.engine.image_files import name_image_files
 from era_mm.engine.loops import ResumableEpochLoop, validates_now
 from era_mm.engine.strict_loading import StrictLoading
-from era_mm.engine.whole_files import write_whole
+from era_mm.engine.whole_files import write_or_tell
 from era_mm.engine.work_dir import find_to_resume
 from era_mm.errors import UserError, said_of
 
@@ -230,4 +230,4 @@ class TrainingRunner(ToldRunner):
     def _write_config(self) -> None:
         name = self.cfg.filename
         name = Path(name).name if name else f'{self.timestamp}.py'
-        write_whole(Path(self.work_dir, name), self.cfg.pretty_text.encode())
+        write_or_tell(Path(self.work_dir, name), self.cfg.pretty_text.encode())

@@ -18,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import distributed
 
-from era_mm.engine.whole_files import write_whole
+from era_mm.engine.whole_files import write_or_tell
 from era_mm.registry import HOOKS
 
 #: What batch systems send before they kill: SIGTERM, and Slurm's
@@ -192,7 +192,7 @@ class StopHook(Hook):
         path = str(Path(runner.work_dir, name))
         if is_main_process():
             pointer = Path(runner.work_dir, 'last_checkpoint')
-            write_whole(pointer, path.encode())
+            write_or_tell(pointer, path.encode())
         if get_world_size() > 1:
             distributed.barrier(group=self._group)
         return path

@@ -269,6 +269,19 @@ def test_full_disk__names_the_file_and_what_is_left(
     assert f'{folder}/epoch_3.pth is whole' in printed
 
 
+def test_read_only_disk__is_said_before_the_first_step(
+    config, tmp_path, monkeypatch, capsys
+):
+    def refuse(descriptor):
+        raise OSError(30, 'Read-only file system')
+
+    monkeypatch.setattr(whole_files.os, 'fsync', refuse)
+    assert train(config, tmp_path / 'run') == 1
+    printed = capsys.readouterr().err.rpartition('\nerror: ')[2]
+    assert 'Read-only file system. There is no checkpoint' in printed
+    assert str(tmp_path / 'run') in printed
+
+
 # -- what --resume takes -----------------------------------------------------
 
 
@@ -375,7 +388,7 @@ def kill_after(patch, iterations):
         ):
             raise Killed
 
-    patch.setattr('era_mm.engine.checkpoint_hook.write_whole', killing)
+    patch.setattr('era_mm.engine.checkpoint_hook.write_or_tell', killing)
 
 
 def test_resume__inside_an_epoch_of_another_length_is_refused(
