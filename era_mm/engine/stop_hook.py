@@ -32,6 +32,8 @@ SIGNALS = tuple(
 #: ranks were sent. A launcher kills what has not ended 30 s after its signal.
 AGREE_STEPS = 5
 AGREE_SECONDS = 1.0
+#: For ranks whose mim is gone; with the look for it they end within 10 s.
+SECONDS_TO_STOP = 6
 
 
 #: Whether children that are forked now are to outlast the signals.
@@ -204,7 +206,7 @@ def end_with_parent() -> None:
     Ranks of a launcher that was killed would wait for each other for ever, or
     go on unseen. With the launcher itself they are killed; with mim, which
     starts the launcher and hands no signal on, they are told to stop, and
-    killed if they have not after 8 s. On Linux only; elsewhere they end with
+    killed if they have not after 6 s. On Linux only; elsewhere they end with
     torch's time-out.
     """
     if sys.platform != 'linux':
@@ -240,5 +242,5 @@ def _end_without(launcher: int, mim: int) -> None:
     while _parent_of(launcher) == mim:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(8)
+    time.sleep(SECONDS_TO_STOP)
     os.kill(os.getpid(), signal.SIGKILL)
