@@ -25,7 +25,7 @@ from era_mm.cli_parsers import (
     test_parser,
     train_parser,
 )
-from era_mm.errors import UserError
+from era_mm.errors import UserError, is_own, said_of, without_workers
 from era_mm.hosts import print_hosts
 
 if TYPE_CHECKING:
@@ -159,9 +159,14 @@ def _guard(args: argparse.Namespace) -> None:
 def _explain(error: BaseException) -> str:
     """One message for an error, and where its traceback was kept."""
     # str() of a KeyError shows quotes and backslashes.
-    text = error.args[0] if isinstance(error, KeyError) else error
-    if isinstance(error, UserError):
-        return f'\nerror: {text}'
+    is_key = isinstance(error, KeyError) and error.args
+    text = without_workers(error, str(error.args[0] if is_key else error))
+    if is_own(error):
+        cause = error.__cause__
+        hint = '\n--traceback prints where it was raised.'
+        return f'\nerror: {text}' + (
+            hint if cause is not None and not is_own(cause) else ''
+        )
     with tempfile.NamedTemporaryFile(
         'w', prefix='era_mm-', suffix='.traceback.txt', delete=False
     ) as file:
@@ -209,11 +214,12 @@ def _build_runner(cfg: 'Config', runner_class: 'type[Runner]') -> 'Runner':
     from era_mm.engine.launch import prepare_launch
 
     prepare_launch(cfg)
-    if 'runner_type' in cfg:
-        from mmengine.registry import RUNNERS
+    with said_of('the config', 'Correct it.'):
+        if 'runner_type' in cfg:
+            from mmengine.registry import RUNNERS
 
-        return RUNNERS.build(cfg)
-    return runner_class.from_cfg(cfg)
+            return RUNNERS.build(cfg)
+        return runner_class.from_cfg(cfg)
 
 
 def _train(args: argparse.Namespace) -> int:

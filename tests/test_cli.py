@@ -59,16 +59,30 @@ def test_train__says_a_user_error_in_one_message(capsys) -> None:
     assert 'Traceback' not in printed
 
 
-def test_train__keeps_the_traceback_of_a_config_error(
+def test_train__says_an_error_of_the_hosts_in_one_message(
     capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
     Path('toy.py').write_text(CONFIG)
     assert cli.run_train(['toy.py']) == 1
     last = capsys.readouterr().err.split('\nerror: ')[-1]
-    assert last.startswith('ValueError: train_dataloader, train_cfg')
+    assert last.startswith('the config: ValueError: train_dataloader, train_')
+    assert last.endswith('--traceback prints where it was raised.\n')
+    assert not list(tmp_path.glob('*.traceback.txt'))
+
+
+def test_explain__keeps_the_traceback_of_what_nobody_foresaw(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    try:
+        raise OSError('the machine is on fire')
+    except OSError as error:
+        message = cli._explain(error)
+    assert message.startswith('\nerror: OSError: the machine is on fire\n')
     (kept,) = tmp_path.glob('*.traceback.txt')
     assert 'Traceback (most recent call last)' in kept.read_text()
+    assert str(kept) in message
 
 
 def test_explain__shows_a_key_error_without_quotes() -> None:

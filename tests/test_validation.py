@@ -189,6 +189,30 @@ def test_check_config__refuses_misspelt_top_level_keys(key, meant):
         check_config(Config({key: []}))
 
 
+def test_check_config__names_the_nearest_class_and_own_key():
+    cfg = Config(
+        dict(
+            preflight=False,
+            preflihgt=dict(num_images=3),
+            model=dict(
+                type='era_mm.Distilation',
+                distiller=dict(type='era_mm.ERADistiler'),
+            ),
+        )
+    )
+    with pytest.raises(UserError) as caught:
+        check_config(cfg)
+    for part in (
+        # Beside the right one, too.
+        'preflihgt: no such key, did you mean preflight?',
+        "model.type: era_mm has no 'era_mm.Distilation', did you mean "
+        "'era_mm.Distillation'?",
+        "model.distiller.type: era_mm has no 'era_mm.ERADistiler', did you "
+        "mean 'era_mm.ERADistiller'?",
+    ):
+        assert part in str(caught.value)
+
+
 def test_check_config__leaves_the_hosts_words_alone():
     check_config(
         Config(

@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from ..errors import said_of
 from .base_distiller import BaseDistiller, HostModel
 from .host_models import resolve_model_config
 from .teacher import BaseTeacher, Teacher
@@ -158,7 +159,10 @@ def build_student(
     with preserve_rng():
         config, scope = _student_config(student, data_preprocessor, distillers)
     # Detectors write into the config that they are built from.
-    with DefaultScope.overwrite_default_scope(scope):
+    with (
+        DefaultScope.overwrite_default_scope(scope),
+        said_of('The student cannot be built', 'Correct its config.'),
+    ):
         module = MODELS.build(copy.deepcopy(config))
     for cls in type(module).__mro__:
         if cls.__name__ in _NO_STUDENTS:

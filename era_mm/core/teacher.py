@@ -12,6 +12,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
+from ..errors import said_of
 from ..registry import explain_unknown_keys
 from .checkpoint import fingerprint, load_whole, read_with_meta
 from .host_models import (
@@ -185,7 +186,8 @@ class Teacher(BaseTeacher):
         found, scope = resolve_model_config(config)
         with preserve_rng(), DefaultScope.overwrite_default_scope(scope):
             # Detectors write into the config that they are built from.
-            model = MODELS.build(copy.deepcopy(found))
+            with said_of(f'The {name} cannot be built', 'Correct its config.'):
+                model = MODELS.build(copy.deepcopy(found))
             super().__init__(model, found, name)
             if self.is_random:
                 self._start_at_random()

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import CheckpointLoader, Runner, save_checkpoint
 
 from era_mm.core.checkpoint import drop_extras
-from era_mm.engine.whole_files import parts_in, write_whole
+from era_mm.engine.whole_files import parts_in, write_or_tell
 from era_mm.registry import HOOKS
 
 
@@ -61,9 +61,13 @@ class WholeCheckpointHook(CheckpointHook):
 
         Files that were being written when it was killed are removed. A best
         file is looked for beside the checkpoints: the work dir may have been
-        moved, or copied, and a copy must leave the original's alone.
+        moved, or copied, and a copy must leave the original's alone. It is
+        said if files are written while gradients are gathered.
         """
         super().before_train(runner)
+        lost = lost_gradients(self, runner)
+        if lost:
+            runner.logger.warning(lost)
         backend: Any = self.file_backend  # type: ignore[has-type]
         self.file_backend = _RemovesLater(backend)
         if '://' in str(self.out_dir):
@@ -117,7 +121,7 @@ class WholeCheckpointHook(CheckpointHook):
         )
         if is_main_process():
             pointer = Path(runner.work_dir, 'last_checkpoint')
-            write_whole(pointer, self.last_ckpt.encode())
+            write_or_tell(pointer, self.last_ckpt.encode())
             self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
@@ -150,3 +154,36 @@ class WholeCheckpointHook(CheckpointHook):
             *getattr(self, 'best_ckpt_path_dict', {}).values(),
         )
         self.file_backend.remove_now((self.last_ckpt, *best))
+
+
+def lost_gradients(hook: CheckpointHook, runner: Runner) -> str:
+    """What to say of files that are written while gradients are gathered.
+
+    Args:
+        hook: Which writes them.
+        runner: Which trains.
+
+    Returns:
+        A sentence, or '' if every file comes right after an update.
+    """
+    wrapper = runner.cfg.get('optim_wrapper') or {}
+    gathered = wrapper.get('accumulative_counts', 1)
+    loader = getattr(runner.train_loop, 'dataloader', None)
+    if not isinstance(gathered, int) or gathered < 2 or hook.interval < 1:
+        return ''
+    interval = hook.interval
+    if hook.by_epoch:
+        if not isinstance(loader, Sized):
+            return ''
+        interval *= len(loader)
+    if interval % gathered == 0:
+        return ''
+    return (
+        f'A checkpoint is written every {interval} iterations, but the '
+        f'weights are updated every {gathered} '
+        '(optim_wrapper.accumulative_counts). Gradients gathered since the '
+        'last update are in no file: a run that resumes from one in between '
+        'goes on without them, and differs from one that was not interrupted. '
+        'To avoid it, let default_hooks.checkpoint write every multiple of '
+        f'{gathered} iterations (by_epoch=False).'
+    )

@@ -1,6 +1,7 @@
 """Checks the keys and values of a config before anything is built."""
 
 import difflib
+import functools
 import inspect
 import numbers
 from collections.abc import Iterator, Mapping
@@ -83,7 +84,8 @@ def _misspelt(cfg: Config) -> Iterator[str]:
         if key in known:
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.87)
-        if near and near[0] not in cfg:
+        # Beside the right key it is another name; of ours there is none.
+        if near and (near[0] in OURS or near[0] not in cfg):
             yield f'{key}: no such key, did you mean {near[0]}?'
 
 
@@ -95,19 +97,33 @@ def _wrong_arguments(node: Any, key: str = '') -> Iterator[str]:
         return
     kind = node.get('type')
     if isinstance(kind, str) and kind.startswith('era_mm.'):
-        cls = _class_of(kind)
+        known = _own_classes()
+        cls = known.get(kind)
         if cls is not None:
             yield from _of_class(cls, node, key)
+        elif near := difflib.get_close_matches(kind, known, n=1):
+            yield (
+                f'{key}.type: era_mm has no {kind!r}, did you mean '
+                f'{near[0]!r}?'
+            )
     for part, value in node.items():
         yield from _wrong_arguments(value, f'{key}.{part}'.lstrip('.'))
 
 
-def _class_of(kind: str) -> type | None:
-    for name in ('MODELS', 'HOOKS'):
-        found = getattr(mmengine.registry, name).get(kind)
-        if inspect.isclass(found):
-            return found
-    return None
+@functools.cache
+def _own_classes() -> dict[str, type]:
+    """Every class of ours, as configs call it."""
+    found: dict[str, type] = {}
+    for parent in vars(mmengine.registry).values():
+        own = getattr(parent, '_children', {}).get('era_mm')
+        if own is not None:
+            own.import_from_location()
+            found |= {
+                f'era_mm.{name}': cls
+                for name, cls in own.module_dict.items()
+                if inspect.isclass(cls)
+            }
+    return found
 
 
 def _of_class(cls: type, node: Mapping, key: str) -> Iterator[str]:

@@ -157,11 +157,19 @@ def _find_fault(checkpoint: Path) -> str:
         start = file.read(2)
     # torch writes zip archives, whose index is at the end; before version
     # 1.6 it wrote pickles.
-    if start == b'PK' and not zipfile.is_zipfile(checkpoint):
+    if start == b'PK' and not _has_index(checkpoint):
         return 'the file is cut off (copy or download it again)'
     if start != b'PK' and not start.startswith(b'\x80'):
         return 'the file is not a checkpoint'
     return ''
+
+
+def _has_index(archive: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(archive)
+    except zipfile.BadZipFile:
+        # An index in which some bytes are wrong.
+        return False
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:

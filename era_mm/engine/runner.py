@@ -1,32 +1,117 @@
 """mmengine's Runner, with an eye on what a former run has left."""
 
 import copy
+import difflib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, get_rank, master_only
+from mmengine.registry import OPTIMIZERS
 from mmengine.runner.base_loop import BaseLoop
 
 from era_mm.core.utils import preserve_rng
 from era_mm.engine.class_rule import leave_other_heads
+from era_mm.engine.image_files import name_image_files
 from era_mm.engine.loops import ResumableEpochLoop, validates_now
 from era_mm.engine.strict_loading import StrictLoading
-from era_mm.engine.whole_files import write_whole
+from era_mm.engine.whole_files import write_or_tell
 from era_mm.engine.work_dir import find_to_resume
-from era_mm.errors import UserError
+from era_mm.errors import UserError, said_of
 
 #: Entry of a file's meta data that tells how long an epoch was.
 ITERS_PER_EPOCH = 'era_mm_iters_per_epoch'
 
 
-class TestingRunner(StrictLoading):
+class ToldRunner(StrictLoading):
+    """Says which part of the config an error is about.
+
+    What mmengine's Runner builds raises in words of Python, torch or a host;
+    the message begins with the key it was built from. Images that cannot be
+    read are named.
+    """
+
+    def build_model(self, model: Any) -> Any:
+        """As mmengine's."""
+        with _built_from('model'):
+            return super().build_model(model)
+
+    def build_dataloader(  # type: ignore[override]
+        self, dataloader: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As mmengine's, with images that are named."""
+        keys = (f'{part}_dataloader' for part in ('train', 'val', 'test'))
+        own = (key for key in keys if self.cfg.get(key) == dataloader)
+        with _built_from(next(own, 'the dataloader')):
+            built = super().build_dataloader(dataloader, *args, **kwargs)
+        name_image_files(built.dataset)
+        return built
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """As mmengine's, which does not say that an optimiser is unknown."""
+        with _built_from('optim_wrapper'):
+            _check_optimizer(optim_wrapper)
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """As mmengine's."""
+        with _built_from('param_scheduler'):
+            return super().build_param_scheduler(scheduler)
+
+    def build_train_loop(self, loop: Any) -> BaseLoop:
+        """As mmengine's."""
+        with _built_from('train_cfg'):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: Any) -> BaseLoop:
+        """As mmengine's."""
+        with _built_from('val_cfg'):
+            return super().build_val_loop(loop)
+
+    def build_evaluator(self, evaluator: Any) -> Any:
+        """As mmengine's."""
+        with _built_from('val_evaluator or test_evaluator'):
+            return super().build_evaluator(evaluator)
+
+    def register_hook(self, hook: Any, *args: Any, **kwargs: Any) -> None:
+        """As mmengine's."""
+        name = hook.get('type') if isinstance(hook, dict) else hook
+        with _built_from(f'default_hooks or custom_hooks, {name}'):
+            super().register_hook(hook, *args, **kwargs)
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call the hooks; some of them give a dataset another pipeline."""
+        super().call_hook(fn_name, **kwargs)
+        if fn_name == 'before_train_epoch':
+            name_image_files(self.train_dataloader.dataset)
+
+
+def _check_optimizer(optim_wrapper: Any) -> None:
+    optimizer = isinstance(optim_wrapper, dict) and optim_wrapper.get(
+        'optimizer'
+    )
+    kind = optimizer.get('type') if isinstance(optimizer, dict) else None
+    if not isinstance(kind, str) or OPTIMIZERS.get(kind) is not None:
+        return
+    near = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=1)
+    raise UserError(
+        f'optim_wrapper.optimizer.type: no optimiser is called {kind!r}'
+        + (f'. Did you mean {near[0]!r}?' if near else '.')
+    )
+
+
+def _built_from(key: str) -> AbstractContextManager[None]:
+    return said_of(key, f'Correct {key} in the config.')
+
+
+class TestingRunner(ToldRunner):
     """Refuses to test a checkpoint of another model."""
 
     # pytest would take it for a test.
     __test__ = False
 
 
-class TrainingRunner(StrictLoading):
+class TrainingRunner(ToldRunner):
     """Trains in a work dir of which a kill leaves only whole files.
 
     - The config is written into the work dir when training begins. mmengine's
@@ -67,9 +152,10 @@ class TrainingRunner(StrictLoading):
                 for key, value in loop.items()
                 if key not in ('type', 'by_epoch')
             }
-            return ResumableEpochLoop(
-                **arguments, runner=self, dataloader=self._train_dataloader
-            )
+            with _built_from('train_cfg'):
+                return ResumableEpochLoop(
+                    **arguments, runner=self, dataloader=self._train_dataloader
+                )
         return super().build_train_loop(loop)
 
     def load_or_resume(self) -> None:
@@ -147,4 +233,4 @@ class TrainingRunner(StrictLoading):
     def _write_config(self) -> None:
         name = self.cfg.filename
         name = Path(name).name if name else f'{self.timestamp}.py'
-        write_whole(Path(self.work_dir, name), self.cfg.pretty_text.encode())
+        write_or_tell(Path(self.work_dir, name), self.cfg.pretty_text.encode())

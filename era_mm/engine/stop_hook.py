@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -17,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import distributed
 
-from era_mm.engine.whole_files import write_whole
+from era_mm.engine.whole_files import write_or_tell
 from era_mm.registry import HOOKS
 
 #: What batch systems send before they kill: SIGTERM, and Slurm's
@@ -27,8 +28,12 @@ SIGNALS = tuple(
     for name in ('SIGTERM', 'SIGUSR1')
     if hasattr(signal, name)
 )
-#: Steps between two looks at what the other ranks were sent.
-AGREE_EVERY = 5
+#: Most steps, and about the seconds, between two looks at what the other
+#: ranks were sent. A launcher kills what has not ended 30 s after its signal.
+AGREE_STEPS = 5
+AGREE_SECONDS = 1.0
+#: For ranks whose mim is gone; with the look for it they end within 10 s.
+SECONDS_TO_STOP = 6
 
 
 #: Whether children that are forked now are to outlast the signals.
@@ -92,10 +97,11 @@ class StopHook(Hook):
     """Writes a checkpoint after a signal, and ends the run.
 
     On SIGTERM or SIGUSR1 the run ends after the step under way (on several
-    ranks after at most five more, in which they agree), with
-    ``iter_<iteration>.pth`` in the work dir. A second signal ends it at once.
-    A signal during validation waits for the next step. ``train`` adds the
-    hook to every run.
+    ranks, of which one or all were told, after at most five more, in which
+    they agree), with ``iter_<iteration>.pth`` in the work dir. No rank ends
+    before the file is whole: a launcher would kill the others. A second
+    signal ends it at once. A signal during validation waits for the next
+    step. ``train`` adds the hook to every run.
 
     Source: ours.
 
@@ -110,6 +116,9 @@ class StopHook(Hook):
         self._number = 0
         self._before: dict[int, Any] = {}
         self._group: Any = None
+        self._agreed = 0
+        self._next_look = 0
+        self._last_look = (0, 0.0)
 
     def before_train(self, runner: Runner) -> None:
         """Listen from now on."""
@@ -120,6 +129,8 @@ class StopHook(Hook):
         if get_world_size() > 1 and distributed.get_backend() != 'gloo':
             # Agreeing through NCCL would make the host wait for the GPU.
             self._group = distributed.new_group(backend='gloo')
+
+        self._last_look = (runner.iter, time.monotonic())
 
     def after_train(self, runner: Runner) -> None:
         """Listen no more."""
@@ -142,27 +153,34 @@ class StopHook(Hook):
         outputs: Any = None,
     ) -> None:
         """End the run if any rank was told to."""
-        number = self._agreed(runner)
-        if not number:
+        self._agreed = self._agreed or self._agree(runner)
+        if not self._agreed:
             return
         wrapper = runner.optim_wrapper
         if hasattr(wrapper, 'should_update') and not wrapper.should_update():
             # Gradients that are being gathered are in no file.
             return
         self._restore()
-        raise Stopped(number, self._save(runner))
+        raise Stopped(self._agreed, self._save(runner))
 
-    def _agreed(self, runner: Runner) -> int:
+    def _agree(self, runner: Runner) -> int:
+        """The signal that any rank got, 0 if none or not asked now."""
         if get_world_size() == 1:
             return self._number
-        if (runner.iter + 1) % AGREE_EVERY:
+        step = runner.iter + 1
+        if step < self._next_look:
             return 0
-        number = torch.tensor(self._number)
+        began, when = self._last_look
+        told = torch.tensor([float(self._number), time.monotonic() - when])
         distributed.all_reduce(
-            number, distributed.ReduceOp.MAX, group=self._group
+            told, distributed.ReduceOp.MAX, group=self._group
         )
-        self._number = int(number)
-        return self._number
+        # The slowest rank's time, so that all look at the same steps.
+        number, seconds = told.tolist()
+        steps = AGREE_SECONDS * max(step - began, 1) / max(seconds, 1e-6)
+        self._next_look = step + int(min(max(steps, 1), AGREE_STEPS))
+        self._last_look = (step, time.monotonic())
+        return int(number)
 
     def _save(self, runner: Runner) -> str:
         step = runner.iter + 1
@@ -176,16 +194,53 @@ class StopHook(Hook):
         path = str(Path(runner.work_dir, name))
         if is_main_process():
             pointer = Path(runner.work_dir, 'last_checkpoint')
-            write_whole(pointer, path.encode())
+            write_or_tell(pointer, path.encode())
+        if get_world_size() > 1:
+            distributed.barrier(group=self._group)
         return path
 
 
 def end_with_parent() -> None:
-    """Let this process be killed when the launcher that began it is gone.
+    """Let this process end when the launcher that began it is gone.
 
-    Ranks of a launcher that was killed would wait for each other for ever.
-    On Linux only; elsewhere they end with torch's time-out.
+    Ranks of a launcher that was killed would wait for each other for ever, or
+    go on unseen. With the launcher itself they are killed; with mim, which
+    starts the launcher and hands no signal on, they are told to stop, and
+    killed if they have not after 6 s. On Linux only; elsewhere they end with
+    torch's time-out.
     """
-    if sys.platform == 'linux':
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if sys.platform != 'linux':
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    launcher = os.getppid()
+    above = _parent_of(launcher)
+    if _is_mim(above):
+        threading.Thread(
+            target=_end_without, args=(launcher, above), daemon=True
+        ).start()
+
+
+def _parent_of(number: int) -> int:
+    try:
+        status = Path(f'/proc/{number}/stat').read_text()
+    except OSError:
+        return 0
+    # The name before may hold spaces and brackets.
+    return int(status.rpartition(')')[2].split()[1])
+
+
+def _is_mim(number: int) -> bool:
+    try:
+        words = Path(f'/proc/{number}/cmdline').read_bytes().split(b'\0')
+    except OSError:
+        return False
+    return any(Path(os.fsdecode(word)).name == 'mim' for word in words[:2])
+
+
+def _end_without(launcher: int, mim: int) -> None:
+    while _parent_of(launcher) == mim:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_TO_STOP)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ from era_mm.core import DistilledStudent
 from era_mm.core.checkpoint import METADATA_KEY
 from era_mm.core.fit import find_misfits
 from era_mm.engine.work_dir import fault_in
-from era_mm.errors import UserError
+from era_mm.errors import UserError, said_of
 
 ADVICE = (
     'Give the file and the config that belong together; strict_load=False in '
@@ -59,6 +59,18 @@ class StrictLoading(Runner):
         """As mmengine's; the file has to be a run's own."""
         self._is_resuming = True
         try:
+            with said_of(
+                f'--resume: {filename} cannot be gone on from',
+                'It is damaged, or not of this run: give another file.',
+            ):
+                self._resume(filename, *args, **kwargs)
+        finally:
+            self._is_resuming = False
+        if self._strict:
+            self._check_optimizers()
+
+    def _resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        try:
             super().resume(filename, *args, **kwargs)
         except ValueError as error:
             # Of torch's optimisers, which load last.
@@ -69,10 +81,6 @@ class StrictLoading(Runner):
                 f'is of other parameters than this run trains ({error}). '
                 + self._start_from(filename)
             ) from error
-        finally:
-            self._is_resuming = False
-        if self._strict:
-            self._check_optimizers()
 
     def load_checkpoint(
         self, filename: str, *args: Any, **kwargs: Any
@@ -92,7 +100,11 @@ class StrictLoading(Runner):
         # Only now are old names of weights translated, as hosts do it.
         handle = self._bare_model.register_load_state_dict_post_hook(note)
         try:
-            checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+            with said_of(
+                f'checkpoint: {filename} cannot be loaded',
+                'It is damaged, or not of this model: give another file.',
+            ):
+                checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         finally:
             handle.remove()
         if self._strict:

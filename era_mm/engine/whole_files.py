@@ -45,36 +45,49 @@ def parts_in(folder: str | Path) -> Iterator[Path]:
     return Path(folder).glob(PART.format(name='*'))
 
 
+def write_or_tell(path: str | Path, content: bytes) -> None:
+    """:func:`write_whole`, with a message of what is left if it fails.
+
+    Args:
+        path: Where to; folders are made.
+        content: All of it.
+
+    Raises:
+        UserError: The file cannot be written, as when the disk is full; the
+            message says what is left to resume from.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        left, _ = newest_whole(path.parent)
+        raise UserError(
+            f'{path} ({len(content) / 1e6:.1f} MB) cannot be written: '
+            f'{error.strerror or error}. '
+            + (
+                f'{left} is whole: make room, then go on with --resume.'
+                if left
+                else 'There is no checkpoint to resume from.'
+            )
+        ) from error
+
+
 class WholeFileBackend(LocalBackend):
     """mmengine's backend for local files, with atomic writing.
 
     Raises:
-        UserError: A file cannot be written, as when the disk is full; the
-            message says what is left to resume from.
+        UserError: See :func:`write_or_tell`.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes, see :func:`write_whole`."""
-        path = Path(filepath)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, obj)
-        except OSError as error:
-            left, _ = newest_whole(path.parent)
-            raise UserError(
-                f'{path} ({len(obj) / 1e6:.1f} MB) cannot be written: '
-                f'{error.strerror or error}. '
-                + (
-                    f'{left} is whole: make room, then go on with --resume.'
-                    if left
-                    else 'There is no checkpoint to resume from.'
-                )
-            ) from error
+        """Write bytes, see :func:`write_or_tell`."""
+        write_or_tell(filepath, obj)
 
     def put_text(
         self, obj: str, filepath: str | Path, encoding: str = 'utf-8'
     ) -> None:
-        """Write text, see :func:`write_whole`."""
+        """Write text, see :func:`write_or_tell`."""
         self.put(obj.encode(encoding), filepath)
 
 

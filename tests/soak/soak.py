@@ -1,9 +1,11 @@
-"""Tries to break runs: kills, mutated configs, mutated and harmful files.
+"""Tries to break runs: kills, configs, files, faults, ranks.
 
-    python tests/soak/soak.py --kills 20 --configs 300 --files 300
+    python tests/soak/soak.py
 
-Seeded: what is drawn depends on ``--seed`` alone. Every attempt is a call of
-the commands themselves on a toy run. Writes what came out, as counted, to
+Seeded: what an attempt draws depends on ``--seed``, its kind and its number
+alone. Every attempt is a call of the commands themselves on a toy run. Each
+leaves a line in ``--record``, so a soak that was stopped goes on, and
+``--again`` repeats what failed. What came out, as counted, is written to
 ``docs/reliability.md``; the exit status is 1 if anything went wrong.
 ``tests/soak/test_short.py`` runs a few of each.
 """
@@ -11,428 +13,381 @@ the commands themselves on a toy run. Writes what came out, as counted, to
 import argparse
 import contextlib
 import copy
-import io
+import gc
 import json
 import os
 import platform
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+# Its own modules, however it is started.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from mmengine.config import Config
+from mutations import (
+    FAULTS,
+    base_for,
+    mutate_file,
+    mutate_host,
+    mutate_ours,
+)
+from toys import EMA, Killed, Toy, ended, killing, methods, same_state
 
-from era_mm import cli
 from era_mm.core.safe_files import TRUST, load_file
 from era_mm.engine import whole_files
 from era_mm.engine.work_dir import checkpoints_in
-from era_mm.testing import (
-    classifier_config,
-    classifier_loader,
-    run_config,
-    save_teacher,
-    write_class_folders,
-)
 
-DOC = Path(__file__).resolve().parents[2] / 'docs' / 'reliability.md'
-DISTILLER = dict(
-    type='era_mm.ERADistiller',
-    loss=dict(align_weight=1.0, residual_weight=1.0, twi_weight=1.0),
-    mbrnet=dict(num_branches=2),
-    schedules={'loss_era_*': dict(start=0, ramp=2, scale=1.0)},
-)
-#: What values are replaced by.
-WRONG = (
-    -1,
-    0,
-    float('nan'),
-    float('inf'),
-    None,
-    'no',
-    '1',
-    [],
-    {},
-    'ST',
-    True,
-)
-
-
-class Killed(BaseException):
-    """What no `except Exception` catches, as a kill."""
-
-
-@dataclass
-class Outcome:
-    """How attempts of one kind ended."""
-
-    counts: Counter = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-
-    def add(self, ending: str, failure: str = '') -> None:
-        """Count one attempt; a failure says what was wrong."""
-        self.counts[ending] += 1
-        if failure:
-            self.failures.append(failure)
-
-
-class Toy:
-    """A classifier's distillation of two epochs of three steps.
-
-    Args:
-        folder: Where everything is written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._number = 0
-        data = write_class_folders(folder / 'data')
-        teacher = classifier_config(width=16)
-        loader = classifier_loader(data)
-        file = save_teacher(teacher, folder / 't.pth', 'mmpretrain')
-        self.config = run_config(
-            dict(
-                type='era_mm.Distillation',
-                student=classifier_config(),
-                teacher=dict(config=teacher, checkpoint=file),
-                distiller=copy.deepcopy(DISTILLER),
-            ),
-            '',
-            'unset',
-            default_scope='mmpretrain',
-            train_dataloader=loader,
-            val_dataloader=loader,
-            val_evaluator=dict(type='Accuracy', topk=(1,)),
-            test_cfg=None,
-            test_dataloader=None,
-            test_evaluator=None,
-            train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=1),
-            default_hooks=dict(
-                checkpoint=dict(
-                    type='CheckpointHook',
-                    interval=1,
-                    max_keep_ckpts=1,
-                    save_best='accuracy/top1',
-                )
-            ),
-            preflight=False,
-            log_level='ERROR',
-        ).to_dict()
-
-    def train(
-        self, work_dir: Path, *flags: str, config: dict | None = None
-    ) -> tuple[int | str, str]:
-        """The status of ``train``, or what it raised; and its last words."""
-        self._number += 1
-        whole = copy.deepcopy(self.config if config is None else config)
-        # Runs of one second must not share their log.
-        whole['experiment_name'] = f'soak{self._number}'
-        file = self.folder / 'toy.py'
-        Config(whole).dump(file)
-        said = io.StringIO()
-        status: int | str
-        with contextlib.redirect_stderr(said):
-            with contextlib.redirect_stdout(io.StringIO()):
-                try:
-                    status = cli.run_train(
-                        [str(file), '--work-dir', str(work_dir), *flags]
-                    )
-                except Killed:
-                    raise
-                except BaseException as error:
-                    status = f'{type(error).__name__}: {error}'
-        return status, said.getvalue().rpartition('error: ')[2]
+ROOT = Path(__file__).resolve().parents[2]
+DOC = ROOT / 'docs' / 'reliability.md'
+#: How an attempt ended, and what was wrong, '' if nothing.
+Ending = tuple[str, str]
 
 
 # -- kills -------------------------------------------------------------------
 
 
-class KillAt:
-    """Stands in for ``os`` where files are written; kills at a moment."""
-
-    def __init__(self, moment: int) -> None:
-        self.left = moment
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-    def _pass(self) -> None:
-        self.left -= 1
-        if self.left == -1:
-            raise Killed
-
-    def open(self, path: Path, mode: str) -> Any:
-        """Half of the content first."""
-        killer, file = self, open(path, mode)
-
-        class Halves:
-            def __enter__(self) -> Any:
-                return self
-
-            def __exit__(self, *_: Any) -> None:
-                file.close()
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(file, name)
-
-            def write(self, content: bytes) -> None:
-                middle = len(content) // 2
-                file.write(content[:middle])
-                file.flush()
-                killer._pass()
-                file.write(content[middle:])
-
-        return Halves()
-
-    def replace(self, part: Path, path: Path) -> None:
-        """Before and after a file gets its name."""
-        self._pass()
-        os.replace(part, path)
-        self._pass()
+def _go_on(toy: Toy, folder: Path, config: dict, *flags: str) -> Ending:
+    begun = any(checkpoints_in(folder))
+    status, said = toy.train(
+        folder, *flags, *(['--resume'] if begun else []), config=config
+    )
+    return ('', '') if status == 0 else ('lost', f'{status}: {said[:300]}')
 
 
-@contextlib.contextmanager
-def killing(moment: int) -> Iterator[KillAt]:
-    """Kill the run inside at a moment around a write."""
-    killer = KillAt(moment)
-    whole_files.os, whole_files.open = killer, killer.open  # type: ignore
-    try:
-        yield killer
-    finally:
-        whole_files.os = os
-        del whole_files.open  # type: ignore[attr-defined]
+def _compare(folder: Path, whole: Path, what: str) -> Ending:
+    parts = list(whole_files.parts_in(folder))
+    name = 'epoch_2.pth'
+    if parts or not same_state(folder / name, whole / name):
+        return 'differs', f'{what}: {parts}'
+    return 'resumed bit-identically', ''
 
 
-def try_kills(toy: Toy, number: int | None, chance: random.Random) -> Outcome:
-    """Kill at moments around writes, go on, compare with the whole run.
-
-    Args:
-        toy: The run.
-        number: How many moments, drawn; None: all of them.
-        chance: Draws.
-    """
-    outcome = Outcome()
+def count_moments(toy: Toy) -> int:
+    """How many moments around writes the whole run has."""
+    folder = toy.folder / 'whole'
+    shutil.rmtree(folder, ignore_errors=True)
     with killing(10**9) as killer:
-        status, said = toy.train(toy.folder / 'whole')
+        status, said = toy.train(folder)
     assert status == 0, said
-    total = 10**9 - killer.left
-    whole = load_file(toy.folder / 'whole' / 'epoch_2.pth')
-    moments = range(total)
-    for moment in (
-        moments if number is None else chance.sample(moments, number)
-    ):
-        folder = toy.folder / f'killed{moment}'
-        with killing(moment), contextlib.suppress(Killed):
-            toy.train(folder)
-        begun = any(checkpoints_in(folder))
-        status, said = toy.train(folder, *(['--resume'] if begun else []))
-        if status != 0:
-            outcome.add('lost', f'kill at {moment} of {total}: {said[:200]}')
-            continue
-        parts = list(whole_files.parts_in(folder))
-        found = load_file(folder / 'epoch_2.pth')
-        same = all(
-            torch.equal(found['state_dict'][key], value)
-            for key, value in whole['state_dict'].items()
-        )
-        if same and not parts:
-            outcome.add('resumed bit-identically')
-        else:
-            outcome.add('differs', f'kill at {moment} of {total}: {parts}')
-        shutil.rmtree(folder)
-    return outcome
+    return 10**9 - killer.left
 
 
-# -- configs -----------------------------------------------------------------
+def at_a_write(toy: Toy, index: int, chance: random.Random) -> Ending:
+    """Kill at a moment around a write, go on, compare with the whole run."""
+    folder = toy.folder / 'killed'
+    if not (toy.folder / 'whole' / 'epoch_2.pth').is_file():
+        count_moments(toy)
+    with killing(index), contextlib.suppress(Killed):
+        toy.train(folder)
+    ending, failure = _go_on(toy, folder, toy.config)
+    if not ending:
+        ending, failure = _compare(folder, toy.folder / 'whole', 'weights')
+    return ending, failure and f'moment {index}: {failure}'
 
 
-def _leaves(node: Any, path: tuple = ()) -> Iterator[tuple]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, (*path, key))
-    elif path:
-        yield path
+def variants(toy: Toy) -> list[tuple[str, dict, list[str]]]:
+    """Every method's run, and ERA's with averages and in half precision."""
+    found = [(name, toy.base_of(name), []) for name in sorted(methods())]
+    averaged = toy.base_of('ERADistiller') | dict(custom_hooks=EMA)
+    found.append(('ERA with EMA', averaged, []))
+    found.append(('ERA with AMP', toy.base_of('ERADistiller'), ['--amp']))
+    return found
 
 
-def mutate_config(config: dict, chance: random.Random) -> tuple[dict, str]:
-    """A config with one wrong value or misspelt key, and what was done."""
-    config = copy.deepcopy(config)
-    parts = [('model', 'distiller'), ('model',), ('optim_wrapper',), ()]
-    start = chance.choice(parts)
-    node: Any = config
-    for key in start:
-        node = node[key]
-    leaves = list(_leaves(node))
-    *way, last = chance.choice(leaves)
-    for key in way:
-        node = node[key]
-    name = '.'.join(map(str, (*start, *way, last)))
-    if chance.random() < 0.25 and isinstance(last, str) and len(last) > 3:
-        at = chance.randrange(len(last) - 1)
-        wrong = last[:at] + last[at + 1] + last[at] + last[at + 2 :]
-        node[wrong] = node.pop(last)
-        return config, f'{name} misspelt {wrong}'
-    value = chance.choice(WRONG)
-    node[last] = value
-    return config, f'{name}={value!r}'
+def at_random(toy: Toy, index: int, chance: random.Random) -> Ending:
+    """SIGKILL at a random time, one method after the other."""
+    every = variants(toy)
+    name, config, flags = every[index % len(every)]
+    return _killed(toy, name, config, flags, 1, chance)
 
 
-def try_configs(toy: Toy, number: int, chance: random.Random) -> Outcome:
-    """Train with mutated configs; each trains or is refused in one message."""
-    outcome = Outcome()
-    for index in range(number):
-        config, what = mutate_config(toy.config, chance)
-        folder = toy.folder / f'config{index}'
-        status, said = toy.train(folder, config=config)
-        if status == 0:
-            outcome.add('trained')
-        elif status == 1 and 'Traceback' not in said and said.strip():
-            outcome.add('refused in one message')
-        else:
-            outcome.add('raw traceback', f'{what}: {status} {said[:200]}')
-        for paths in checkpoints_in(folder):
-            for path in paths:
-                try:
-                    load_file(path)
-                except ValueError as error:
-                    outcome.add('half a file', f'{what}: {error}')
-        shutil.rmtree(folder, ignore_errors=True)
-    return outcome
+def on_two_ranks(toy: Toy, index: int, chance: random.Random) -> Ending:
+    """The same for a method on two ranks, both killed."""
+    name = sorted(methods())[index]
+    config = toy.base_of(name)
+    # As many batches of two images for each rank as for one.
+    loader = config['train_dataloader']
+    loader['dataset'] = dict(
+        type='RepeatDataset', times=2, dataset=loader['dataset']
+    )
+    return _killed(toy, name, config, [], 2, chance)
 
 
-# -- files -------------------------------------------------------------------
+def _killed(
+    toy: Toy,
+    name: str,
+    config: dict,
+    flags: list[str],
+    ranks: int,
+    chance: random.Random,
+) -> Ending:
+    whole, spent = toy.whole(name, config, ranks, *flags)
+    folder = toy.folder / 'killed'
+    when = chance.uniform(0.3, 1) * spent
+    ended(toy.start(folder, *flags, config=config, ranks=ranks), when)
+    begun = any(checkpoints_in(folder))
+    flags = [*flags, *(['--resume'] if begun else [])]
+    status = ended(toy.start(folder, *flags, config=config, ranks=ranks))
+    if any(status):
+        said = Path(f'{folder}.said0').read_text()
+        return 'lost', f'{name}, after {when:.1f} s: {status} {said[:300]}'
+    return _compare(folder, whole, f'{name}, after {when:.1f} s')
 
 
-class Harm:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, mark: Path, way: str) -> None:
-        self.mark, self.way = mark, way
-
-    def __reduce__(self) -> tuple:
-        if self.way == 'system':
-            return (os.system, (f'touch {self.mark}',))
-        return (eval, (f"open({str(self.mark)!r}, 'w').close()",))
+# -- what must be refused ----------------------------------------------------
 
 
-def mutate_file(
-    whole: Path, target: Path, mark: Path, chance: random.Random
-) -> str:
-    """Write a damaged or harmful copy of a checkpoint; say what was done."""
-    kind = chance.choice(['cut', 'bytes', 'entry', 'harm'])
-    data = bytearray(whole.read_bytes())
-    if kind == 'cut':
-        target.write_bytes(data[: chance.randrange(len(data))])
-    elif kind == 'bytes':
-        for _ in range(chance.choice([1, 20, 500])):
-            data[chance.randrange(len(data))] = chance.randrange(256)
-        target.write_bytes(data)
+def _judge(status: int | str, said: str, ours: bool) -> Ending:
+    """Of a run that was not meant to end well."""
+    if status != 1 or 'Traceback (most' in said or not said.strip():
+        if status == 'Hung: ':
+            return 'hung', 'hung'
+        return 'raw traceback', f'{status} {said[:200]}'
+    if 'The whole traceback is in' not in said:
+        return 'refused in one message', ''
+    failure = f'in words of others: {said[:200]}' if ours else ''
+    return 'refused in words of the hosts', failure
+
+
+def wrong_config(toy: Toy, index: int, chance: random.Random) -> Ending:
+    """Train with one wrong value or key, of ours or of the hosts."""
+    ours = index % 3 != 0
+    config, name = base_for(toy, chance, ours)
+    if ours:
+        what, wrong = mutate_ours(config, name, chance)
     else:
-        content = load_file(whole)
-        holder = chance.choice(
-            [content, content['meta'], content['optimizer']]
-        )
-        key = chance.choice(list(holder))
-        if kind == 'harm':
-            holder[key] = Harm(mark, chance.choice(['system', 'eval']))
-        else:
-            holder[key] = chance.choice([None, 3, 'x', {}, [], float('nan')])
-        torch.save(content, target, pickle_protocol=chance.choice([2, 3]))
-        return f'{kind} {key}'
-    return kind
+        what, wrong = mutate_host(config, chance), False
+    folder = toy.folder / 'config'
+    status, said = toy.train(folder, config=config)
+    what = f'{name}: {what}'
+    for paths in checkpoints_in(folder):
+        for path in paths:
+            try:
+                load_file(path)
+            except ValueError as error:
+                return 'half a file', f'{what}: {error}'
+    if status == 0:
+        if wrong:
+            return 'accepted though wrong', what
+        return f'trained ({"ours" if ours else "of the hosts"})', ''
+    ending, failure = _judge(status, said, ours)
+    return ending, failure and f'{what}: {failure}'
 
 
-def try_files(toy: Toy, number: int, chance: random.Random) -> Outcome:
-    """Resume from mutated files, or start or teach with them."""
-    outcome = Outcome()
+def wrong_file(toy: Toy, index: int, chance: random.Random) -> Ending:
+    """Resume from a mutated or harmful file, start from it, learn from it."""
     whole = toy.folder / 'whole' / 'epoch_2.pth'
-    if not whole.exists():
-        status, said = toy.train(toy.folder / 'whole')
-        assert status == 0, said
+    if not whole.is_file():
+        count_moments(toy)
     mark = toy.folder / 'harmed'
-    for index in range(number):
-        target = toy.folder / 'mutated.pth'
-        what = mutate_file(whole, target, mark, chance)
-        config = copy.deepcopy(toy.config)
-        config['train_cfg']['max_epochs'] = 3
-        way = chance.choice(['resume', 'load_from', 'teacher'])
-        flags = []
-        if way == 'resume':
-            flags = ['--resume', str(target)]
-        elif way == 'load_from':
-            config['load_from'] = str(target)
-        else:
-            config['model']['teacher']['checkpoint'] = str(target)
-        folder = toy.folder / f'file{index}'
-        status, said = toy.train(folder, *flags, config=config)
-        if mark.exists():
-            mark.unlink()
-            outcome.add('code was run', f'{what} as {way}')
-        elif status == 0:
-            outcome.add('taken')
-        elif status == 1 and 'Traceback' not in said and said.strip():
-            outcome.add('refused in one message')
-        else:
-            outcome.add('raw traceback', f'{what} as {way}: {status}')
-        shutil.rmtree(folder, ignore_errors=True)
-    return outcome
+    target = toy.folder / 'mutated.pth'
+    what = mutate_file(whole, target, mark, chance)
+    config = copy.deepcopy(toy.config)
+    config['train_cfg']['max_epochs'] = 3
+    way = chance.choice(['resume', 'load_from', 'teacher'])
+    flags = []
+    if way == 'resume':
+        flags = ['--resume', str(target)]
+    elif way == 'load_from':
+        config['load_from'] = str(target)
+    else:
+        # Of the student's own width, so that its file is one of it.
+        config['model']['teacher'] = dict(
+            config=copy.deepcopy(config['model']['student']),
+            checkpoint=str(target),
+        )
+    status, said = toy.train(toy.folder / 'file', *flags, config=config)
+    if mark.exists():
+        mark.unlink()
+        return 'code was run', f'{what} as {way}'
+    if status == 0:
+        return 'taken', ''
+    ending, failure = _judge(status, said, ours=True)
+    return ending, failure and f'{what} as {way}: {failure}'
+
+
+def with_a_fault(toy: Toy, index: int, chance: random.Random) -> Ending:
+    """Train while something around the run is broken."""
+    fault = FAULTS[index]
+    config = copy.deepcopy(toy.config)
+    folder = toy.folder / 'fault'
+    folder.mkdir()
+    with fault(config, folder):
+        status, said = toy.train(folder / 'run', config=config)
+    if status == 0:
+        return 'passed over', f'{fault.__name__}: trained'
+    ending, failure = _judge(status, said, ours=False)
+    if 'image' in fault.__name__ and '.png' not in said:
+        failure = f'no file is named: {said[:200]}'
+    return ending, failure and f'{fault.__name__}: {failure}'
+
+
+KINDS: dict[str, Callable[[Toy, int, random.Random], Ending]] = {
+    'kills around writes': at_a_write,
+    'kills at random times': at_random,
+    'kills of two ranks': on_two_ranks,
+    'wrong configs': wrong_config,
+    'damaged and harmful files': wrong_file,
+    'faults': with_a_fault,
+}
+#: What attempts of one kind leave behind.
+LEFT = ('killed', 'config', 'file', 'fault')
 
 
 # -- all of it ---------------------------------------------------------------
 
 
-def soak(
-    kills: int | None, configs: int, files: int, seed: int
-) -> dict[str, Outcome]:
-    """Try everything; how it went, by kind."""
+class Record:
+    """The lines of attempts, in a file or in memory.
+
+    Args:
+        path: Of the file; None: in memory.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.lines: list[dict] = []
+        if path is not None and path.is_file():
+            self.lines = [
+                json.loads(line) for line in path.read_text().splitlines()
+            ]
+
+    def has(self, kind: str, index: int) -> bool:
+        """Whether an attempt was made."""
+        return any(
+            line['kind'] == kind and line['index'] == index
+            for line in self.lines
+        )
+
+    def drop_failures(self) -> None:
+        """Forget what failed, so that it is tried again."""
+        self.lines = [line for line in self.lines if not line['failure']]
+        if self.path is not None:
+            self.path.write_text(
+                ''.join(f'{json.dumps(line)}\n' for line in self.lines)
+            )
+
+    def add(self, **line: object) -> None:
+        """Keep what came out."""
+        self.lines.append(line)
+        if self.path is not None:
+            with self.path.open('a') as file:
+                file.write(f'{json.dumps(line)}\n')
+
+    def of(self, kind: str) -> list[dict]:
+        """The lines of a kind."""
+        return [line for line in self.lines if line['kind'] == kind]
+
+
+def soak(numbers: dict[str, int | None], seed: int, record: Record) -> None:
+    """Try everything that the record lacks.
+
+    Args:
+        numbers: How often, by kind; None: every moment, method or fault.
+        seed: Of the draws.
+        record: Gets a line for every attempt.
+    """
     os.environ[TRUST] = '0'
     os.environ.setdefault('LOCAL_RANK', '0')
-    with tempfile.TemporaryDirectory(prefix='era_mm-soak-') as folder:
-        toy = Toy(Path(folder))
-        return {
-            'kills around writes': try_kills(toy, kills, random.Random(seed)),
-            'mutated configs': try_configs(toy, configs, random.Random(seed)),
-            'mutated and harmful files': try_files(
-                toy, files, random.Random(seed)
-            ),
+    commit = _commit()
+    with (
+        tempfile.TemporaryDirectory(prefix='era_mm-soak-') as name,
+        contextlib.chdir(name),
+        contextlib.ExitStack() as stack,
+    ):
+        # Tracebacks of the commands go there.
+        stack.callback(setattr, tempfile, 'tempdir', tempfile.tempdir)
+        tempfile.tempdir = name
+        toy = Toy(Path(name))
+        totals = {
+            'kills around writes': lambda: count_moments(toy),
+            'kills of two ranks': lambda: len(methods()),
+            'faults': lambda: len(FAULTS),
         }
+        # What stays is not looked through in each of hundreds of runs.
+        gc.collect()
+        gc.freeze()
+        for kind, number in numbers.items():
+            number = totals[kind]() if number is None else number
+            for index in range(number):
+                if record.has(kind, index):
+                    continue
+                began = time.monotonic()
+                ending, failure = KINDS[kind](
+                    toy, index, random.Random(f'{seed} {kind} {index}')
+                )
+                record.add(
+                    kind=kind,
+                    index=index,
+                    ending=ending,
+                    failure=failure,
+                    seconds=round(time.monotonic() - began, 1),
+                    commit=commit,
+                )
+                for left in LEFT:
+                    shutil.rmtree(toy.folder / left, ignore_errors=True)
 
 
-def page(found: dict[str, Outcome], seed: int, seconds: float) -> str:
+def _commit() -> str:
+    done = subprocess.run(
+        ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or 'unknown'
+
+
+def page(record: Record, seed: int) -> str:
     """The figures as Markdown."""
-    rows = [
-        f'| {kind} | {sum(outcome.counts.values())} | '
-        + ', '.join(f'{n} {end}' for end, n in sorted(outcome.counts.items()))
-        + f' | {len(outcome.failures)} |'
-        for kind, outcome in found.items()
-    ]
-    failures = [
-        f'- {kind}: `{line}`'
-        for kind, outcome in found.items()
-        for line in outcome.failures
-    ]
+    rows, failures, seconds = [], [], 0.0
+    for kind in KINDS:
+        lines = record.of(kind)
+        if not lines:
+            continue
+        counts = Counter(line['ending'] for line in lines)
+        wrong = [line['failure'] for line in lines if line['failure']]
+        commits = sorted({line['commit'] for line in lines})
+        rows.append(
+            f'| {kind} | {len(lines)} | '
+            + ', '.join(f'{n} {end}' for end, n in sorted(counts.items()))
+            + f' | {len(wrong)} | {", ".join(commits)} |'
+        )
+        failures += [f'- {kind}: `{" ".join(text.split())}`' for text in wrong]
+        seconds += sum(line['seconds'] for line in lines)
     return '\n'.join(
         [
             '<!-- written by tests/soak/soak.py; do not edit -->',
             '# Reliability',
             '',
             'What `tests/soak/soak.py` counted when it tried to break runs of',
-            'a toy classifier (ERA, two epochs, on the CPU): kills around',
-            'every write, configs with one wrong value or misspelt key, and',
-            'checkpoints that were cut, damaged or made to run code, given',
-            'to `--resume`, `load_from` and the teacher.',
+            'two epochs of toy models on the CPU.',
             '',
-            '| tried | attempts | came out | failures |',
-            '| --- | --- | --- | --- |',
+            '- Kills around writes: ERA, before, half-way through and after',
+            '  every write; then it goes on, and is compared with the whole',
+            '  run. Kills at random times: SIGKILL, one method after the',
+            '  other, ERA with EMA and with AMP, too. Kills of two ranks:',
+            '  both at once, every method.',
+            '- Wrong configs: one value or misspelt key, of ours in two of',
+            '  three, drawn from the signatures of all methods, of the',
+            '  hosts in the third.',
+            '- Files: cut, damaged, with other entries, or made to run code;',
+            '  given to `--resume`, `load_from` and the teacher.',
+            '- Faults: images, data, teachers and disks that are broken or',
+            '  missing.',
+            '',
+            '| tried | attempts | came out | failures | at commit |',
+            '| --- | --- | --- | --- | --- |',
             *rows,
             '',
-            f'Seed {seed}, {seconds:.0f} s, Python '
+            f'Seed {seed}, {seconds / 60:.0f} minutes, Python '
             f'{platform.python_version()}, torch {torch.__version__}.',
             '',
             *(['Failures:', '', *failures, ''] if failures else []),
@@ -443,17 +398,35 @@ def page(found: dict[str, Outcome], seed: int, seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Soak, write the page; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--kills', type=int, help='default: all moments')
+    parser.add_argument('--kills', type=int, default=20, help='random times')
     parser.add_argument('--configs', type=int, default=300)
     parser.add_argument('--files', type=int, default=300)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--only', nargs='+', choices=KINDS, metavar='KIND', default=KINDS
+    )
+    parser.add_argument(
+        '--again', action='store_true', help='try what failed once more'
+    )
+    parser.add_argument(
+        '--record', type=Path, default=ROOT / 'work_dirs' / 'soak.jsonl'
+    )
     parser.add_argument('--out', type=Path, default=DOC)
     args = parser.parse_args(argv)
-    began = time.monotonic()
-    found = soak(args.kills, args.configs, args.files, args.seed)
-    args.out.write_text(page(found, args.seed, time.monotonic() - began))
-    print(json.dumps({k: dict(o.counts) for k, o in found.items()}, indent=1))
-    return int(any(outcome.failures for outcome in found.values()))
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    record = Record(args.record.absolute())
+    if args.again:
+        record.drop_failures()
+    numbers: dict[str, int | None] = dict.fromkeys(KINDS)
+    numbers['kills at random times'] = args.kills
+    numbers['wrong configs'] = args.configs
+    numbers['damaged and harmful files'] = args.files
+    soak({kind: numbers[kind] for kind in args.only}, args.seed, record)
+    args.out.write_text(page(record, args.seed))
+    failures = [line for line in record.lines if line['failure']]
+    for line in failures:
+        print(f'{line["kind"]} {line["index"]}: {line["failure"]}')
+    return int(bool(failures))
 
 
 if __name__ == '__main__':

@@ -20,9 +20,28 @@ def load_soak():
 def test_soak__a_few_of_each_fail_nowhere(monkeypatch, tmp_path):
     monkeypatch.setenv('ERA_MM_TRUST_CHECKPOINT', '0')
     soak = load_soak()
-    found = soak.soak(kills=3, configs=8, files=8, seed=1)
-    for kind, outcome in found.items():
-        assert not outcome.failures, kind
-    assert found['kills around writes'].counts['resumed bit-identically'] == 3
-    text = soak.page(found, seed=1, seconds=2.0)
-    assert '| mutated configs | 8 |' in text
+    numbers = {
+        'kills around writes': 3,
+        'kills at random times': 1,
+        'kills of two ranks': 1,
+        'wrong configs': 8,
+        'damaged and harmful files': 8,
+        'faults': 2,
+    }
+    record = soak.Record(tmp_path / 'record.jsonl')
+    soak.soak(numbers, seed=1, record=record)
+    assert not [line for line in record.lines if line['failure']]
+    assert len(record.lines) == sum(numbers.values())
+    assert all(
+        line['ending'] == 'resumed bit-identically'
+        for line in record.of('kills around writes')
+    )
+    # A soak that was stopped goes on, and repeats what failed if asked.
+    read = soak.Record(tmp_path / 'record.jsonl')
+    assert read.lines == record.lines
+    failed = dict(record.lines[0], index=99, failure='it broke')
+    read.add(**failed)
+    assert '`it broke`' in soak.page(read, seed=1)
+    read.drop_failures()
+    assert soak.Record(tmp_path / 'record.jsonl').lines == record.lines
+    assert '| wrong configs | 8 |' in soak.page(record, seed=1)

@@ -5,7 +5,12 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from era_mm.engine.preflight import check_checkpoints, check_data, find_config
+from era_mm.engine.preflight import (
+    check_checkpoints,
+    check_data,
+    find_config,
+    find_fault_among,
+)
 from era_mm.errors import UserError
 
 
@@ -241,3 +246,14 @@ def test_preflight__one_place_that_is_there_is_enough(tmp_path):
     check(['none.pth', 'https://example.org/t.pth'])
     with pytest.raises(UserError, match=r'none\.pth.*; .*other\.pth'):
         check(['none.pth', 'other.pth'])
+
+
+def test_find_fault__of_a_broken_index_of_the_archive(tmp_path):
+    """Of 64 bits, with a number of disks that Python's reader refuses."""
+    file = tmp_path / 'f.pth'
+    torch.save({'a': torch.ones(3)}, file)
+    data = bytearray(file.read_bytes())
+    at = data.rindex(b'PK\x06\x07')
+    data[at + 16] = 9
+    file.write_bytes(data)
+    assert 'cut off' in find_fault_among(str(file))

@@ -271,6 +271,19 @@ def test_full_disk__names_the_file_and_what_is_left(
     assert f'{folder}/epoch_3.pth is whole' in printed
 
 
+def test_read_only_disk__is_said_before_the_first_step(
+    config, tmp_path, monkeypatch, capsys
+):
+    def refuse(descriptor):
+        raise OSError(30, 'Read-only file system')
+
+    monkeypatch.setattr(whole_files.os, 'fsync', refuse)
+    assert train(config, tmp_path / 'run') == 1
+    printed = capsys.readouterr().err.rpartition('\nerror: ')[2]
+    assert 'Read-only file system. There is no checkpoint' in printed
+    assert str(tmp_path / 'run') in printed
+
+
 # -- what --resume takes -----------------------------------------------------
 
 
@@ -356,6 +369,17 @@ def test_resume__inside_an_epoch_goes_on_where_it_was(
         assert own['meta']['iter'] == 9
 
 
+def test_resume__between_two_updates_is_said_to_lose_gradients(
+    config, tmp_path
+):
+    folder = tmp_path / 'run'
+    options = {'optim_wrapper.accumulative_counts': 2}
+    assert train(config, folder, **options) == 0
+    (log,) = folder.glob('*/*.log')
+    said = 'written every 3 iterations, but the weights are updated every 2'
+    assert said in log.read_text()
+
+
 def kill_after(patch, iterations):
     """Kill when the file of an iteration is whole, before what follows."""
 
@@ -366,7 +390,7 @@ def kill_after(patch, iterations):
         ):
             raise Killed
 
-    patch.setattr('era_mm.engine.checkpoint_hook.write_whole', killing)
+    patch.setattr('era_mm.engine.checkpoint_hook.write_or_tell', killing)
 
 
 def test_resume__inside_an_epoch_of_another_length_is_refused(
@@ -443,6 +467,10 @@ SPOILT = {
     'no hub': (drop('message_hub'), 'no message_hub'),
     'no iteration': (drop('meta', 'iter'), 'meta.iter'),
     'negative': (put(-1, 'meta', 'epoch'), 'meta.epoch'),
+    'no groups': (
+        put(None, 'optimizer', 'param_groups'),
+        'epoch_3.pth cannot be gone on from: TypeError',
+    ),
     'schedules': (put([{}, {}], 'param_schedulers'), 'schedules'),
 }
 
@@ -585,7 +613,16 @@ class AtIterationHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter != self.iteration:
             return
-        if self.what == 'nan':
+        if self.what == 'nan gradient':
+            parameter = next(runner.model.student.parameters())
+            parameter.register_hook(
+                lambda gradient: (
+                    gradient * torch.nan
+                    if runner.iter == self.iteration
+                    else gradient
+                )
+            )
+        elif self.what == 'nan':
             next(runner.model.student.parameters()).data.fill_(torch.nan)
         else:
             os.kill(os.getpid(), getattr(signal, self.what))
@@ -685,6 +722,17 @@ def test_nan__is_named_and_no_file_has_it(at_iteration, tmp_path, capsys):
     # The file of the second epoch would have held it.
     newest, passed = newest_whole(folder)
     assert (newest.name, passed) == ('epoch_1.pth', [])
+
+
+def test_nan__is_left_out_if_asked(at_iteration, tmp_path):
+    folder = tmp_path / 'run'
+    options = {'check_finite.action': 'skip'}
+    assert train(at_iteration('nan gradient'), folder, **options) == 0
+    (log,) = folder.glob('*/*.log')
+    assert 'in iteration 5 gradients are not finite' in log.read_text()
+    assert '1 of 9 steps were left out' in log.read_text()
+    weights = load_file(folder / 'epoch_3.pth')['state_dict']
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_teacher_of_nan__is_refused_before_the_first_step(
