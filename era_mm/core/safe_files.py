@@ -8,6 +8,7 @@ user says that the file is trusted.
 """
 
 import _compat_pickle
+import codecs
 import contextlib
 import io
 import os
@@ -15,6 +16,7 @@ import pickle
 import pickletools
 import types
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -209,9 +211,17 @@ def _allowed_names() -> dict[str, Any]:
     """All that is allowed, torch's own part included, by its name."""
     from torch import _weights_only_unpickler as reader
 
+    # torch before 2.5 does not list these, later ones do.
+    plain = [codecs.encode, bytearray, complex, set, Counter, torch.device]
+    plain.append(torch._utils._rebuild_parameter_with_state)
+    kinds = [x for x in vars(torch).values() if isinstance(x, torch.dtype)]
     return {
+        **{str(kind): kind for kind in kinds},
         **reader._get_allowed_globals(),
-        **{f'{t.__module__}.{t.__qualname__}': t for t in allowed_types()},
+        **{
+            f'{t.__module__}.{t.__qualname__}': t
+            for t in plain + allowed_types()
+        },
     }
 
 
