@@ -144,11 +144,15 @@ def allowed_types() -> list[Any]:
 
     numpy 2 moved its functions, and files know them by either name.
     """
-    multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray  # type: ignore[attr-defined]
+    # What this numpy writes itself for an array and for a number.
+    functions = {
+        '_reconstruct': np.empty(0).__reduce__()[0],
+        'scalar': np.float64(0).__reduce__()[0],
+    }
     moved = [
-        _alias(getattr(multiarray, name), f'{package}.multiarray', name)
+        _alias(function, f'{package}.multiarray', name)
         for package in ('numpy.core', 'numpy._core')
-        for name in ('_reconstruct', 'scalar')
+        for name, function in functions.items()
     ]
     return [
         HistoryBuffer,
@@ -284,4 +288,7 @@ def _is_script(file: File) -> bool:
         return any(
             name.endswith('constants.pkl') for name in archive.namelist()
         )
+    if isinstance(file, io.BytesIO):
+        # Not where the search for an archive's end has left it.
+        file.seek(0)
     return False
