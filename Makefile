@@ -6,9 +6,11 @@
 # make soak                  kills, wrong configs and files by the hundred;
 #                            writes docs/reliability.md
 # Each sets up what it needs first. Other goals: setup lint clean.
+# PROFILE=openmmlab: with the original OpenMMLab packages (docs/installation.md)
 
 PYTHON ?= python3
-VENV := .venv
+PROFILE ?= onedl
+VENV := .venv$(patsubst %,-%,$(filter-out onedl,$(PROFILE)))
 # The docs site needs neither torch nor the hosts.
 DOCS_VENV := .venv-docs
 # Tests that run side by side; each takes up to 2 GB.
@@ -50,7 +52,7 @@ $(DOCS_VENV)/made: docs/requirements.txt
 	touch $@
 
 setup:
-	@$(PYTHON) tools/setup_env.py --venv $(VENV)
+	@$(PYTHON) tools/setup_env.py --profile $(PROFILE) --venv $(VENV)
 
 clean:
 	rm -rf $(VENV) $(DOCS_VENV) site .cache build dist *.egg-info

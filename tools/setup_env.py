@@ -6,6 +6,10 @@ environment is made anew (downloads and the built mmcv are kept).
 
     python3 tools/setup_env.py            # make .venv, or see that it is right
     python3 tools/setup_env.py --venv X   # somewhere else
+    python3 tools/setup_env.py --profile openmmlab    # .venv-openmmlab
+
+What to install is in `requirements/`. A file in `requirements/<profile>/`
+stands in for the one of the same name; constraints add up.
 
 The mmcv wheel is kept in $ERA_MM_CACHE, by default
 ${XDG_CACHE_HOME:-~/.cache}/era_mm, by all that it was built for: the versions
@@ -35,7 +39,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / 'requirements'
 OLDEST_PYTHON = (3, 11)
-NEWEST_PYTHON = (3, 12)
+#: Profile (see era_mm/hosts.py) -> the newest Python that its torch is for.
+NEWEST_PYTHON = {'onedl': (3, 12), 'openmmlab': (3, 11)}
+#: Profiles whose mmcv is built for a GPU, with the compiler in cuda.txt. PyPI
+#: has no nvcc of the CUDA 12.1 that torch 2.1.2 was built with.
+FOR_GPUS = ('onedl',)
 # torch with its CUDA libraries unpacked and packed, and room to build mmcv.
 FREE_BYTES = 10 * 1024**3
 LOG_LINES = 20
@@ -43,7 +51,7 @@ LOG_LINES = 20
 DRIVER = Path('/dev/nvidiactl')
 # What the environment is made from; a change makes the set-up run again.
 INPUTS = (
-    'requirements/*.txt',
+    'requirements/**/*.txt',
     'setup.py',
     'pyproject.toml',
     'MANIFEST.in',
@@ -116,11 +124,22 @@ class StepError(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        '--venv', type=Path, default=ROOT / '.venv', metavar='DIR'
+        '--profile',
+        choices=NEWEST_PYTHON,
+        default='onedl',
+        help='which packages of the hosts (docs/installation.md)',
+    )
+    parser.add_argument(
+        '--venv',
+        type=Path,
+        metavar='DIR',
+        help='by default .venv, or .venv-PROFILE for another than onedl',
     )
     args = parser.parse_args()
+    folder = '.venv' if args.profile == 'onedl' else f'.venv-{args.profile}'
+    venv = (args.venv or ROOT / folder).absolute()
     try:
-        Setup(args.venv.absolute()).run()
+        Setup(venv, args.profile).run()
     except StepError as error:
         print(f'\nset-up stopped: {error}', file=sys.stderr)
         return 1
@@ -135,10 +154,12 @@ class Setup:
 
     Args:
         venv: Where the environment is, or will be.
+        profile: Which packages of the hosts it holds.
     """
 
-    def __init__(self, venv: Path) -> None:
+    def __init__(self, venv: Path, profile: str = 'onedl') -> None:
         self.venv = venv
+        self.profile = profile
         self.python = venv / 'bin' / 'python'
         self.state = venv / 'era_mm-setup'
         self.stamp = self.state / 'done.json'
@@ -155,7 +176,7 @@ class Setup:
         """Do what is not done yet."""
         if self.is_done():
             return
-        check_python()
+        check_python(NEWEST_PYTHON[self.profile])
         self.make_folder(self.logs)
         with open(self.logs / 'lock', 'w') as lock:
             self.wait_for(lock)
@@ -175,6 +196,7 @@ class Setup:
             shutil.rmtree(self.venv)
         if not self.state.exists():
             self.make_venv()
+        self.check_profile()
         self.stamp.unlink(missing_ok=True)
         self.install('build tools', 'build.txt')
         self.install('torch (the longest download)', 'torch.txt')
@@ -200,7 +222,7 @@ class Setup:
                 '--no-deps',
                 '--no-build-isolation',
                 f'--wheel-dir={self.state / "mim"}',
-                f'--requirement={REQUIREMENTS / "packaging.txt"}',
+                f'--requirement={self.requirements("packaging.txt")}',
             ],
         )
         self.step(
@@ -232,6 +254,7 @@ class Setup:
             'inputs': digest.hexdigest(),
             'root': str(ROOT),
             'venv': str(self.venv),
+            'profile': self.profile,
             'gpu': str(DRIVER.exists()),
         }
 
@@ -277,6 +300,7 @@ class Setup:
                 'make VENV=.venv-era.'
             )
         self.make_folder(self.state)
+        write_whole(self.state / 'profile', self.profile)
         try:
             self.step(
                 'virtual environment',
@@ -290,15 +314,34 @@ class Setup:
             shutil.rmtree(self.venv)
             raise
 
+    def check_profile(self) -> None:
+        """Refuse to install one profile over another."""
+        note = self.state / 'profile'
+        found = note.read_text() if note.exists() else 'onedl'
+        if found != self.profile:
+            raise StepError(
+                f'expected an environment of the {self.profile} profile, but '
+                f'{self.venv} has that of {found}.\nWhat to do: remove it, '
+                'or use another folder: make VENV=.venv-era.'
+            )
+
+    def requirements(self, file: str) -> Path:
+        """The profile's own file of that name, or the common one."""
+        own = REQUIREMENTS / self.profile / file
+        return own if own.exists() else REQUIREMENTS / file
+
     def install(self, name: str, file: str, *options: str) -> None:
         """Install a file of `requirements/`, nothing in it left to chance."""
+        common = REQUIREMENTS / 'constraints.txt'
+        # In this order, and once where the profile has none of its own.
+        constraints = dict.fromkeys([common, self.requirements(common.name)])
         self.step(
             name,
             [
                 *self.pip('install'),
                 *options,
-                f'--requirement={REQUIREMENTS / file}',
-                f'--constraint={REQUIREMENTS / "constraints.txt"}',
+                f'--requirement={self.requirements(file)}',
+                *(f'--constraint={path}' for path in constraints),
             ],
         )
 
@@ -308,7 +351,7 @@ class Setup:
         pip's own cache is not used: it does not know for which torch a wheel
         was built.
         """
-        requirement = read_requirement(REQUIREMENTS / 'mmcv.txt')
+        requirement = read_requirement(self.requirements('mmcv.txt'))
         key = self.mmcv_key(requirement)
         installed = self.state / 'mmcv'
         if installed.exists() and installed.read_text() == key:
@@ -414,6 +457,13 @@ class Setup:
                 f'remove {self.venv} and run it again.'
             )
         torch, python, self.gpus = answer.stdout.split()
+        if self.for_gpu and self.profile not in FOR_GPUS:
+            print(
+                f'set-up: the {self.profile} profile is set up for the CPU '
+                'alone: PyPI has no compiler of the CUDA that its torch was '
+                'built with.'
+            )
+            self.gpus = 'none'
         is_hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
         if DRIVER.exists() and self.gpus == 'none' and not is_hidden:
             print(
@@ -516,12 +566,13 @@ class Setup:
         print(f' {time.monotonic() - start:.0f} s', flush=True)
 
 
-def check_python() -> None:
-    found = sys.version_info[:2]
-    if not OLDEST_PYTHON <= found <= NEWEST_PYTHON:
+def check_python(newest: tuple[int, int]) -> None:
+    if not OLDEST_PYTHON <= sys.version_info[:2] <= newest:
+        versions = dict.fromkeys(
+            '.'.join(map(str, version)) for version in (OLDEST_PYTHON, newest)
+        )
         raise StepError(
-            f'expected Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or '
-            f'{NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]}, but {sys.executable} '
+            f'expected Python {" or ".join(versions)}, but {sys.executable} '
             f'is {platform.python_version()}.\nWhat to do: install one '
             '(apt-get install python3.11 python3.11-venv python3.11-dev) '
             'and run make PYTHON=python3.11.'

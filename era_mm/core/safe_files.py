@@ -8,6 +8,7 @@ file.
 """
 
 import _compat_pickle
+import codecs
 import contextlib
 import io
 import os
@@ -15,6 +16,7 @@ import pickle
 import pickletools
 import types
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -142,11 +144,15 @@ def allowed_types() -> list[Any]:
 
     numpy 2 moved its functions; files may have either name.
     """
-    multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray  # type: ignore[attr-defined]
+    # What this numpy writes itself for an array and for a number.
+    functions = {
+        '_reconstruct': np.empty(0).__reduce__()[0],
+        'scalar': np.float64(0).__reduce__()[0],
+    }
     moved = [
-        _alias(getattr(multiarray, name), f'{package}.multiarray', name)
+        _alias(function, f'{package}.multiarray', name)
         for package in ('numpy.core', 'numpy._core')
-        for name in ('_reconstruct', 'scalar')
+        for name, function in functions.items()
     ]
     return [
         HistoryBuffer,
@@ -209,9 +215,17 @@ def _allowed_names() -> dict[str, Any]:
     """All that is allowed, torch's own part included, by its name."""
     from torch import _weights_only_unpickler as reader
 
+    # torch before 2.5 does not list these, later ones do.
+    plain = [codecs.encode, bytearray, complex, set, Counter, torch.device]
+    plain.append(torch._utils._rebuild_parameter_with_state)
+    kinds = [x for x in vars(torch).values() if isinstance(x, torch.dtype)]
     return {
+        **{str(kind): kind for kind in kinds},
         **reader._get_allowed_globals(),
-        **{f'{t.__module__}.{t.__qualname__}': t for t in allowed_types()},
+        **{
+            f'{t.__module__}.{t.__qualname__}': t
+            for t in plain + allowed_types()
+        },
     }
 
 
@@ -274,4 +288,7 @@ def _is_script(file: File) -> bool:
         return any(
             name.endswith('constants.pkl') for name in archive.namelist()
         )
+    if isinstance(file, io.BytesIO):
+        # Not where the search for an archive's end has left it.
+        file.seek(0)
     return False

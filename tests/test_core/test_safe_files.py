@@ -120,6 +120,8 @@ def mmengine_content():
             'score': np.float64(0.5),
             'count': np.int64(3),
             'some': {1, 2},
+            'bytes': np.array([b'x', b'\xff']),
+            'kinds': [torch.bool, torch.bfloat16, torch.device('cpu')],
             'config': Config(dict(a=dict(b=[1]))).a,
         },
         'state_dict': OrderedDict(w=torch.ones(2)),
@@ -128,13 +130,26 @@ def mmengine_content():
     }
 
 
+def as_before_torch_2_5(monkeypatch):
+    """The list of types that may be read is closed, and shorter."""
+    monkeypatch.delattr(torch.serialization, 'safe_globals', raising=False)
+    reader = torch._weights_only_unpickler
+    names = [
+        name
+        for name in reader._get_allowed_globals()
+        if not name.startswith(('_codecs.', 'builtins.'))
+        and name not in ('torch.bool', 'torch.device', 'torch.bfloat16')
+    ]
+    short = {name: reader._get_allowed_globals()[name] for name in names}
+    monkeypatch.setattr(reader, '_get_allowed_globals', lambda: short)
+
+
 @pytest.mark.parametrize('reader', ['weights_only', 'restricted'])
 def test_load_file__reads_all_that_mmengine_writes(
     reader, tmp_path, monkeypatch
 ):
     if reader == 'restricted':
-        # As before torch 2.5, whose list of types is closed.
-        monkeypatch.delattr(torch.serialization, 'safe_globals')
+        as_before_torch_2_5(monkeypatch)
     content = mmengine_content()
     torch.save(content, tmp_path / 'f.pth')
     found = load_file(tmp_path / 'f.pth')
@@ -143,6 +158,8 @@ def test_load_file__reads_all_that_mmengine_writes(
     assert found['meta']['score'] == 0.5
     assert found['meta']['count'] == 3
     assert found['meta']['some'] == {1, 2}
+    assert found['meta']['bytes'].tolist() == [b'x', b'\xff']
+    assert found['meta']['kinds'] == content['meta']['kinds']
     assert found['meta']['config'].b == [1]
     assert found['message_hub']['loss'].current() == 1
     assert found['step'] == slice(1, 2)
@@ -153,7 +170,7 @@ def test_load_file__reads_all_that_mmengine_writes(
 def test_load_file__refuses_the_same_before_torch_2_5(
     kind, mark, tmp_path, monkeypatch
 ):
-    monkeypatch.delattr(torch.serialization, 'safe_globals')
+    as_before_torch_2_5(monkeypatch)
     torch.save({'x': HARMS[kind](mark)}, tmp_path / 'bad.pth')
     with pytest.raises(ValueError, match=NAMES[kind]):
         load_file(tmp_path / 'bad.pth')

@@ -1,12 +1,18 @@
-"""What set-up decides for mmcv, with stand-ins for torch and the GPU."""
+"""What set-up decides, with stand-ins for torch and the GPU."""
 
 import importlib.util
+import subprocess
+import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from era_mm.hosts import PROFILES
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location(
@@ -23,11 +29,11 @@ def setup(tmp_path, monkeypatch):
     """A set-up whose torch tells of a GPU, or of none."""
     monkeypatch.setattr(tool, 'DRIVER', tmp_path / 'driver')
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    found = tool.Setup(tmp_path)
-    found.state.mkdir()
-    found.python.parent.mkdir()
+    for name in ('era_mm-setup', 'bin'):
+        (tmp_path / name).mkdir()
 
-    def with_torch(capability):
+    def with_torch(capability, profile='onedl'):
+        found = tool.Setup(tmp_path, profile)
         found.python.write_text(
             f'#!/bin/sh\necho "2.12.1 cpython-311 {capability}"\n'
         )
@@ -183,6 +189,115 @@ def test_build__for_the_cpu_has_none(setup, steps, tmp_path):
     assert build['environment']['FORCE_CUDA'] == '0'
     assert 'CUDA_HOME' not in build['environment']
     assert 'TORCH_CUDA_ARCH_LIST' not in build['environment']
+
+
+def files_in(command):
+    """The requirement and constraint files of a command, below theirs."""
+    return [
+        str(Path(argument.partition('=')[2]).relative_to(tool.REQUIREMENTS))
+        for argument in command
+        if argument.startswith(('--requirement=', '--constraint='))
+    ]
+
+
+def test_profile__has_its_own_files_before_the_common_ones(steps, tmp_path):
+    wanted = {
+        'onedl': [
+            ['torch.txt', 'constraints.txt'],
+            ['runtime.txt', 'constraints.txt'],
+            'onedl-mmcv==2.3.6',
+        ],
+        'openmmlab': [
+            [
+                'openmmlab/torch.txt',
+                'constraints.txt',
+                'openmmlab/constraints.txt',
+            ],
+            ['runtime.txt', 'constraints.txt', 'openmmlab/constraints.txt'],
+            'mmcv==2.1.0',
+        ],
+    }
+    for profile, expected in wanted.items():
+        found = tool.Setup(tmp_path, profile)
+        found.install('torch', 'torch.txt')
+        found.install('libraries', 'runtime.txt')
+        assert [
+            files_in(steps['torch']['command']),
+            files_in(steps['libraries']['command']),
+            tool.read_requirement(found.requirements('mmcv.txt')),
+        ] == expected
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_profile__pins_what_the_package_takes(profile, tmp_path):
+    found = tool.Setup(tmp_path, profile)
+    pins = {}
+    for file in ('torch.txt', 'mmcv.txt', 'hosts.txt'):
+        for line in found.requirements(file).read_text().splitlines():
+            if line and not line.startswith('#'):
+                requirement = Requirement(line)
+                (pin,) = requirement.specifier
+                assert pin.operator == '=='
+                pins[requirement.name] = pin.version
+    for host in PROFILES[profile]:
+        assert pins[host.distribution] in SpecifierSet(host.specifier)
+
+
+def test_profile__is_not_installed_over_another(setup):
+    # One of before there were two.
+    setup('none').check_profile()
+    other = setup('none', 'openmmlab')
+    with pytest.raises(tool.StepError, match='has that of onedl'):
+        other.check_profile()
+    (other.state / 'profile').write_text('openmmlab')
+    other.check_profile()
+    assert other.fingerprint() != setup('none').fingerprint()
+
+
+def test_profile__openmmlab_is_for_the_cpu(setup, capfd):
+    found = setup('9.0', 'openmmlab')
+    assert found.mmcv_key('mmcv==2.1.0').endswith('_cpu')
+    assert not found.for_gpu
+    assert (found.state / 'environment').read_text() == HIDDEN
+    assert 'the openmmlab profile is set up for the CPU' in (
+        capfd.readouterr().out
+    )
+
+
+def test_profile__has_an_environment_of_its_own(monkeypatch):
+    # What `make test` was called with.
+    for name in ('MAKEFLAGS', 'PROFILE', 'VENV'):
+        monkeypatch.delenv(name, raising=False)
+    for profile, folder in (('onedl', ''), ('openmmlab', '-openmmlab')):
+        done = subprocess.run(
+            ['make', '-n', 'setup', f'PROFILE={profile}'],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f'--profile {profile} --venv .venv{folder}\n' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ('profile', 'version', 'told'),
+    [
+        ('onedl', (3, 10), 'expected Python 3.11 or 3.12, but'),
+        ('onedl', (3, 13), 'expected Python 3.11 or 3.12, but'),
+        ('openmmlab', (3, 12), 'expected Python 3.11, but'),
+        ('openmmlab', (3, 11), None),
+    ],
+)
+def test_python__is_one_that_the_profiles_torch_is_for(
+    profile, version, told, monkeypatch
+):
+    monkeypatch.setattr(sys, 'version_info', (*version, 0, 'final', 0))
+    newest = tool.NEWEST_PYTHON[profile]
+    if told is None:
+        tool.check_python(newest)
+        return
+    with pytest.raises(tool.StepError, match=told):
+        tool.check_python(newest)
 
 
 def test_torch__that_does_not_import_stops_it(setup):
