@@ -63,13 +63,13 @@ class StrictLoading(Runner):
                 f'--resume: {filename} cannot be gone on from',
                 'It is damaged, or not of this run: give another file.',
             ):
-                self._resume(filename, *args, **kwargs)
+                self._load_resumed(filename, *args, **kwargs)
         finally:
             self._is_resuming = False
         if self._strict:
             self._check_optimizers()
 
-    def _resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+    def _load_resumed(self, filename: str, *args: Any, **kwargs: Any) -> None:
         try:
             super().resume(filename, *args, **kwargs)
         except ValueError as error:
