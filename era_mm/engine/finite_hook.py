@@ -106,11 +106,11 @@ class FiniteHook(Hook):
         named = [name for name in wrong if name != 'loss'] or wrong
         beside = {k: v for k, v in values.items() if k not in wrong}
         raise UserError(
-            f'the loss is no number any more: in iteration {iteration + 1} '
+            f'the loss is no longer finite: in iteration {iteration + 1} '
             + ', '.join(f'{name} is {values[name]}' for name in named[:4])
             + (', ...' if len(named) > 4 else '')
             + (
-                ' (beside it '
+                ' (other terms: '
                 + ', '.join(f'{k} {v:.4g}' for k, v in beside.items())
                 + ')'
                 if beside
