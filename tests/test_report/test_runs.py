@@ -104,7 +104,7 @@ def test_read_run__a_run_begun_anew_forgets_the_first(tmp_path):
             lambda f: (f / '20260101_000000/vis_data/scalars.json').write_text(
                 '{"lr": 1, "step": 1, "iter": 1, "epoch": 1}\n{"ls'
             ),
-            'half written',
+            'are incomplete',
         ),
     ],
 )
