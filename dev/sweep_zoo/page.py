@@ -120,7 +120,8 @@ weights, so nothing is downloaded. Batch norms of backbone and neck have the
 statistics of such a batch, with variances of at least 1. The batch size of
 predictions is that of the config's test loader. Detectors get the first of
 {sizes} (height x width) that the plain model accepts.
-Changes to the configs: no pre-trained weights; BN instead of SyncBN (which needs a GPU);
+Changes to the configs: no pre-trained weights; BN instead of SyncBN (which
+needs a GPU);
 `BatchFixedSizePad` and `BatchResize` set to the size of the images; no mixed
 precision; learning rates of 1e-5 and gradients clipped to a norm of 1, because
 with random weights they may have any size; and, to save time, at most
@@ -128,8 +129,8 @@ with random weights they may have any size; and, to save time, at most
 Each trial is a separate process with at most {memory} GiB and {timeout} s.
 
 The config of a folder is that of the smallest model by its name: the one with
-the first of these words, then the shortest, then in alphabetical order: {words}.
-Exceptions:
+the first of these words, then the shortest, then in alphabetical order:
+{words}. Exceptions:
 
 {chosen}
 
