@@ -453,7 +453,7 @@ def test_page__of_classifiers(classifiers, tmp_path):
     assert summary['metric'] == 'top-1'
     assert summary['missing'] == []
     assert 'truth: class' in text
-    assert 'Points of accuracy' in text
+    assert 'Difference in accuracy' in text
     assert 'the probability of the true class' in text
     assert 'what each branch adds' in text
 
