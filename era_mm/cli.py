@@ -34,44 +34,44 @@ if TYPE_CHECKING:
 
 
 def run_train(argv: Sequence[str] | None = None) -> int:
-    """Train the model of a config; the exit status is returned."""
+    """Train the model of a config; returns the exit status."""
     return _run(train_parser().parse_args(argv), _train)
 
 
 def run_test(argv: Sequence[str] | None = None) -> int:
-    """Evaluate a checkpoint; the exit status is returned."""
+    """Evaluate a checkpoint; returns the exit status."""
     return _run(test_parser().parse_args(argv), _test)
 
 
 def run_export_student(argv: Sequence[str] | None = None) -> int:
-    """Write a student as a plain host model; the exit status is returned."""
+    """Write a student as a plain host model; returns the exit status."""
     return _run(export_parser().parse_args(argv), _export)
 
 
 def run_make_config(argv: Sequence[str] | None = None) -> int:
-    """Write the config of a distillation; the exit status is returned."""
+    """Write the config of a distillation; returns the exit status."""
     return _run(make_config_parser().parse_args(argv), _make_config)
 
 
 def run_print_sources(argv: Sequence[str] | None = None) -> int:
-    """List a model's modules and shapes; the exit status is returned."""
+    """List a model's modules and shapes; returns the exit status."""
     return _run(print_sources_parser().parse_args(argv), _print_sources)
 
 
 def run_benchmark(argv: Sequence[str] | None = None) -> int:
-    """Measure what distillations cost; the exit status is returned."""
+    """Measure the cost of distillations; returns the exit status."""
     return _run(benchmark_parser().parse_args(argv), _benchmark)
 
 
 def run_report(argv: Sequence[str] | None = None) -> int:
-    """Write one page about runs; the exit status is returned."""
+    """Write a report about runs; returns the exit status."""
     from era_mm.report import command
 
     return _run(command.make_parser().parse_args(argv), command.run)
 
 
 def run_suite(argv: Sequence[str] | None = None) -> int:
-    """Run a matrix of methods and seeds; the exit status is returned."""
+    """Run a matrix of methods and seeds; returns the exit status."""
     return _run(suite_parser().parse_args(argv), _suite)
 
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog='python -m era_mm',
         description='Run a command. Without one: print the packages that '
         'era_mm found.',
-        epilog='<command> -h tells the options of a command.',
+        epilog='<command> -h shows the options of a command.',
     )
     parser.add_argument('command', nargs='?', choices=COMMANDS)
     parser.add_argument('options', nargs=argparse.REMAINDER)
@@ -146,7 +146,7 @@ def leave_group() -> None:
 
 
 def _guard(args: argparse.Namespace) -> None:
-    """Read no checkpoint that runs code, unless the user trusts it."""
+    """Refuse checkpoints that may run code, unless the user trusts them."""
     from era_mm.core.places import guard_reading
     from era_mm.core.safe_files import TRUST, is_trusted
 
@@ -157,7 +157,7 @@ def _guard(args: argparse.Namespace) -> None:
 
 
 def _explain(error: BaseException) -> str:
-    """One message for an error, and where its traceback was kept."""
+    """One message for an error, with the file that has its traceback."""
     # str() of a KeyError shows quotes and backslashes.
     is_key = isinstance(error, KeyError) and error.args
     text = without_workers(error, str(error.args[0] if is_key else error))
@@ -188,7 +188,7 @@ def _read_config(name: str, options: Sequence[str] | None) -> 'Config':
             if '=' not in option:
                 raise UserError(
                     '--cfg-options: expected KEY=VALUE without spaces, but '
-                    f'got {option!r}. Quote values that hold a space.'
+                    f'got {option!r}. Quote values with a space.'
                 )
         # DictAction only works inside a parser, and importing it before the
         # arguments are parsed would make -h slow.
@@ -244,7 +244,7 @@ def _train(args: argparse.Namespace) -> int:
             raise UserError(
                 '--auto-scale-lr: expected auto_scale_lr = '
                 'dict(enable=True, base_batch_size=...) in the config, but '
-                f'{args.config} has none. Add it, or leave the flag out.'
+                f'{args.config} has none. Add it, or omit the flag.'
             )
         cfg.auto_scale_lr.enable = True
     if args.resume == 'auto':
@@ -331,7 +331,7 @@ def _make_config(args: argparse.Namespace) -> None:
     from era_mm.engine.make_config import run
 
     _guard(args)
-    # What models say when they are built; the report says what matters.
+    # Messages of models being built; the report shows what matters.
     MMLogger.get_current_instance().setLevel('WARNING')
     print(
         run(
@@ -362,8 +362,7 @@ def _print_sources(args: argparse.Namespace) -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    # What torch's profiler would say on the screen of itself; torch reads it
-    # when it is imported.
+    # Silences messages of torch's profiler; torch reads it when imported.
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     from era_mm.engine.benchmark import Options, measure
@@ -407,9 +406,9 @@ def _suite(args: argparse.Namespace) -> None:
             commit=args.commit,
         )
     except KeyboardInterrupt:
-        raise UserError('stopped. Run it again to go on from here.') from None
+        raise UserError('stopped. Run it again to continue.') from None
     if not done:
         raise UserError(
-            'some runs failed, see above. Mend what their logs name and run '
-            'it again: finished runs are not repeated.'
+            'some runs failed, see above. Correct what their logs name and '
+            'run it again: finished runs are not repeated.'
         )

@@ -24,8 +24,8 @@ def train_parser() -> argparse.ArgumentParser:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='resume from this checkpoint, or without one from the newest '
-        'whole checkpoint in the work dir',
+        help='resume from this checkpoint, or without a file from the newest '
+        'complete checkpoint in the work dir',
     )
     return parser
 
@@ -52,7 +52,7 @@ def test_parser() -> argparse.ArgumentParser:
         type=float,
         default=2,
         metavar='SECONDS',
-        help='how long --show keeps an image up (default: 2)',
+        help='seconds for which --show keeps an image open (default: 2)',
     )
     parser.add_argument(
         '--tta', action='store_true', help='test-time augmentation'
@@ -64,14 +64,14 @@ def export_parser() -> argparse.ArgumentParser:
     """Of ``export``."""
     parser = argparse.ArgumentParser(
         prog='export_student',
-        description='Write what a distillation has trained as an ordinary '
+        description='Write the student of a distillation as an ordinary '
         'model of the host: PREFIX.py and PREFIX.pth.',
     )
     parser.add_argument(
         'config', help='path or base name of the config it was trained with'
     )
     parser.add_argument(
-        'checkpoint', help='path or URL of what the training has written'
+        'checkpoint', help='path or URL of a checkpoint of its training'
     )
     parser.add_argument(
         '--mode',
@@ -85,27 +85,27 @@ def export_parser() -> argparse.ArgumentParser:
         '--out',
         required=True,
         metavar='PREFIX',
-        help='where to write, without extension',
+        help='path to write to, without extension',
     )
     parser.add_argument(
         '--distiller',
         metavar='NAME',
-        help='whose mode, where the config has several distillers',
+        help='the distiller, if several offer the mode',
     )
     parser.add_argument(
         '--student',
         metavar='NAME',
-        help='which of two students that taught each other',
+        help='which of the two students of a mutual distillation',
     )
     parser.add_argument(
         '--keep-align',
         action='store_true',
-        help='with E0: leave the align layer as a stock layer behind the '
-        'neck, also where it cannot be folded',
+        help='with E0: keep the align layer as a stock layer after the '
+        'neck, also if it cannot be folded',
     )
     _add_trust(parser)
     _add_config_options(parser)
-    # Of the flags that every command knows, a single process has no ranks.
+    # A single process has no ranks, unlike the common flags assume.
     parser.set_defaults(local_rank=0)
     return parser
 
@@ -139,9 +139,9 @@ def make_config_parser() -> argparse.ArgumentParser:
         '--method',
         action='append',
         metavar='NAME',
-        help='how to distil: a method with a teacher, by the name of its '
-        'module in era_mm/methods (default: era); may be given several '
-        'times; a wrong name shows all',
+        help='a method with a teacher, by the name of its module in '
+        'era_mm/methods (default: era); may be given several times; an '
+        'unknown name lists all',
     )
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='where to write, a .py'
@@ -156,8 +156,8 @@ def print_sources_parser() -> argparse.ArgumentParser:
     """Of ``print_sources``."""
     parser = argparse.ArgumentParser(
         prog='print_sources',
-        description='List the modules of a model with the shapes they put '
-        'out, to choose a `source` from. C x H x W /stride, without the '
+        description='List the modules of a model with the shapes of their '
+        'outputs, to choose a `source` from. C x H x W /stride, without the '
         'batch.',
     )
     parser.add_argument(
@@ -169,14 +169,14 @@ def print_sources_parser() -> argparse.ArgumentParser:
         '--depth',
         type=int,
         default=2,
-        help='how many parts a name may have (default: 2)',
+        help='maximum number of parts of a name (default: 2)',
     )
     parser.add_argument(
         '--input-size',
         type=int,
         metavar='PIXELS',
-        help="side of the image (default: what a classifier's pipeline "
-        'crops; 256 for detectors)',
+        help="side of the image (default: the crop of a classifier's "
+        'pipeline; 256 for detectors)',
     )
     _add_traceback(parser)
     parser.set_defaults(local_rank=0)
@@ -187,8 +187,8 @@ def benchmark_parser() -> argparse.ArgumentParser:
     """Of ``benchmark``."""
     parser = argparse.ArgumentParser(
         prog='benchmark',
-        description='Measure time and memory of distillations beside what '
-        'they cannot do without: the plain step of their student (a) and the '
+        description='Measure time and memory of distillations relative to a '
+        'lower bound: the plain step of their student (a) and the '
         "teacher's forward pass (b). No data and no weights are needed.",
     )
     parser.add_argument(
@@ -209,8 +209,8 @@ def benchmark_parser() -> argparse.ArgumentParser:
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help="of the images, in pixels (default: as the first config's data "
-        'pipeline makes them)',
+        help='size of the images in pixels (default: from the data pipeline '
+        'of the first config)',
     )
     parser.add_argument(
         '--objects',
@@ -238,19 +238,19 @@ def benchmark_parser() -> argparse.ArgumentParser:
         '--start-iter',
         type=int,
         metavar='N',
-        help='iteration that the first step takes itself for (default: 1000, '
-        'or later where a schedule or phase is not over by then)',
+        help='iteration number of the first step (default: 1000, or later '
+        'if a schedule or phase ends later)',
     )
     parser.add_argument(
         '--threads',
         type=int,
         metavar='N',
-        help='threads of the CPU (default: 1; with a GPU as they are)',
+        help='CPU threads (default: 1; unchanged with a GPU)',
     )
     parser.add_argument(
         '--device',
         choices=['cpu', 'cuda'],
-        help='where to run (default: on a GPU, where there is one)',
+        help='where to run (default: on a GPU if there is one)',
     )
     parser.add_argument(
         '--amp', action='store_true', help='train in mixed precision'
@@ -268,30 +268,30 @@ def suite_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='suite',
         description='Run a matrix of methods, pairs and seeds, and write its '
-        'rows and the page of all results. What is finished is not run '
-        'again; what was interrupted goes on.',
+        'rows and the page of all results. Finished runs are not repeated; '
+        'interrupted ones are resumed.',
     )
     parser.add_argument('file', help='the suite file, see docs/suite.md')
     parser.add_argument(
         '--jobs',
         type=int,
         metavar='N',
-        help='runs at a time, one thread each; a GPU is shared (default: as '
-        'many as there are cores). 0: run nothing, write the page',
+        help='number of concurrent runs, with one thread each; a GPU is '
+        'shared (default: number of cores). 0: run nothing, write the page',
     )
     parser.add_argument(
         '--only',
         nargs='+',
         default=[],
         metavar='PATTERN',
-        help="run these cells only, e.g. 'w32_w16/era*/s0'",
+        help="run only these cells, e.g. 'w32_w16/era*/s0'",
     )
     parser.add_argument(
         '--again',
         nargs='+',
         default=[],
         metavar='PATTERN',
-        help='run these cells once more, from the beginning',
+        help='run these cells again, from the beginning',
     )
     parser.add_argument(
         '--dry-run',
@@ -302,7 +302,7 @@ def suite_parser() -> argparse.ArgumentParser:
         '--work-dir',
         type=Path,
         metavar='DIR',
-        help='where the runs write (default: work_dirs/suites/<name>)',
+        help='folder of the runs (default: work_dirs/suites/<name>)',
     )
     parser.add_argument(
         '--results',
@@ -316,11 +316,11 @@ def suite_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path('docs/results.md'),
         metavar='FILE',
-        help='the page that is made of them (default: docs/results.md)',
+        help='the page to write (default: docs/results.md)',
     )
     parser.add_argument(
         '--commit',
-        help='what the rows call the code (default: what git says)',
+        help='commit to write in the rows (default: from git)',
     )
     _add_traceback(parser)
     parser.set_defaults(local_rank=0)

@@ -1,4 +1,4 @@
-"""Errors that a user of era_mm can cause and mend."""
+"""Errors that a user of era_mm can cause and correct."""
 
 import contextlib
 import dis
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A mistake in a command, a config or a file, said in one message.
+    """A mistake in a command, a config or a file, explained in one message.
 
-    The message names what was expected, what came and what to do; the
+    The message says what was expected, what was found and what to do. The
     command line prints it without a traceback.
     """
 

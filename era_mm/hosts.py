@@ -89,7 +89,7 @@ def installed_version(distribution: str) -> Version | None:
 
 
 def find_profile() -> str:
-    """The profile of which more packages are installed, onedl on a tie."""
+    """The profile with more installed packages; onedl on a tie."""
     counts = {
         name: sum(
             installed_version(host.distribution) is not None for host in hosts
@@ -108,7 +108,7 @@ def versions() -> dict[str, str]:
 
 
 def shipped(module: str, *inside: str) -> list[Path]:
-    """What a package brings along for mim, in a wheel or a checkout.
+    """Files that a package has for mim, in a wheel or a checkout.
 
     Args:
         module: The package's import name.
@@ -116,7 +116,7 @@ def shipped(module: str, *inside: str) -> list[Path]:
             checkout installed in place has it beside the package.
 
     Returns:
-        The files or folders of that path that are there.
+        The existing files or folders of that path.
     """
     spec = importlib.util.find_spec(module)
     return [

@@ -1,7 +1,7 @@
 """Registries of era_mm, all children of mmengine's (scope ``era_mm``).
 
-A type is written ``era_mm.MBRNet`` in a config; mmengine then imports this
-module by itself and ``locations`` import the rest.
+A type is written ``era_mm.MBRNet`` in a config. mmengine then imports this
+module automatically, and ``locations`` import the rest.
 """
 
 import difflib
@@ -23,11 +23,11 @@ LOCATIONS = [
 
 
 def explain_unknown_keys(cls: type) -> type:
-    """Let a class say what it takes when a config has something else.
+    """Make a class explain unknown keys in a config.
 
-    Python's own message names the unknown key alone; a user needs the nearest
-    known one. Values are checked by :mod:`era_mm.validation`. Classes whose
-    ``__init__`` takes ``**kwargs`` stay as they are.
+    Python's own message only names the unknown key; users need the nearest
+    known one. :mod:`era_mm.validation` checks the values. Classes whose
+    ``__init__`` takes ``**kwargs`` are not changed.
     """
     init = cls.__dict__.get('__init__')
     if init is None:

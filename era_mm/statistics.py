@@ -11,12 +11,12 @@ LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A mean and what is known of it.
+    """A mean with its interval.
 
     Args:
-        mean: Of the values.
+        mean: Mean of the values.
         half: Half of its 95 % interval; None for a single value.
-        number: Of values.
+        number: Number of values.
     """
 
     mean: float
@@ -66,15 +66,16 @@ def paired(
 ) -> Estimate | None:
     """The mean difference by seed: ``values - others``.
 
-    Runs of one seed share data order and initial weights, so the difference
-    within a seed varies less than the runs do.
+    Runs with the same seed share data order and initial weights, so their
+    difference varies less than the runs.
 
     Args:
-        values: By seed.
-        others: Likewise; seeds that only one has are left out.
+        values: Values by seed.
+        others: Values by seed; seeds that only one of the two has are
+            ignored.
 
     Returns:
-        None where no seed is in both.
+        The estimate; None without a common seed.
     """
     common = sorted(set(values) & set(others))
     if not common:

@@ -1,9 +1,9 @@
-"""Types and ranges of what a config gives our classes, by their signatures.
+"""Checks types and ranges of config values against class signatures.
 
-A class that is registered with us, or has ``explain_unknown_keys``, is
-checked without a line of its own: types by the annotations of ``__init__``,
-ranges by the names of its parameters. Where a name means something else in a
-class, its ``RANGES`` says so::
+A class that is registered with us, or has ``explain_unknown_keys``, needs no
+code for its checks: types come from the annotations of ``__init__``, ranges
+from the names of its parameters. If a name has another meaning in a class,
+set its ``RANGES``::
 
     class MyDistiller(BaseDistiller):
         RANGES = {'alpha': (0, 1)}
@@ -21,8 +21,8 @@ from typing import Any, Literal, Union
 
 from era_mm.errors import UserError
 
-#: Least and greatest value by the name of a parameter; the first that fits
-#: holds, also for each number of a list. Numbers are finite in any case.
+#: Smallest and largest value by the name of a parameter; the first match is
+#: used, also for each number of a list. Numbers must always be finite.
 RANGES: dict[str, tuple[float, float]] = {
     '*weight': (0, math.inf),
     '*weights': (0, math.inf),
@@ -48,14 +48,14 @@ TYPED = ('norm_cfg', 'act_cfg')
 
 
 class ArgumentError(UserError, TypeError):
-    """An argument of another type, or out of its range."""
+    """An argument of a wrong type, or out of its range."""
 
 
 def find_fault(value: Any, hint: Any) -> str:
-    """Say what an annotation expects, if a value is not that; else ''.
+    """What an annotation expects, if a value does not match it; else ''.
 
-    Python's own types are known, and what ``typing`` makes of them. Other
-    classes (modules, runners) are not a config's business.
+    Python's own types and those of ``typing`` are checked. Other classes
+    (modules, runners) do not come from a config.
     """
     hint = _without_extras(hint)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
@@ -67,7 +67,7 @@ def find_fault(value: Any, hint: Any) -> str:
         faults = [find_fault(value, part) for part in parts]
         if '' in faults:
             return ''
-        # A list with one wrong number: say so, and not 'a list'.
+        # For a list with a wrong number, name the number, not 'a list'.
         deep = [fault for fault in faults if fault.startswith('in ')]
         return deep[0] if deep else ' or '.join(dict.fromkeys(faults))
     if origin is Literal:
@@ -116,8 +116,8 @@ def _fault_in_mapping(value: Any, parts: tuple) -> str:
 
 
 def _fault_in_sequence(value: Any, kind: type, parts: tuple) -> str:
-    # A string is a sequence, and its letters are never what is meant. Config
-    # files make no difference between lists and tuples.
+    # A string is a sequence, but never meant as one. Config files do not
+    # distinguish lists and tuples.
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         return 'a list'
     is_fixed = kind is tuple and parts and parts[-1] is not Ellipsis
@@ -131,7 +131,7 @@ def _fault_in_sequence(value: Any, kind: type, parts: tuple) -> str:
 
 
 def find_outside(value: Any, least: float, greatest: float) -> str:
-    """Say the range of a number, or of a list's, if one is outside."""
+    """The range of a number, or of a list's numbers, if one is outside."""
     if isinstance(value, Mapping):
         values: list[Any] = list(value.values())
     elif isinstance(value, Sequence) and not isinstance(value, str):
@@ -160,7 +160,7 @@ def range_of(cls: type, name: str) -> tuple[float, float] | None:
 
 
 def hints_of(init: Callable) -> dict[str, Any]:
-    """The annotations of a function, where they can be made out."""
+    """The annotations of a function, if they can be resolved."""
     try:
         return typing.get_type_hints(inspect.unwrap(init), include_extras=True)
     except Exception:
@@ -174,17 +174,17 @@ def problems_of(
     arguments: Mapping[str, Any],
     ranges: bool = True,
 ) -> dict[str, str]:
-    """What is wrong with some arguments of a class, by name.
+    """Problems with the arguments of a class, by name.
 
     Args:
         cls: The class.
-        init: Its ``__init__``, or the one of a base that takes them.
-        arguments: By name. Those that the signature does not have are passed
-            over.
-        ranges: Whether ranges count besides types.
+        init: Its ``__init__``, or that of a base class that takes them.
+        arguments: Arguments by name. Those that are not in the signature are
+            ignored.
+        ranges: Whether to check ranges as well as types.
 
     Returns:
-        For each wrong one what was expected and what came.
+        For each wrong argument what was expected and what was given.
     """
     hints = hints_of(init)
     defaults = inspect.signature(init).parameters
@@ -212,11 +212,11 @@ def check_arguments(
 ) -> None:
     """Refuse wrong arguments of a class.
 
-    Types before the class takes them; ranges afterwards, so that a class
-    with more to say of one says it.
+    Types are checked before the class gets them, ranges afterwards, so that a
+    class can raise a more specific error first.
 
     Raises:
-        ArgumentError: Some are of another type, not finite or out of range.
+        ArgumentError: Some have a wrong type, are not finite or out of range.
     """
     names = list(inspect.signature(init).parameters)[1:]
     arguments = dict(zip(names, args, strict=False)) | dict(kwargs)

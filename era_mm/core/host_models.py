@@ -122,7 +122,7 @@ def resolve_model_config(
 def whole_model(cfg: Config) -> ConfigDict:
     """The model of a whole config, its ``data_preprocessor`` included.
 
-    mmpretrain keeps that beside the model.
+    mmpretrain keeps it outside the model.
 
     Args:
         cfg: A config with ``model``; not changed.

@@ -229,7 +229,7 @@ class MutualDistillation(BaseModel):
         for mode in modes:
             if mode not in list(self.students)[1:]:
                 raise ValueError(
-                    f'{mode!r} cannot be evaluated beside the first student. '
+                    f'{mode!r} cannot be evaluated with the first student. '
                     f'Known: {list(self.students)[1:]}.'
                 )
 

@@ -192,7 +192,7 @@ class DistilledStudent(StudentModel):
         for name, distiller in self.distillers.items():
             own = self.wiring.feats_of(distiller, recorded)
             feats = distiller.connections.connect(**own)
-            if is_learning and self._rests(distiller, feats):
+            if is_learning and self._is_idle(distiller, feats):
                 idle.append(name)
                 continue
             if (
@@ -222,7 +222,7 @@ class DistilledStudent(StudentModel):
         return losses
 
     @staticmethod
-    def _rests(distiller: BaseDistiller, feats: Mapping[str, Any]) -> bool:
+    def _is_idle(distiller: BaseDistiller, feats: Mapping[str, Any]) -> bool:
         """Whether all of a distiller's student sources are frozen now.
 
         False for a distiller without student sources.

@@ -1,1 +1,1 @@
-"""Data sets that the project makes itself, so that nothing is downloaded."""
+"""Data sets that are generated, so that nothing is downloaded."""

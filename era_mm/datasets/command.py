@@ -23,8 +23,8 @@ def main(
     """Make a data set and, if asked for, its contact sheet.
 
     Args:
-        description: What the tool does.
-        out: Where the data set goes unless told otherwise.
+        description: Description of the tool.
+        out: Default folder of the data set.
         params: Its parameters' class; each of them becomes an option.
         make: Writes it.
         save_contact_sheet: Draws the first images of each split.

@@ -1,9 +1,9 @@
-"""What the digit data sets are drawn from, and how.
+"""Sources and drawing of the digit data sets.
 
-The handwritten digits and the two photographs that come inside the
-scikit-learn package, shared out to train, val and test so that no two splits
-get the same digit or the same piece of a photograph; and what is painted with
-them: digits, clutter, backgrounds.
+The sources are the handwritten digits and the two photographs in the
+scikit-learn package. They are split into train, val and test so that no two
+splits share a digit or a part of a photograph. Digits, clutter and
+backgrounds are painted from them.
 
 Source: ours. Digits: `sklearn.datasets.load_digits` (the test part of the UCI
 ML hand-written digits data set). Photographs:

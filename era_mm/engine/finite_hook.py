@@ -233,7 +233,7 @@ class FiniteHook(Hook):
         if not bad or len(bad) < allowed:
             return
         raise UserError(
-            f'the loss is no number any more: {_describe(*bad[0])}{ADVICE}'
+            f'the loss is no longer finite: {_describe(*bad[0])}{ADVICE}'
         )
 
 

@@ -1,4 +1,4 @@
-"""One paper = one module; every module of this folder registers itself."""
+"""One module per paper; every module in this folder registers itself."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""AT: attention transfer, where the energy of the features lies.
+"""AT: attention transfer, on the spatial distribution of feature energy.
 
 Legend: N batch, C channels, L levels, p power.
 """
@@ -13,13 +13,13 @@ from ..registry import MODELS
 
 
 def attention(feat: Tensor, power: float = 2.0) -> Tensor:
-    """An image's attention map as a vector of length 1.
+    """Attention maps, each as a vector of length 1.
 
         Q = mean_c |F_c|^p,  Q / ||Q||_2
 
     Source: AT, Zagoruyko and Komodakis, arXiv 1612.03928, F^p_sum of section
-    3.1; the mean over channels, which the norm takes out again, is
-    [official code]'s.
+    3.1; the mean over channels (the norm cancels its factor) is [official
+    code]'s.
 
     Shape:
         - feat: ``(N, C, H, W)``
@@ -35,10 +35,10 @@ def attention_loss(
 
         mean_n mean_hw (Q_s / ||Q_s|| - Q_t / ||Q_t||)^2
 
-    Of maps of two sizes the larger is pooled to the smaller.
+    If the sizes differ, the larger map is pooled to the smaller.
 
-    Source: AT, arXiv 1612.03928; squares and their mean in place of the norm
-    of eq. 2 are [official code]. Pooling is that of mdistiller.
+    Source: AT, arXiv 1612.03928; the mean of squares instead of the norm of
+    eq. 2 is [official code]. Pooling is that of mdistiller.
 
     Shape:
         - student_feat, teacher_feat: ``(N, C, H, W)``, channels may differ
@@ -65,24 +65,25 @@ class ATDistiller(BaseDistiller):
 
         L = loss_weight * sum_l AT(S_l, T_l)
 
-    Nothing is trained but the student: channels may differ.
+    It has no trainable parameters, and channels may differ.
 
     Source: AT, arXiv 1612.03928, on the stages of a classifier. Weight 1000
     and power 2 are [official code]'s. Levels of a pyramid are [ours]: the
-    mean over the places makes the loss of large maps small.
+    mean over positions makes the loss of large maps small.
 
     Args:
         source: Module whose output is distilled, maps ``(N, C, H, W)``; of
             several all are levels. In a classifier the stages of its
             backbone.
         power: p.
-        loss_weight: Of each level.
+        loss_weight: Weight of each level.
         teacher: Name of the teacher.
-        schedules: Of ``loss_at``; see ``BaseDistiller``.
+        schedules: Schedules of ``loss_at``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Features that are no maps, another number of levels.
+        ValueError: Features that are not maps, or different numbers of
+            levels.
     """
 
     def __init__(
@@ -140,5 +141,5 @@ class ATDistiller(BaseDistiller):
         return {'loss_at': self.loss_weight * torch.stack(terms).sum()}
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the one term."""
+        """Weight of the only term."""
         return {'loss_at': self.loss_weight}

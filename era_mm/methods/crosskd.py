@@ -1,6 +1,6 @@
-"""CrossKD: the student's head goes on in the teacher's.
+"""CrossKD: intermediate features of the student's head enter the teacher's.
 
-Legend: N batch, K classes, L levels, R places (or anchors) of a batch.
+Legend: N batch, K classes, L levels, R positions (or anchors) of a batch.
 """
 
 import logging
@@ -32,14 +32,14 @@ from ..heads import (
 from ..layers import crop_to_common, full_precision, rows_of_levels
 from ..registry import MODELS
 
-#: After how many layers of the student's towers the teacher's head goes on.
+#: Number of layers of the student's towers before the crossing.
 LAYER = 3
 
 
 def quality_focal_loss(
     *, student_logits: Tensor, teacher_scores: Tensor, beta: float = 1.0
 ) -> Tensor:
-    """Cross-entropy to soft labels, weighted by how far the score is off.
+    """Cross-entropy to soft labels, weighted by the error of the score.
 
         sum_rk |sigmoid(z) - q|^beta * BCE(z, q)
 
@@ -84,16 +84,16 @@ class CrossKDDistiller(BaseDistiller):
     """Cross-head distillation of dense detectors.
 
     The outputs of the ``layer``-th layers of the student's two towers go
-    through the rest of the teacher's frozen head; what that says is pulled to
-    what the head says of the teacher's own features::
+    through the rest of the teacher's frozen head. The result is pulled
+    towards the head's outputs for the teacher's own features::
 
         z = head_T^{> layer}(align(f_S)),   t = head_T(F_T)
         loss_crosskd_score = score_weight * QFL(z_cls, sigmoid(t_cls)) / sum w
         loss_crosskd_box   = box_weight * sum_r w_r D(z_r, t_r) / sum w
 
-    w_r is the teacher's highest score at a place; D is 1 - GIoU of decoded
-    boxes, or, of heads that predict distributions (GFL), the KL of each of
-    the four. So the student's own last layers learn from the labels alone.
+    w_r is the teacher's highest score at a position; D is 1 - GIoU of decoded
+    boxes or, for heads that predict distributions (GFL), the KL of each of
+    the four. The student's own last layers are trained only by the labels.
 
     Source: CrossKD, Wang et al., arXiv 2306.11369, section 3. ``layer`` 3 of
     4, weights of 1 and QFL's beta of 1 are its released settings. The paper
@@ -102,20 +102,20 @@ class CrossKDDistiller(BaseDistiller):
     differ. Written from the paper.
 
     Args:
-        layer: After how many layers of its towers the student's features
-            cross. None: 3, or all where there are fewer. Teachers of shorter
-            towers go on at their predictors.
-        score_weight: Of the scores.
-        box_weight: Of the boxes.
-        beta: Of the quality focal loss.
+        layer: Number of layers of the student's towers before the crossing.
+            None: 3, or all if there are fewer. If the teacher's towers are
+            shorter, the features enter its predictors.
+        score_weight: Weight of the scores.
+        box_weight: Weight of the boxes.
+        beta: Exponent of the quality focal loss.
         teacher: Name of the teacher.
-        schedules: Of ``loss_crosskd_score`` and ``loss_crosskd_box``; see
-            ``BaseDistiller``.
+        schedules: Schedules of ``loss_crosskd_score`` and
+            ``loss_crosskd_box``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Heads without two towers that the levels share, no sigmoid
-            scores, other levels, a teacher that learns itself.
+        ValueError: Heads without two towers that the levels share or without
+            sigmoid scores, different levels, or a teacher that is trained.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class CrossKDDistiller(BaseDistiller):
         """For two dense detectors of the same levels.
 
         Raises:
-            ValueError: Another kind of pair.
+            ValueError: The pair is of another kind.
         """
         match = pair.match()
         reason = _why_not(pair.student.model, pair.teacher.model)
@@ -228,7 +228,7 @@ class CrossKDDistiller(BaseDistiller):
 
     @property
     def _bins(self) -> int:
-        """Numbers of a distribution; 1: a side of a box is one number."""
+        """Bins of a distribution; 1 if a side of a box is one number."""
         return getattr(self.head.head, 'reg_max', 0) + 1
 
     def _why_no_boxes(self, outs: Any) -> str | None:
@@ -256,7 +256,7 @@ class CrossKDDistiller(BaseDistiller):
     # -- losses ------------------------------------------------------------
 
     def _cross(self, towers: Sequence[Sequence[Tensor]]) -> Any:
-        """What the rest of the teacher's head says of the student's towers."""
+        """Outputs of the rest of the teacher's head for student's towers."""
         feats = [
             align(feat)
             for align, tower in zip(self.aligns, towers, strict=True)
@@ -342,7 +342,7 @@ class CrossKDDistiller(BaseDistiller):
         towers = []
         feats: Sequence[Tensor] = teacher_feats[self.teacher_sources[0]]
         for source in self.student_sources:
-            # Where padding differs, what both have.
+            # If padding differs, the common part.
             maps, feats = crop_to_common(
                 student_feats=student_feats[source], teacher_feats=feats
             )
@@ -352,7 +352,7 @@ class CrossKDDistiller(BaseDistiller):
         return self._compare(self._cross(towers), said)
 
     def loss_weights(self) -> dict[str, float]:
-        """Of scores and boxes."""
+        """Weights of scores and boxes."""
         weights = {'loss_crosskd_score': self.score_weight}
         if self.box_weight:
             weights['loss_crosskd_box'] = self.box_weight
@@ -360,7 +360,7 @@ class CrossKDDistiller(BaseDistiller):
 
 
 def _why_not(student: nn.Module, teacher: nn.Module) -> str | None:
-    """Why two models cannot be crossed, if so."""
+    """The reason why two models cannot be crossed, or None."""
     for owner, model in (('student', student), ('teacher', teacher)):
         if is_query_based(model) or not isinstance(
             find_head(model), DenseTWIHead

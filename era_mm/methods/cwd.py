@@ -1,4 +1,4 @@
-"""CWD: where in the image each channel is active.
+"""CWD: channel-wise distillation of spatial distributions.
 
 Legend: N batch, C channels of the teacher, L levels, tau temperature.
 """
@@ -15,10 +15,10 @@ from ..registry import MODELS
 def channel_wise_loss(
     *, student_feat: Tensor, teacher_feat: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """KL between the places of two maps, channel by channel.
+    """KL between the spatial distributions of two maps, per channel.
 
         tau^2 / (N C) * sum_nc KL(phi(T_nc) || phi(S_nc)),
-        phi(x) = softmax of x / tau over the H W places
+        phi(x) = softmax of x / tau over the H W positions
 
     Source: CWD, Shu et al., arXiv 2011.13256, eqs. 4 and 5.
 
@@ -55,13 +55,13 @@ class CWDDistiller(BaseDistiller):
         source: Module whose output is distilled, maps ``(N, C, H, W)``; of
             several all are levels.
         temperature: tau.
-        loss_weight: Of each level.
+        loss_weight: Weight of each level.
         teacher: Name of the teacher.
-        schedules: Of ``loss_cwd``; see ``BaseDistiller``.
+        schedules: Schedules of ``loss_cwd``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Features that are no maps or do not fit, a temperature
+        ValueError: Features that are not maps or do not fit, a temperature
             that is not above 0.
     """
 
@@ -123,5 +123,5 @@ class CWDDistiller(BaseDistiller):
         return {'loss_cwd': self.loss_weight * torch.stack(terms).sum()}
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the one term."""
+        """Weight of the only term."""
         return {'loss_cwd': self.loss_weight}

@@ -15,7 +15,7 @@ from ..registry import MODELS
 
 
 def standardise(feat: Tensor, eps: float = 1e-6) -> Tensor:
-    """Each channel with mean 0 and deviation 1 over batch and positions.
+    """Standardise each channel over batch and positions.
 
         n(F) = (F - mean_c) / (std_c + eps)
 
@@ -36,13 +36,13 @@ def imitation_loss(
     measure: str = 'mse',
     masks: Tensor | None = None,
 ) -> Tensor:
-    """How far the student's feature is from the teacher's.
+    """Distance between the student's feature and the teacher's.
 
         'mse':      mean (F_s - F_t)^2                       FitNet
         'pearson':  1/2 mean (n(F_s) - n(F_t))^2 = 1 - r     PKD
 
-    n is :func:`standardise`. With masks the mean is over the numbers in any
-    area; 0 where there is none.
+    n is :func:`standardise`. With masks the mean is over the elements inside
+    any area; it is 0 without areas.
 
     Source: FitNet, arXiv 1412.6550; PKD, arXiv 2207.02039. Masks are [ours].
 
@@ -71,8 +71,8 @@ class FeatureImitationDistiller(BaseDistiller):
         'mse':      L = loss_weight * mean_l imitation(connector_l(P_l), T_l)
         'pearson':  L = loss_weight * sum_l imitation(P_l, T_l)
 
-    A connector is a 1x1 convolution. PKD has none: it gets one here for
-    levels of unlike channels alone.
+    A connector is a 1x1 convolution. PKD has none; here it gets one only for
+    levels whose channels differ.
 
     Source: FitNet, arXiv 1412.6550 (its hint, here together with the task
     instead of before it, as the field uses it), and PKD, arXiv 2207.02039,
@@ -80,14 +80,14 @@ class FeatureImitationDistiller(BaseDistiller):
     first four of a pyramid. One connector per level is [ours].
 
     Args:
-        source: Module whose output is imitated; of several all are levels.
+        source: Module whose output is imitated; several are levels.
         measure: 'mse' (FitNet) or 'pearson' (PKD).
         loss_weight: Its weight. None: 1 for 'mse' [ours]; 6 for 'pearson'
             (published for Faster R-CNN; for RetinaNet it is 10).
         connector: True: at all levels; False: none, for features of equal
-            channels. None: True for 'mse'; for 'pearson' where channels
+            channels. None: True for 'mse'; for 'pearson' only where channels
             differ.
-        num_levels: How many levels count, from the first. None: all for
+        num_levels: Number of levels to use, from the first. None: all for
             'mse'; up to four for 'pearson'.
         teacher: Name of the teacher.
         schedules: See ``BaseDistiller``.
@@ -97,8 +97,8 @@ class FeatureImitationDistiller(BaseDistiller):
         - features: L of ``(N, C, H, W)`` or ``(N, C)``
 
     Raises:
-        ValueError: An unknown measure, features that do not fit, more
-            levels than there are.
+        ValueError: An unknown measure, features that do not fit, or more
+            levels than exist.
     """
 
     MEASURES = ('mse', 'pearson')
@@ -165,7 +165,7 @@ class FeatureImitationDistiller(BaseDistiller):
         elif self.num_levels > len(own):
             raise ValueError(
                 f'`num_levels` is {self.num_levels}, but there are {len(own)} '
-                f'levels at {self.student_sources}. Leave it out.'
+                f'levels at {self.student_sources}. Omit it.'
             )
         own, theirs = own[: self.num_levels], theirs[: self.num_levels]
         channels = [(s[1], t[1]) for s, t in zip(own, theirs, strict=True)]
@@ -227,5 +227,5 @@ class FeatureImitationDistiller(BaseDistiller):
         return {'loss_imitation': self.loss_weight * loss}
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the one term."""
+        """Weight of the only term."""
         return {'loss_imitation': self.loss_weight}

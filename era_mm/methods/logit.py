@@ -1,4 +1,4 @@
-"""Logit distillation: what the student's own head says becomes the teacher's.
+"""Logit distillation: the outputs of the teacher's head as targets.
 
 Legend: N batch, K classes, L levels.
 """
@@ -30,18 +30,18 @@ from ..heads import (
 )
 from ..registry import MODELS
 
-#: What the terms are called.
+#: Names of the terms.
 NAMES = {'logit': 'loss_logit_score', 'box': 'loss_logit_box'}
 
 
 def source_of_head(model: nn.Module) -> str:
-    """The module whose output a model's head reads."""
+    """The module whose output is the input of a model's head."""
     return 'backbone' if getattr(model, 'neck', None) is None else 'neck'
 
 
 @MODELS.register_module()
 class LogitDistiller(BaseDistiller):
-    """The outputs of the student's own head become the teacher's.
+    """Distils the outputs of the teacher's head into the student's own head.
 
     The kinds, by head:
 
@@ -49,43 +49,42 @@ class LogitDistiller(BaseDistiller):
       DIST's correlations, DKD's decoupled KL; ``standardise=True`` is logit
       standardisation before any of them.
     - 'dense' (dense heads): sigmoid scores, KL by class, and boxes, at the
-      places where the teacher is surest.
+      anchors where the teacher is most confident.
     - 'roi' (RoI heads): softmax scores and boxes at the student's proposals.
 
-    Nothing here is trained but the student.
+    It has no trainable parameters.
 
     Source: KL: arXiv 1503.02531; DIST: arXiv 2205.10536; DKD: arXiv
     2203.08679; logit standardisation: arXiv 2403.01427. 'dense' and 'roi' are
-    [ours], the terms that ERA has beside its own; see
-    ``era_mm.heads.detector_terms``.
+    [ours], the same terms that ERA uses; see ``era_mm.heads.detector_terms``.
 
     Args:
         logit: Arguments of ``LogitTerm``, ``DenseTerm`` or ``RoITerm``, with
             ``kind``; None: the kind of the head. Defaults of weight and
             temperature are those of the released CIFAR-100 recipes:
 
-            - 'kl': 0.9 and 4 (beside 0.1 on the labels);
-            - 'kl' with ``standardise``: 9 and 2 (beside 0.1);
+            - 'kl': 0.9 and 4 (with 0.1 on the labels);
+            - 'kl' with ``standardise``: 9 and 2 (with 0.1);
             - 'dist': 2 and 4 (1 on ImageNet);
             - 'dkd': 1 and 4, alpha 1, beta 8, which depends on the pair (0.5
-              and 1 on ImageNet). Its ramp over 20 epochs goes to
+              and 1 on ImageNet). Set its ramp over 20 epochs in
               ``schedules``.
 
             'dense' and 'roi': 1, for scores and for boxes [ours].
-        label_weight: What the labels' loss of a classifier's head is
-            multiplied by. 1: the student's own losses stay as they are.
+        label_weight: Factor on the label loss of a classifier's head. 1: the
+            student's own losses do not change.
         teacher: Name of the teacher.
-        schedules: Of ``loss_logit_score`` and ``loss_logit_box``; see
-            ``BaseDistiller``.
+        schedules: Schedules of ``loss_logit_score`` and
+            ``loss_logit_box``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: A pair whose outputs cannot be compared (other classes,
-            other anchors, a RoI head without the student's proposals), a
-            ``label_weight`` for what is no classifier.
+        ValueError: A pair whose outputs cannot be compared (different classes
+            or anchors, a RoI head without the student's proposals), or a
+            ``label_weight`` for a model that is not a classifier.
     """
 
-    #: Of the released recipes, where they differ from the term's own.
+    #: Defaults of the released recipes that differ from the term's own.
     PUBLISHED: ClassVar[dict[str, dict[str, float]]] = {
         'kl': dict(weight=0.9, temperature=4.0),
         'standardised': dict(weight=9.0, temperature=2.0),
@@ -114,10 +113,10 @@ class LogitDistiller(BaseDistiller):
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
-        """The kind that the teacher's head takes, with its defaults.
+        """The kind for the teacher's head, with its defaults.
 
         Raises:
-            ValueError: Outputs that cannot be compared.
+            ValueError: The outputs cannot be compared.
         """
         student, teacher = pair.student, pair.teacher
         reason = _why_not(student.model, teacher.model)
@@ -142,9 +141,9 @@ class LogitDistiller(BaseDistiller):
             return config
         if 'head' not in config:
             raise ValueError(
-                '`label_weight` is about the head of a classifier, but '
-                f'{config.get("type")} has none. Leave it out, and weigh the '
-                "losses in the student's own config."
+                '`label_weight` is for the head of a classifier, but '
+                f'{config.get("type")} has none. Omit it, and set the '
+                "loss weights in the student's own config."
             )
         config = copy.deepcopy(config)
         # The default of mmpretrain's heads.
@@ -162,7 +161,7 @@ class LogitDistiller(BaseDistiller):
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None
     ) -> None:
-        """Find the teacher's head, and what its kind compares."""
+        """Find the teacher's head, and the sources for its kind."""
         assert teacher is not None
         reason = _why_not(student, teacher)
         head = find_head(teacher)
@@ -240,7 +239,7 @@ class LogitDistiller(BaseDistiller):
 
     @contextlib.contextmanager
     def _resting(self) -> Iterator[None]:
-        """The teacher's head in eval mode: a peer trains between its turns."""
+        """Put the teacher's head in eval mode: a peer is in train mode."""
         with contextlib.ExitStack() as stack:
             for head in self.head.heads:
                 stack.enter_context(evaluating(head))
@@ -267,7 +266,7 @@ class LogitDistiller(BaseDistiller):
         return {NAMES[key]: value for key, value in terms.items()}
 
     def loss_weights(self) -> dict[str, float]:
-        """Of scores and, of detectors, boxes."""
+        """Weights of scores and, for detectors, boxes."""
         weights = self.term.loss_weights()
         return {NAMES[key]: value for key, value in weights.items()}
 
@@ -278,7 +277,7 @@ class LogitDistiller(BaseDistiller):
         student_feats: Features,
         teacher_feats: Features,
     ) -> float | None:
-        """Of the teacher's head; not known of a RoI head."""
+        """FLOPs of the teacher's head; not known for a RoI head."""
         if isinstance(self.term, RoITerm):
             return None
         feats: Sequence[Tensor] = self._read(student_feats, teacher_feats)
@@ -286,7 +285,7 @@ class LogitDistiller(BaseDistiller):
 
 
 def _why_not(student: nn.Module, teacher: nn.Module) -> str | None:
-    """Why the outputs of a pair cannot be compared, if so."""
+    """The reason why the outputs cannot be compared, or None."""
     if is_query_based(student):
         return f'{type(student).__name__} predicts from queries'
     return why_not_reused(student, teacher)

@@ -13,7 +13,7 @@ from ..registry import MODELS
 
 
 def generation_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
-    """Squared error, added up over an image and averaged over images.
+    """Squared error, summed over an image and averaged over images.
 
         1 / N * sum_nchw (G - T)^2
 
@@ -33,14 +33,14 @@ def generation_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
 def keep_mask(
     feat: Tensor, mask_ratio: float, generator: torch.Generator
 ) -> Tensor:
-    """1 at the places that stay, 0 at the masked ones, ``(N, 1, H, W)``.
+    """1 at positions that are kept, 0 at masked ones, ``(N, 1, H, W)``.
 
     Source: MGD, arXiv 2205.01529, eq. 1.
 
     Args:
         feat: The map to be masked.
-        mask_ratio: Share of places that is masked, on average.
-        generator: On the CPU, so that every device draws alike.
+        mask_ratio: Average share of masked positions.
+        generator: On the CPU, so that every device draws the same.
     """
     size = (len(feat), 1, *feat.shape[2:])
     drawn = torch.rand(size, generator=generator)
@@ -53,31 +53,31 @@ class MGDDistiller(BaseDistiller):
 
         L = loss_weight * sum_l MGD(G_l(M * align_l(S_l)), T_l)
 
-    M masks places at random, the same for all channels; G is a 3x3
+    M masks random positions, the same for all channels; G is a 3x3
     convolution, a ReLU and a 3x3 convolution; ``align`` is a 1x1 convolution
-    where the channels differ. All learn with the student.
+    if the channels differ. All are trained with the student.
 
     Source: MGD, arXiv 2205.01529, and its [official code]. The defaults are
     those of one-stage detectors [paper]: 2e-5 and 0.65; two-stage ones have
     5e-7 and 0.45, ImageNet classifiers 7e-5 and 0.15, on the last map of the
     backbone. The paper's detectors also start from the teacher's neck and
-    head: ``inherit`` of ``era_mm.Distillation``. The loss adds up over
-    channels and places, so its weight belongs to maps of such a size.
+    head: ``inherit`` of ``era_mm.Distillation``. The loss is a sum over
+    channels and positions, so its weight depends on the size of the maps.
 
-    Masks are drawn from the number of the iteration [ours]: a resumed run
-    goes on as it would have, and the random state of the run does not shift.
+    Masks are drawn with a seed from the iteration number [ours], so a resumed
+    run draws the same masks, and the run's random state does not change.
 
     Args:
         source: Module whose output is distilled, maps ``(N, C, H, W)``; of
             several all are levels.
-        mask_ratio: Share of places that is masked.
-        loss_weight: Of each level.
+        mask_ratio: Share of masked positions.
+        loss_weight: Weight of each level.
         teacher: Name of the teacher.
-        schedules: Of ``loss_mgd``; see ``BaseDistiller``.
+        schedules: Schedules of ``loss_mgd``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Features that are no maps or do not fit, a ratio outside
+        ValueError: Features that are not maps or do not fit, a ratio outside
             of 0 to 1.
     """
 
@@ -102,7 +102,7 @@ class MGDDistiller(BaseDistiller):
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
-        """Maps; the settings of the paper for such models."""
+        """On maps, with the paper's settings for such models."""
         match = pair.match(maps=True)
         settings: dict[str, float] = {}
         if not pair.is_detector:
@@ -122,7 +122,7 @@ class MGDDistiller(BaseDistiller):
         student_feats: Features,
         teacher_feats: Features,
     ) -> None:
-        """Build what aligns channels and what generates."""
+        """Build the align layers and the generators."""
         maps = levels_of(student_feats, self.student_sources)
         targets = levels_of(teacher_feats, self.teacher_sources)
         check_maps(student_feats=maps, teacher_feats=targets, method='MGD')
@@ -147,7 +147,7 @@ class MGDDistiller(BaseDistiller):
         maps = self.aligns(levels_of(student_feats, self.student_sources))
         targets = levels_of(teacher_feats, self.teacher_sources)
         generator = torch.Generator()
-        # Other masks on every rank.
+        # Different masks on every rank.
         generator.manual_seed(self.step * get_world_size() + get_rank())
         terms = [
             generation_loss(
@@ -163,5 +163,5 @@ class MGDDistiller(BaseDistiller):
         return {'loss_mgd': self.loss_weight * torch.stack(terms).sum()}
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the one term."""
+        """Weight of the only term."""
         return {'loss_mgd': self.loss_weight}

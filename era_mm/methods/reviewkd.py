@@ -13,7 +13,7 @@ from ..registry import MODELS
 
 #: Sides of the pooled maps of the hierarchical context loss.
 SIDES = (4, 2, 1)
-#: The fused features have at most so many channels.
+#: Maximum number of channels of the fused features.
 MOST_CHANNELS = 512
 
 
@@ -22,9 +22,9 @@ def hierarchical_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
 
         sum_k w_k mean (pool_k(S) - pool_k(T))^2 / sum_k w_k,
 
-    the map itself with w = 1, then pooled to 4x4, 2x2 and 1x1 with w = 1/2,
-    1/4 and 1/8. Sides that are not smaller than the map's height are left
-    out, and their weight is not used up.
+    over the map itself with w = 1, and pooled to 4x4, 2x2 and 1x1 with w =
+    1/2, 1/4 and 1/8. Sizes that are not smaller than the map's height are
+    skipped, without using up their weight.
 
     Source: ReviewKD, Chen et al., arXiv 2104.09044, section 3.3; weights are
     [official code].
@@ -51,7 +51,7 @@ def hierarchical_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
 
 
 class AttentionFusion(nn.Module):
-    """ABF: a level of the student, fused with what the deeper ones gave.
+    """ABF: fuses a level of the student with the result of deeper levels.
 
         x' = BN(1x1(x)),  y' = nearest(y) in the size of x'
         a, b = sigmoid(1x1([x', y']))            one map each
@@ -62,9 +62,9 @@ class AttentionFusion(nn.Module):
     initial values are [official code].
 
     Args:
-        in_channels: Of the student's level.
-        mid_channels: Of what is fused.
-        out_channels: Of the teacher's level.
+        in_channels: Channels of the student's level.
+        mid_channels: Channels of the fused features.
+        out_channels: Channels of the teacher's level.
         fuse: False at the deepest level.
     """
 
@@ -101,11 +101,11 @@ class AttentionFusion(nn.Module):
     def forward(
         self, feat: Tensor, deeper: Tensor | None, size: torch.Size
     ) -> tuple[Tensor, Tensor]:
-        """The level as the teacher has it, and what is fused further.
+        """The level in the teacher's shape, and the features to fuse further.
 
         Args:
             feat: The student's level.
-            deeper: What the level below gave; None at the deepest.
+            deeper: Fused features of the deeper level; None at the deepest.
             size: Height and width of the teacher's level.
         """
         fused = self.reduce(feat)
@@ -125,29 +125,29 @@ class ReviewKDDistiller(BaseDistiller):
 
         L = loss_weight * sum_l HCL(R_l, T_l)
 
-    R_l is what attention-based fusion makes of the student's levels l and
-    deeper. The fusion learns with the student.
+    R_l is the attention-based fusion of the student's levels l and deeper. It
+    is trained with the student.
 
     Source: ReviewKD, arXiv 2104.09044. Weight 1 is that of its released
-    detectors and ImageNet classifiers; CIFAR-100 has up to 8 by pair, and
-    ramps it over 20 epochs (``schedules``). The released classifiers compare
-    features before the last ReLU of a stage, and their pooled features as a
-    further map of 1x1; here a stage is what its module outputs, behind the
-    ReLU [ours].
+    detectors and ImageNet classifiers; on CIFAR-100 it is up to 8, depending
+    on the pair, with a ramp over 20 epochs (``schedules``). The released
+    classifiers compare features before the last ReLU of a stage, and their
+    pooled features as a 1x1 map; here a stage is the output of its module,
+    after the ReLU [ours].
 
     Args:
         source: Modules whose outputs are the levels, shallow to deep. In a
             classifier the stages of its backbone and the neck.
-        loss_weight: Of all levels.
+        loss_weight: Weight of the sum over levels.
         teacher: Name of the teacher.
-        schedules: Of ``loss_reviewkd``; see ``BaseDistiller``.
+        schedules: Schedules of ``loss_reviewkd``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Shape:
         - levels: ``(N, C, H, W)``, or ``(N, C)`` as maps of 1x1
 
     Raises:
-        ValueError: Tokens, another number of levels.
+        ValueError: Tokens, or different numbers of levels.
     """
 
     def __init__(
@@ -166,8 +166,8 @@ class ReviewKDDistiller(BaseDistiller):
     def plan_for(cls, pair: MeasuredPair) -> Plan:
         """On a neck's levels; in a classifier on stages and pooled features.
 
-        A classifier gets the ramp of the released CIFAR-100 recipe only by
-        hand: how many iterations it takes is the schedule's business.
+        Set the ramp of the released CIFAR-100 recipe by hand: its length in
+        iterations depends on the schedule.
         """
         match = (
             pair.match()
@@ -218,11 +218,11 @@ class ReviewKDDistiller(BaseDistiller):
     def review(
         self, maps: list[Tensor], sizes: list[torch.Size]
     ) -> list[Tensor]:
-        """The student's levels as the teacher has them, shallow to deep.
+        """The student's levels in the teacher's shapes, shallow to deep.
 
         Args:
             maps: The student's levels.
-            sizes: Height and width of the teacher's.
+            sizes: Height and width of the teacher's levels.
         """
         reviewed, fused = [], None
         for fusion, feat, size in zip(
@@ -253,5 +253,5 @@ class ReviewKDDistiller(BaseDistiller):
         return {'loss_reviewkd': self.loss_weight * torch.stack(terms).sum()}
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the one term."""
+        """Weight of the only term."""
         return {'loss_reviewkd': self.loss_weight}

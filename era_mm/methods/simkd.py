@@ -19,13 +19,15 @@ from ..heads import why_not_reused
 from ..layers import full_precision
 from ..registry import MODELS
 
-#: Where the student's config has its projector.
+#: Place of the projector in the student's config.
 PROJECTOR = 'neck.0'
 
 
 @MODELS.register_module()
 class SimKDProjector(BaseModule):
-    """The student's last map in the teacher's channels; stays at inference.
+    """Projects the student's last map to the teacher's channels.
+
+    It is kept at inference.
 
         1x1 to C_t / factor, BN, ReLU, 3x3, BN, ReLU, 1x1 to C_t, BN, ReLU
 
@@ -34,7 +36,7 @@ class SimKDProjector(BaseModule):
     Args:
         in_channels: C_s.
         out_channels: C_t.
-        factor: By how much the middle is narrower.
+        factor: Ratio of C_t to the width of the middle layers.
         init_cfg: As in mmengine.
 
     Shape:
@@ -74,9 +76,9 @@ def projection_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
     """Mean squared error of two maps, the larger pooled to the smaller.
 
     Source: SimKD, arXiv 2203.14001, eq. 4; the mean and the pooling are
-    [official code], which pools before the projector where the student's map
-    is the larger. Here it is pooled behind it [ours]: at inference there is
-    no teacher to tell its size.
+    [official code], which pools before the projector if the student's map is
+    larger. Here it is pooled after the projector [ours], because at inference
+    there is no teacher that defines the size.
 
     Shape:
         - student_feat, teacher_feat: ``(N, C_t, H, W)``
@@ -94,34 +96,34 @@ def projection_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
 
 @MODELS.register_module()
 class SimKDDistiller(BaseDistiller):
-    """The reused teacher's classifier, for classifiers.
+    """Reuses the teacher's classifier, for classifiers.
 
         L = loss_weight * MSE(P(f_S), f_T)
 
-    alone: the labels teach nothing. What is trained, saved and used is the
-    given student with the projector P before its pooling and the teacher's
-    frozen classifier behind it, an ordinary model of the host. Its predictions
-    are the student's own; its file needs ``era_mm`` for P.
+    is the only loss; labels are not used. The trained, saved and deployed
+    model is the given student with the projector P before its pooling and the
+    teacher's frozen classifier, an ordinary host model. Its predictions are
+    the student's own; its config needs ``era_mm`` for P.
 
-    The classifier's weights come with ``inherit=['head']`` of
-    ``era_mm.Distillation``.
+    ``inherit=['head']`` of ``era_mm.Distillation`` copies the classifier's
+    weights.
 
     Source: SimKD, arXiv 2203.14001. Weight 1, factor 2 and features before
     pooling are [official code].
 
     Args:
-        channels: C_s and C_t, of the backbones' last maps.
-        factor: By how much the projector's middle is narrower than C_t.
-        loss_weight: Of the loss.
+        channels: C_s and C_t, channels of the backbones' last maps.
+        factor: Ratio of C_t to the width of the projector's middle layers.
+        loss_weight: Weight of the loss.
         teacher: Name of the teacher.
-        schedules: Of ``loss_simkd``; see ``BaseDistiller``.
+        schedules: Schedules of ``loss_simkd``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Models that are no classifiers with a pooling neck and
-            heads of one shape; other channels.
-        RuntimeError: The student's head has other weights than the teacher's
-            when training begins.
+        ValueError: Models that are not classifiers with a pooling neck and
+            heads of equal shape, or other channels.
+        RuntimeError: When training begins, the student's head does not have
+            the teacher's weights.
     """
 
     has_phases = True
@@ -152,7 +154,7 @@ class SimKDDistiller(BaseDistiller):
         """For two classifiers that pool the last map of a backbone.
 
         Raises:
-            ValueError: Another kind of pair.
+            ValueError: The pair is of another kind.
         """
         student, teacher = pair.student, pair.teacher
         reason = why_not_reused(student.model, teacher.model)
@@ -176,7 +178,7 @@ class SimKDDistiller(BaseDistiller):
         return Plan(
             dict(type=f'era_mm.{cls.__name__}', channels=halves),
             match,
-            head="the teacher's classifier takes the student's place, frozen",
+            head="the teacher's frozen classifier replaces the student's",
             inherit=('head',),
         )
 
@@ -215,7 +217,7 @@ class SimKDDistiller(BaseDistiller):
         if shapes[0] != shapes[1]:
             raise ValueError(
                 "SimKD puts the teacher's classifier into the student, but "
-                f'it has {shapes[1]} and the student a place for '
+                f'its shape is {shapes[1]}, and the student needs '
                 f'{shapes[0]}. Correct `channels`, and give both the same '
                 'kind of head and the same classes.'
             )
@@ -227,15 +229,15 @@ class SimKDDistiller(BaseDistiller):
         return True
 
     def phase(self) -> Phase:
-        """The one of the whole run: no labels, a frozen classifier."""
+        """The only phase: no labels, a frozen classifier."""
         return Phase('simkd', frozen=('head',), task=False)
 
     def _check_head(self) -> None:
         own, theirs = (head.module.state_dict() for head in self._heads)
         if any(not torch.equal(own[key], theirs[key]) for key in theirs):
             raise RuntimeError(
-                "The student's head has other weights than the teacher's, "
-                "which SimKD uses in its place. Set inherit=['head'] in the "
+                "The student's head does not have the teacher's weights, "
+                "which SimKD needs. Set inherit=['head'] in the "
                 'model (era_mm.Distillation), and load no other head.'
             )
         self._is_checked = True
@@ -257,5 +259,5 @@ class SimKDDistiller(BaseDistiller):
         return {'loss_simkd': self.loss_weight * loss}
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the one term."""
+        """Weight of the only term."""
         return {'loss_simkd': self.loss_weight}

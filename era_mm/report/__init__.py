@@ -1,4 +1,4 @@
-"""One page that shows what distillations did, from what their runs left.
+"""A page that shows what distillations did, from their work dirs.
 
 In reading order: ``runs`` (work dirs read), ``comparison`` (runs sorted into
 teacher, plain and distilled), ``figures`` and ``residual_figures`` (curves and

@@ -22,9 +22,9 @@ def make_parser() -> argparse.ArgumentParser:
         'work_dirs',
         nargs='+',
         metavar='WORK_DIR',
-        help='of a distillation, of the plain student, of a test of either; '
-        'several seeds of each. The run of a teacher is inferred '
-        'where its checkpoint lies in a work dir',
+        help='work dirs of the distillation, of the plain student and of '
+        "tests of both, with several seeds. The teacher's run is found if its "
+        'checkpoint is in a work dir',
     )
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='the page, a .html'
@@ -37,22 +37,22 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=200,
         metavar='N',
-        help='images of val that the models look at at most; 0: neither '
-        'data nor weights are touched (default: 200)',
+        help='maximum number of val images to evaluate; 0: read neither data '
+        'nor weights (default: 200)',
     )
     parser.add_argument(
         '--shown',
         type=int,
         default=6,
         metavar='N',
-        help='how many of them are shown (default: 6)',
+        help='number of images to show (default: 6)',
     )
     parser.add_argument(
         '--seconds',
         type=float,
         default=120,
         metavar='S',
-        help='after which the models look at no further image (default: 120)',
+        help='time after which no further image is evaluated (default: 120)',
     )
     parser.add_argument(
         '--table',
@@ -103,20 +103,21 @@ def write_report(
 ) -> Path:
     """Write one page about some runs.
 
-    What is missing (a log, a checkpoint, data) is left out, and the page says
-    so. Nothing in the work dirs is written, nothing is fetched.
+    If something is missing (a log, a checkpoint, data), the page is written
+    without it and says so. Nothing is written to the work dirs, and nothing
+    is downloaded.
 
     Source: ours.
 
     Args:
-        work_dirs: Of distillations, of plain runs, of tests.
+        work_dirs: Work dirs of distillations, plain runs and tests.
         out: The page to write.
         title: Its heading.
-        images: Images of val that the models look at at most; 0: none.
-        shown: How many of them are shown.
-        seconds: After which they look at no further image.
+        images: Maximum number of val images to evaluate; 0: none.
+        shown: Number of images to show.
+        seconds: Time after which no further image is evaluated.
         table: The ``table.json`` of a demo, shown with the summary.
-        tell: Told what is being done.
+        tell: Called with the current activity.
 
     Returns:
         The page's path.
@@ -168,13 +169,13 @@ def write_report(
         },
         measured=measured,
     )
-    # So that an interrupted run leaves no half a page under the name.
+    # So that an interruption leaves no incomplete page.
     write_whole(out, page.encode())
     return out
 
 
 def write_demo_report(work: str | Path, images: int = 200) -> Path:
-    """Write ``report.html`` beside the runs of a demo.
+    """Write ``report.html`` into the folder of a demo.
 
     Args:
         work: The demo's folder: work dirs of trainings and tests in it, and
@@ -198,7 +199,7 @@ def write_demo_report(work: str | Path, images: int = 200) -> Path:
 
 
 def _check_installed() -> None:
-    """Before minutes are spent on images."""
+    """Check for plotly and jinja2 before minutes are spent on images."""
     from importlib.util import find_spec
 
     from .page import INSTALL
@@ -217,8 +218,8 @@ def _check_out(out: Path, work_dirs: Sequence[str | Path]) -> None:
         )
     if not out.parent.is_dir():
         raise UserError(
-            f'--out: expected a file in a folder that is there, but '
-            f'{str(out.parent)!r} is none. Make it first.'
+            f'--out: expected a file in an existing folder, but '
+            f'{str(out.parent)!r} is none. Create it first.'
         )
     for folder in work_dirs:
         if out.resolve().is_relative_to(Path(folder).resolve()):

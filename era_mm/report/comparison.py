@@ -1,4 +1,4 @@
-"""Runs side by side: groups of seeds, which is plain, which the teacher."""
+"""Compares runs: groups them by seed and finds plain and teacher."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Group:
 
     @property
     def modes(self) -> list[str]:
-        """Those of all runs."""
+        """The modes of all runs."""
         found = {mode: None for run in self.runs for mode in run.modes}
         return sorted(found, key=mode_order)
 
     def failed(self, key: str) -> list[Run]:
-        """Runs with less than half of what is usual among three or more."""
+        """Runs below half of the median, if there are three or more."""
         usual = self.lasts(key)
         if len(usual) < 3:
             return []
@@ -66,22 +66,22 @@ class Group:
         return [value for value in found if value is not None]
 
     def tests(self, key: str, mode: str = '') -> list[float]:
-        """What each run was tested at, where it was."""
+        """The test value of each run that has one."""
         key = f'{mode}/{key}' if mode else key
         return [run.test[key] for run in self.runs if key in run.test]
 
 
 @dataclass
 class Comparison:
-    """Groups of runs that are looked at together.
+    """Groups of runs that are compared.
 
     Args:
         groups: Teacher first, then plain, then distilled.
         metric: Key of the metric that is shown.
-        metric_name: What it is called.
-        percent: Factor that makes it percent.
-        plain: What differences are to.
-        remarks: What is missing for the comparison as a whole.
+        metric_name: Its name on the page.
+        percent: Factor to percent.
+        plain: The plain student, the reference of differences.
+        remarks: What is missing for the whole comparison.
     """
 
     groups: list[Group]
@@ -123,16 +123,16 @@ class Comparison:
         of: str = 'val',
         without: Sequence[Run] = (),
     ) -> list[float]:
-        """Of a metric to plain's own predictions, seed by seed.
+        """Differences of a metric to the plain student, by seed.
 
-        Where the two have no seed in common: each to the mean of plain.
+        If the two have no common seed, to the mean of plain.
 
         Args:
-            group: Whose.
-            key: Of the metric.
-            mode: Of the group; plain has none.
+            group: The group.
+            key: Key of the metric.
+            mode: Mode of the group; plain has none.
             of: 'val', the last value, or 'test'.
-            without: Runs that are left out.
+            without: Runs to leave out.
         """
         if self.plain is None:
             return []
@@ -165,15 +165,14 @@ class Comparison:
 def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     """Read work dirs and sort them into teacher, plain and distilled.
 
-    A teacher's run is inferred where its checkpoint lies in a work
-    dir. Folders with a test alone are given to the run whose checkpoint they
-    tested.
+    A teacher's run is found if its checkpoint is in a work dir. A folder with
+    only a test is assigned to the run whose checkpoint was tested.
 
     Args:
         folders: Work dirs of trainings and tests.
 
     Raises:
-        UserError: One is no folder, or there is none.
+        UserError: One is not a folder, or none is given.
     """
     if not folders:
         raise UserError('expected one or more work dirs, but got none.')
@@ -192,16 +191,17 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     if plain is None and any(g.role == 'distilled' for g in groups):
         remarks.append(
             'no plain run of the student is among the work dirs, so no '
-            'differences are shown: train its own config and give its work '
-            'dir too'
+            'differences are shown: train its own config and add its work '
+            'dir'
         )
     remarks += _unlike(plain, groups)
+    # Methods without a teacher (IE-DML, Trunk-to-Branch) lack none.
     if not any(g.role == 'teacher' for g in groups) and any(
-        g.role == 'distilled' for g in groups
+        run.model.get('teacher') for run in runs if run.is_distillation
     ):
         remarks.append(
             "the teacher's run is not among the work dirs (its checkpoint "
-            'does not lie in one), so its metric is not shown'
+            'is in none of them), so its metric is not shown'
         )
     metric = find_metric(runs)
     name, percent = METRICS.get(metric, (metric or 'metric', 1.0))
@@ -217,7 +217,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
 
 
 def _unlike(plain: Group | None, groups: Sequence[Group]) -> list[str]:
-    """Where differences to plain are not those of the distillation alone."""
+    """Cases where a difference to plain has other causes as well."""
     if plain is None:
         return []
     base, remarks = plain.runs[0], []
@@ -228,13 +228,13 @@ def _unlike(plain: Group | None, groups: Sequence[Group]) -> list[str]:
         if not is_same_student(base, run):
             remarks.append(
                 f'{group.name} has another student than {plain.name}, so '
-                'their difference is not that of the distillation alone'
+                'their difference is not only due to the distillation'
             )
         if base.length != run.length:
             remarks.append(
-                f'{group.name} is {run.length} long and {plain.name} '
-                f'{base.length} (epochs or iterations), so their difference '
-                'is not that of the distillation alone'
+                f'{group.name} was trained for {run.length} and {plain.name} '
+                f'for {base.length} epochs or iterations, so their difference '
+                'is not only due to the distillation'
             )
     return remarks
 
@@ -260,8 +260,8 @@ def _give_test(test: Run, runs: Sequence[Run]) -> list[str]:
             run.test |= test.test
             return []
     return [
-        f'{test.folder} tested {test.tested}, which is of none of the runs; '
-        'it is left out'
+        f'{test.folder} tested {test.tested}, which belongs to none of the '
+        'runs; it is ignored'
     ]
 
 
@@ -328,7 +328,7 @@ def _common_name(runs: Sequence[Run]) -> str:
 
 
 def _plain_model(model: Mapping) -> str:
-    """A model's config without what does not change what it is."""
+    """A model's config without settings that do not change the model."""
 
     def strip(node: Any) -> Any:
         if isinstance(node, Mapping):
@@ -345,7 +345,7 @@ def _plain_model(model: Mapping) -> str:
 
 
 def is_same_student(plain: Run, distilled: Run) -> bool:
-    """Whether a run trained the model that another distilled into."""
+    """Whether a plain run trained the student of a distillation."""
     return _plain_model(plain.model) == _plain_model(distilled.student)
 
 
@@ -366,7 +366,7 @@ def _find_plain(groups: Sequence[Group]) -> Group | None:
 
 
 def find_metric(runs: Sequence[Run]) -> str:
-    """What one looks at first among the metrics of some runs, or ''."""
+    """The main metric of some runs, or ''."""
     keys: dict[str, None] = {}
     for run in runs:
         for key in (*run.val, *run.test):

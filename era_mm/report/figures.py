@@ -1,7 +1,7 @@
 """Curves and bars of a comparison, as Plotly's own JSON.
 
-Every figure has a text that says the same to who cannot see it, and a line on
-how to read it. The page's script gives them the colours of its background.
+Every figure has a text with the same content for those who cannot see it, and
+a line on how to read it. The page's script sets the colours.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from .comparison import Comparison, Group
 from .runs import Run, Series
 
-#: Colours that stay apart for the colour-blind, on white and on near-black
-#: (after Okabe and Ito, two of them darker); no two lines differ by colour
-#: alone: they have dashes and symbols too.
+#: Colours that the colour-blind can tell apart, on white and on near-black
+#: (after Okabe and Ito, two of them darker). Lines also differ by dashes and
+#: symbols.
 COLOURS = (
     '#0072b2',
     '#009e73',
@@ -33,7 +33,7 @@ TEACHER_COLOUR = '#888888'
 DASHES = ('solid', 'dash', 'dot', 'dashdot', 'longdash', 'longdashdot')
 PATTERNS = ('', '/', '\\', 'x', '-', '|')
 SYMBOLS = ('circle', 'square', 'diamond', 'triangle-up', 'cross', 'x')
-#: Points of a curve; more are averaged, for a page that opens at once.
+#: Maximum number of points of a curve; more are averaged.
 MOST_POINTS = 300
 SIZES = {
     'coco/bbox_mAP_s': 'AP, small objects',
@@ -274,10 +274,10 @@ def metric_over_time(comparison: Comparison, look: Look) -> Figure | None:
         axes_of(step, f'{comparison.metric_name} in validation'),
         f'{comparison.metric_name} over the run, a line for each model. '
         f'At the end: {said}.',
-        'A line is the mean over the seeds, its band their lowest and '
-        'highest. S is what is deployed; E0, T and ST need the '
-        "teacher's head. A distilled line below plain's from the first "
-        'epochs on means that the terms pull against the task.',
+        'A line is the mean over the seeds, its band their range. S is what '
+        "is deployed; E0, T and ST need the teacher's head. If a distilled "
+        'line is below plain from the first epochs on, the distillation '
+        'works against the task.',
         table,
     )
 
@@ -330,7 +330,7 @@ def _metric_at_end(
 
 
 def size_differences(comparison: Comparison, look: Look) -> Figure | None:
-    """What each part of the metric gained on plain, sorted."""
+    """Differences to plain by part of the metric, sorted."""
     entries = []
     for group in comparison.distilled:
         for mode in group.modes:
@@ -344,9 +344,9 @@ def size_differences(comparison: Comparison, look: Look) -> Figure | None:
         entries,
         'sizes',
         'Where it gained: sizes and overlaps',
-        'Points of AP more or less than the plain student of the same seed. '
-        'Whiskers run from the least to the most of the seeds. Small: below '
-        '32 x 32 pixels; large: above 96 x 96.',
+        'Difference in AP to the plain student of the same seed, in points. '
+        'Whiskers show the range over the seeds. Small: below 32 x 32 '
+        'pixels; large: above 96 x 96.',
     )
 
 
@@ -357,32 +357,36 @@ def class_differences(
     number: int,
     what: str,
 ) -> Figure | None:
-    """What each class gained on plain, sorted.
+    """Differences to plain by class, sorted.
 
     Args:
         comparison: The runs.
         look: Their styles.
-        classes: A group's name, plain's values by class and its own.
-        number: Images they were found on.
-        what: What a value is: 'AP', 'accuracy'.
+        classes: A subject's name, plain's values by class and its own.
+        number: Number of images.
+        what: Name of the values: 'AP', 'accuracy'.
     """
-    by_name = {group.name: group for group in comparison.groups}
+    by_name = {
+        f'{group.name}, {mode}' if mode else group.name: (group, mode)
+        for group in comparison.groups
+        for mode in group.modes
+    }
     entries = []
-    for group_name, plain, own in classes:
-        group = by_name[group_name]
+    for model, plain, own in classes:
+        group, mode = by_name[model]
         for name, value in own.items():
             if name in plain and not math.isnan(value - plain[name]):
                 difference = (value - plain[name]) / comparison.percent
-                entries.append((group, '', name, [difference]))
+                entries.append((group, mode, name, [difference]))
     figure = _difference_figure(
         comparison,
         look,
         entries,
         'classes',
         f'Where it gained: classes ({number} images)',
-        f"Points of {what} more or less than the plain student's on "
-        f'{number} images of val, one seed each. With few objects of a class '
-        'the value is rough.',
+        f'Difference in {what} to the plain student on {number} val images, '
+        'in points, for one seed each. Values are rough for classes with few '
+        'objects.',
     )
     if figure is not None and len({e[2] for e in entries}) > 40:
         # The most gained and the most lost; the table has them all.
@@ -390,7 +394,7 @@ def class_differences(
             trace['x'] = trace['x'][:20] + trace['x'][-20:]
             trace['y'] = trace['y'][:20] + trace['y'][-20:]
         figure.layout['height'] = 820
-        figure.reading += ' The 20 most gained and the 20 most lost are drawn.'
+        figure.reading += ' Shown are the 20 largest gains and losses.'
     return figure
 
 
@@ -470,7 +474,7 @@ def _difference_figure(
             ]
             for part, mean in zip(shown, means, strict=True)
         ]
-    layout = axes_of('points more than plain', '')
+    layout = axes_of('difference to plain, points', '')
     layout['xaxis'].update(zeroline=True, zerolinewidth=2)
     layout['yaxis'] = dict(
         autorange='reversed',

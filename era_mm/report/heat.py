@@ -59,17 +59,21 @@ class HeatRow:
 
 
 def heat_rows(
-    teacher: Tensor, estimates: Sequence[Tensor], names: Sequence[str]
+    teacher: Tensor,
+    estimates: Sequence[Tensor],
+    names: Sequence[str],
+    of: str = 'teacher',
 ) -> list[HeatRow]:
-    """Features, what is left of the teacher's, what each step changes.
+    """Features, residuals to the teacher's, and what each step changes.
 
     Args:
         teacher: Its feature of one image and level, ``(C, *)``.
-        estimates: e_0 ... e_n, likewise.
-        names: Of the estimates.
+        estimates: e_0 ... e_n, of the same shape.
+        names: Names of the estimates.
+        of: Name of the teacher.
 
     Returns:
-        Two rows on the teacher's scale, and a third on its own where there
+        Two rows on the teacher's scale, and a third on its own scale if there
         are several estimates.
     """
     target = strength(teacher)
@@ -77,13 +81,13 @@ def heat_rows(
     rows = [
         HeatRow(
             'feature',
-            ['teacher', *names],
+            [of, *names],
             [target, *(strength(e) for e in estimates)],
             most,
         ),
         HeatRow(
             'what is left',
-            ['', *(f'teacher - {name}' for name in names)],
+            ['', *(f'{of} - {name}' for name in names)],
             [None, *(strength(teacher - e) for e in estimates)],
             most,
         ),

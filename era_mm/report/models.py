@@ -1,6 +1,6 @@
-"""Builds the models of runs from their configs and checkpoints, to look at.
+"""Builds the models of runs from their configs and checkpoints.
 
-No Runner is built: it would write into the work dir. Nothing is fetched.
+No Runner is built: it would write into the work dir. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from mmengine.runner import load_checkpoint
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
-from era_mm.core import student_config_of
+from era_mm.core import (
+    Distillation,
+    read_checkpoint,
+    student_config_of,
+    students_of,
+)
 from era_mm.core.utils import preserve_rng
 from era_mm.errors import UserError
 
@@ -31,7 +36,7 @@ from .runs import Run, several
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to itself what hosts print while they build and load."""
+    """Silence what hosts print while they build and load."""
     logger = logging.getLogger('mmengine')
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -43,7 +48,7 @@ def quiet() -> Iterator[None]:
 
 
 def enter(run: Run) -> Config:
-    """Import what a run's config names and take its scope."""
+    """Import what a run's config needs and set its scope."""
     assert run.config is not None
     imports = run.config.get('custom_imports')
     if imports:
@@ -69,40 +74,63 @@ def model_config(run: Run) -> dict:
     return model
 
 
-def build_student(run: Run) -> nn.Module:
-    """The deployed model of a run, with its weights, in eval mode.
+def build_students(run: Run) -> dict[str, nn.Module]:
+    """The deployed models of a run, with their weights, in eval mode.
+
+    Returns:
+        One model under ''; for a ``MutualDistillation`` each student under
+        its name.
 
     Raises:
-        UserError: Its checkpoint is not there.
+        UserError: It has no checkpoint.
     """
     if run.checkpoint is None:
         raise UserError(f'{run.name} has no checkpoint')
     config = model_config(run)
-    if run.is_distillation:
-        if 'student' not in config:
-            raise UserError(
-                f'{run.name} trained two students in one file; export one of '
-                'them to look at it'
-            )
-        preprocessor = config.get('data_preprocessor')
-        config, scope = student_config_of(config)
-        if preprocessor is not None:
-            config.setdefault('data_preprocessor', preprocessor)
-        if scope is not None:
-            init_default_scope(scope)
+    if not run.is_distillation:
+        return {'': _build(run, config)}
+    if 'students' not in config:
+        return {'': _build(run, _student_config(config))}
+    weights = students_of(read_checkpoint(str(run.checkpoint)))
+    students = {}
+    for name, student in config['students'].items():
+        own = dict(type='era_mm.Distillation', student=student)
+        if config.get('data_preprocessor') is not None:
+            own['data_preprocessor'] = config['data_preprocessor']
+        students[name] = _build(run, _student_config(own), weights[name])
+    return students
+
+
+def _student_config(config: dict) -> dict:
+    preprocessor = config.get('data_preprocessor')
+    student, scope = student_config_of(config)
+    if preprocessor is not None:
+        student.setdefault('data_preprocessor', preprocessor)
+    if scope is not None:
+        init_default_scope(scope)
+    return student
+
+
+def _build(
+    run: Run, config: dict, weights: dict[str, Any] | None = None
+) -> nn.Module:
+    """A host model with the given weights, or those of the checkpoint."""
     with quiet(), preserve_rng():
         model = MODELS.build(config)
-        load_checkpoint(
-            model, str(run.checkpoint), map_location='cpu', strict=True
-        )
+        if weights is None:
+            load_checkpoint(
+                model, str(run.checkpoint), map_location='cpu', strict=True
+            )
+        else:
+            model.load_state_dict(weights)
     return model.eval()
 
 
 def build_pair(run: Run) -> Any:
-    """The whole distillation of a run, teachers and all, in eval mode.
+    """The whole distillation of a run, with its teachers, in eval mode.
 
     Raises:
-        UserError: A checkpoint is not there.
+        UserError: A checkpoint is missing.
     """
     if run.checkpoint is None:
         raise UserError(f'{run.name} has no checkpoint')
@@ -110,8 +138,8 @@ def build_pair(run: Run) -> Any:
         if not here(checkpoint):
             raise UserError(
                 f"the teacher's weights are not here: {checkpoint} (the "
-                'report fetches nothing; run it in the folder that the '
-                'training ran in)'
+                'report downloads nothing; run it in the folder of the '
+                'training)'
             )
     config = model_config(run)
     for teacher in several(config.get('teacher')):
@@ -119,12 +147,13 @@ def build_pair(run: Run) -> Any:
     with quiet(), preserve_rng():
         model = MODELS.build(config)
         load_checkpoint(model, str(run.checkpoint), map_location='cpu')
-        model.load_teachers()
+        if isinstance(model, Distillation):
+            model.load_teachers()
     return model.eval()
 
 
 def _find_config(teacher: Any) -> None:
-    """Where a teacher's config has moved away: the one beside its weights."""
+    """If a teacher's config has moved, use the one next to its weights."""
     config = teacher.get('config')
     if not isinstance(config, str) or '::' in config or Path(config).is_file():
         return
@@ -153,10 +182,10 @@ def build_dataset(run: Run) -> Any:
 
 
 def batch_of(dataset: Any, indices: list[int]) -> Any:
-    """Images as a dataloader of val gives them."""
+    """Images as a batch from a val dataloader."""
     return pseudo_collate([dataset[index] for index in indices])
 
 
 def number_of_parameters(model: nn.Module) -> int:
-    """Numbers that training sets."""
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Puts what was found on one page that needs no network.
+"""Writes the page, which needs no network.
 
 Read in this order: `summarise`, `cards`, `runs_table`, `render`.
 """
@@ -26,15 +26,15 @@ INSTALL = "Install it with `pip install 'era_mm[report]'`."
 
 
 def summarise(comparison: Comparison, found: Found) -> dict[str, Any]:
-    """What the top of the page says, as plain numbers.
+    """The summary at the top of the page, as plain numbers.
 
     Args:
         comparison: The runs.
-        found: What weights and data gave.
+        found: Results from weights and data.
 
     Returns:
         ``metric``; ``rows``, one for each model and mode; ``headline``;
-        ``missing``. It is in the page as JSON, and its text is made from it.
+        ``missing``. The page has it as JSON and as a table.
     """
     key, percent = comparison.metric, comparison.percent
     tested = any(run.test for run in comparison.runs)
@@ -76,8 +76,9 @@ def summarise(comparison: Comparison, found: Found) -> dict[str, Any]:
                     if more is None or more.interval is None
                     else [round(end, 2) for end in more.interval]
                 )
-            if not mode and group.name in found.deployed:
-                row['parameters'], row['flops'] = found.deployed[group.name]
+            deployed = f'{group.name}, {mode}' if mode else group.name
+            if deployed in found.deployed:
+                row['parameters'], row['flops'] = found.deployed[deployed]
             if any(row[split] is not None for split in values) or not mode:
                 rows.append(row)
     summary = {
@@ -192,7 +193,7 @@ def describe_model(config: dict) -> str:
 def cards(
     comparison: Comparison, found: Found
 ) -> list[tuple[Group, list[tuple[str, str]]]]:
-    """A run card for each group: what, how, on what, at what cost."""
+    """A run card for each group: model, schedule, machine and cost."""
     plain = comparison.plain
     base = _median([r.seconds_per_iter for r in plain.runs]) if plain else None
     made = []
@@ -241,8 +242,8 @@ def cards(
             text = f'{1000 * step:.0f} ms an iteration (median)'
             if base and group.role == 'distilled':
                 text += (
-                    f', {step / base:.2f} times the plain run by the clock, '
-                    'whatever ran beside either'
+                    f', {step / base:.2f} times the plain run by the clock '
+                    '(depends on the load of the machine)'
                 )
             facts.append(('cost', text))
         if 'Cost of a step' in run.facts:
@@ -287,7 +288,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def runs_table(comparison: Comparison) -> Table:
-    """Every run, each with the line that repeats it (last column)."""
+    """Every run, each with the command that repeats it (last column)."""
     key, percent = comparison.metric, comparison.percent
     name = comparison.metric_name
     rows = []
@@ -328,7 +329,7 @@ def runs_table(comparison: Comparison) -> Table:
 
 
 def missing_of(comparison: Comparison, found: Found) -> list[str]:
-    """All that is not on the page, and why."""
+    """Everything that is not on the page, and why."""
     lines = list(comparison.remarks)
     for run in comparison.runs:
         lines += [f'{run.name}: {remark}' for remark in run.remarks]
@@ -339,7 +340,7 @@ def read_measured(file: str | Path) -> tuple[Table, str]:
     """A demo's ``table.json`` as a table and a line below it.
 
     Raises:
-        UserError: It is no such file.
+        UserError: It is not such a file.
     """
     try:
         content = json.loads(Path(file).read_text())

@@ -1,4 +1,4 @@
-"""What panels are made of."""
+"""The parts of image panels."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .figures import Figure
 
 @dataclass
 class Options:
-    """How much is looked at.
+    """Limits for the images.
 
     Args:
-        images: Images of val that are gone through at most.
-        shown: Of these, how many are shown.
-        seconds: After which no further image begins.
+        images: Maximum number of val images to evaluate.
+        shown: Number of images to show.
+        seconds: Time after which no further image is evaluated.
     """
 
     images: int = 200
@@ -47,7 +47,7 @@ class Column:
     title: str
     marks: list[Mark] = field(default_factory=list)
     alt: str = ''
-    #: Of classifiers: class and share, best first, and whether it is right.
+    #: For classifiers: class and probability, best first, and if it is true.
     scores: list[tuple[str, float, bool]] = field(default_factory=list)
 
 
@@ -83,16 +83,16 @@ class Picture:
 
 @dataclass
 class Found:
-    """What weights and data gave.
+    """Results from weights and data.
 
     Args:
         pictures: The chosen images.
-        summary: How many images gained and lost.
-        figures: By level.
-        by_class: A group's name, plain's values by class, its own.
-        class_metric: What these values are.
-        number: Images that were gone through.
-        deployed: Parameters and FLOPs, by group's name.
+        summary: A sentence with the numbers of improved and degraded images.
+        figures: Figures by level.
+        by_class: A subject's name, plain's values by class, its own.
+        class_metric: Name of these values.
+        number: Number of evaluated images.
+        deployed: Parameters and FLOPs, by the subject's name.
         missing: What could not be shown, and why.
     """
 
@@ -110,13 +110,15 @@ class Found:
 
 @dataclass
 class Subject:
-    """A model that is looked at.
+    """A model whose predictions are shown.
 
     Args:
-        title: Above its column.
-        group: Whose it is.
-        predict: Of a batch as the dataloader gives it.
+        title: Title of its column.
+        group: Its runs.
+        predict: Its predictions for a batch from a dataloader.
         role: 'teacher', 'plain' or 'distilled'.
+        mode: Mode under which its metrics are logged: the second student's
+            name in a ``MutualDistillation``, else ''.
         found: Its predictions, one for each image.
     """
 
@@ -124,4 +126,14 @@ class Subject:
     group: Group
     predict: Callable[[Any], list]
     role: str
+    mode: str = ''
     found: list[Any] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The group's name, and the mode if there is one."""
+        return (
+            f'{self.group.name}, {self.mode}'
+            if self.mode
+            else (self.group.name)
+        )

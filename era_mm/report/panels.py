@@ -1,7 +1,7 @@
-"""Chosen images: what each model sees in them, and what it makes of them.
+"""Chosen images with the predictions and features of each model.
 
-`look_at_images` does it; ``panel_parts`` holds what it finds, ``pictures``
-what is shown of a detector and of a classifier.
+`look_at_images` is the entry point; ``panel_parts`` has the result types,
+``pictures`` the panels of detectors and classifiers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from era_mm.core import Distillation
+from era_mm.core import Distillation, MutualDistillation
 from era_mm.engine.summary import flops_text
 from era_mm.methods.era.decompose import Decomposition
 
@@ -24,7 +24,7 @@ from .models import (
     batch_of,
     build_dataset,
     build_pair,
-    build_student,
+    build_students,
     number_of_parameters,
     quiet,
 )
@@ -40,7 +40,7 @@ from .pictures import ClassifierPanels, DetectionPanels, Panels
 from .residual_figures import level_bars
 from .runs import Run, said_by
 
-#: Images on which levels are compared; the means settle soon.
+#: Number of images on which levels are compared; the means converge soon.
 DECOMPOSED = 32
 
 
@@ -49,21 +49,21 @@ def look_at_images(
     options: Options,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Found:
-    """Run the models of a comparison on images of val.
+    """Run the models of a comparison on val images.
 
-    What cannot be built or read is left out and named in ``missing``.
+    What cannot be built or read is skipped and named in ``missing``.
 
     Args:
         comparison: The runs.
-        options: How much.
-        tell: Told what is being done.
+        options: Limits.
+        tell: Called with the current activity.
     """
     found = Found()
     groups = comparison.distilled or [
         group for group in comparison.groups if group.role == 'plain'
     ]
     if not groups:
-        found.missing.append('images: no run with a config is there')
+        found.missing.append('images: no run has a config')
         return found
     subjects, pair = _build_subjects(comparison, found, tell)
     main = next(
@@ -76,7 +76,7 @@ def look_at_images(
         found.missing.append(
             f'images: the val data of {main.name} could not be read '
             f'({said_by(error)}). Relative paths in its config are '
-            'looked up from where the report runs'
+            'relative to the folder in which the report runs'
         )
         dataset = batch = None
     for subject in subjects:
@@ -123,7 +123,7 @@ def look_at_images(
 def _build_subjects(
     comparison: Comparison, found: Found, tell: Callable[[str], None]
 ) -> tuple[list[Subject], tuple[Run, Any] | None]:
-    """The models that can be built, and the pair that is taken apart."""
+    """The models that can be built, and the pair for the heat maps."""
     subjects: list[Subject] = []
     pair = None
     teacher: Subject | None = None
@@ -133,7 +133,7 @@ def _build_subjects(
             continue
         tell(f'building {run.name}')
         try:
-            model = build_student(run)
+            models = build_students(run)
         except Exception as error:
             found.missing.append(
                 f'{group.name}: its model could not be built '
@@ -141,11 +141,18 @@ def _build_subjects(
             )
             continue
         title = group.name if len(group.runs) == 1 else run.name
-        subject = Subject(title, group, _predictor(model), group.role)
-        if group.role == 'teacher':
-            teacher = teacher or subject
-        else:
-            subjects.append(subject)
+        for number, (name, model) in enumerate(models.items()):
+            subject = Subject(
+                f'{title}, {name}' if name else title,
+                group,
+                _predictor(model),
+                group.role,
+                mode=name if number else '',
+            )
+            if group.role == 'teacher':
+                teacher = teacher or subject
+            else:
+                subjects.append(subject)
         if group.role == 'distilled' and pair is None:
             try:
                 pair = (run, build_pair(run))
@@ -185,7 +192,7 @@ def _count(subject: Subject, batch: Any, found: Found) -> None:
             if batch is None
             else flops_text(model, batch)
         )
-    found.deployed[subject.group.name] = (number_of_parameters(model), text)
+    found.deployed[subject.name] = (number_of_parameters(model), text)
 
 
 # -- detectors and classifiers -----------------------------------------------
@@ -202,12 +209,10 @@ def _decompose(
 ) -> None:
     """Heat maps of the chosen images, and the shares by level."""
     run, model = pair
-    if not isinstance(model, Distillation):
-        found.missing.append(
-            f'{run.name}: no heat maps: two students that teach each other '
-            'have no teacher to stand beside'
-        )
-        return
+    of, own = 'teacher', None
+    if isinstance(model, MutualDistillation):
+        own, of = model.students
+        model = model.first
     tell('heat maps')
     try:
         for picture in found.pictures:
@@ -216,10 +221,13 @@ def _decompose(
             if parts is None:
                 found.missing.append(
                     f'{run.name}: no heat maps: {"+".join(run.methods)} '
-                    "compares no feature of the teacher's shape"
+                    f'compares no features of equal shape with the {of}'
                 )
                 return
-            picture.heats = _heat_lines(*parts)
+            decomposition, names = parts
+            picture.heats = _heat_lines(
+                decomposition, [own] if own else names, of
+            )
         shares = []
         for index in range(min(DECOMPOSED, found.number)):
             parts = parts_of(model, batch_of(dataset, [index]))
@@ -238,11 +246,13 @@ def _decompose(
         found.missing.append(f'{run.name}: no heat maps ({said_by(error)})')
 
 
-def _heat_lines(parts: Decomposition, names: list[str]) -> list[HeatLine]:
+def _heat_lines(
+    parts: Decomposition, names: list[str], of: str
+) -> list[HeatLine]:
     lines = []
     for level, target in enumerate(parts.teacher):
         estimates = [step[level][0] for step in parts.estimates]
-        for row in heat_rows(target[0], estimates, names):
+        for row in heat_rows(target[0], estimates, names, of):
             cells = [
                 None
                 if values is None

@@ -1,4 +1,4 @@
-"""Which features of a distillation are shown beside the teacher's."""
+"""Chooses the features of a distillation to show with the teacher's."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from typing import Any
 
 import torch
 
-from era_mm.core import Distillation
+from era_mm.core.step import DistilledStudent
 from era_mm.core.utils import evaluating, preserve_rng
 from era_mm.methods.era.decompose import Decomposition, decompose
 
 
 def parts_of(
-    model: Distillation, batch: Any
+    model: DistilledStudent, batch: Any
 ) -> tuple[Decomposition, list[str]] | None:
     """A batch's features of the first distiller that compares any.
 
-    Nothing in the model is changed, and no random number is drawn.
+    The model is not changed, and no random number is drawn.
 
     Args:
-        model: The distillation, with its teachers' weights.
-        batch: What a dataloader of val gives.
+        model: The distillation with its teachers' weights, or a half of a
+            ``MutualDistillation``.
+        batch: A batch from a val dataloader.
 
     Returns:
-        Teacher and estimates, with the estimates' names: e0 ... en for ERA,
-        'student' for what else has features of one shape. None without.
+        Teacher and estimates, with the names of the estimates: e0 ... en for
+        ERA, 'student' for other methods if the features have the same shape.
+        None if no distiller compares any.
     """
     with evaluating(model), preserve_rng(), torch.no_grad():
         # Preprocessors write into the samples.
@@ -33,7 +35,7 @@ def parts_of(
 
 
 def _parts_of(
-    model: Distillation, batch: Any
+    model: DistilledStudent, batch: Any
 ) -> tuple[Decomposition, list[str]] | None:
     data = model.data_preprocessor.with_teachers(batch, training=False)
     feats_of = model.record(**data)

@@ -1,4 +1,4 @@
-"""Images with what each model says of them."""
+"""Images with the predictions of each model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LARGEST_SIDE = 640
 
 
 class Panels(ABC):
-    """What is common to both: choosing images, drawing them."""
+    """Common base: chooses and draws images."""
 
-    #: What an image is scored by.
+    #: The score of an image.
     unit = ''
 
     def __init__(
@@ -48,17 +48,17 @@ class Panels(ABC):
         )
 
     def class_name(self, label: int) -> str:
-        """By its number."""
+        """Name of a class by its number."""
         known = 0 <= label < len(self.classes)
         return str(self.classes[label]) if known else str(label)
 
     @abstractmethod
     def value(self, subject: Subject, index: int) -> float:
-        """How well a model does on an image."""
+        """Score of a model on an image."""
 
     @abstractmethod
     def columns(self, index: int, scale: float) -> list[Column]:
-        """Every model's view of an image."""
+        """Predictions of every model for an image."""
 
     @abstractmethod
     def by_class(self, subject: Subject) -> dict[str, float]:
@@ -81,13 +81,17 @@ class Panels(ABC):
         if self.plain is not None:
             base = self.by_class(self.plain)
             for subject in self.subjects:
-                if subject.role == 'distilled':
+                # A mode that the run has not evaluated is in no figure.
+                if (
+                    subject.role == 'distilled'
+                    and subject.mode in subject.group.modes
+                ):
                     self.found.by_class.append(
-                        (subject.group.name, base, self.by_class(subject))
+                        (subject.name, base, self.by_class(subject))
                     )
 
     def _choose(self) -> list[tuple[int, str]]:
-        """The most improved and the most spoilt images, each once."""
+        """The most improved and the most degraded images, each once."""
         number = self.found.number
         shown = min(self.options.shown, number)
         if self.plain is None or self.taught is None:
@@ -102,7 +106,7 @@ class Panels(ABC):
         self.found.summary = (
             f'Of {number} images of val {self.taught.title} does better than '
             f'{self.plain.title} on {up} and worse on {down}, by '
-            f'{self.unit}. Shown are the most improved and the most spoilt.'
+            f'{self.unit}. Shown are the most improved and the most degraded.'
         )
         best = order[: (shown + 1) // 2]
         worst = [i for i in order[::-1][: shown // 2] if i not in best]
@@ -111,7 +115,7 @@ class Panels(ABC):
             *(
                 (
                     i,
-                    f'{"spoilt" if gains[i] < 0 else "changed"} by '
+                    f'{"degraded" if gains[i] < 0 else "changed"} by '
                     f'{gains[i]:+.2g}',
                 )
                 for i in worst
@@ -148,16 +152,16 @@ class Panels(ABC):
 
 
 class ClassifierPanels(Panels):
-    """Images by the share that the right class is given."""
+    """Images by the probability of the true class."""
 
-    unit = 'the share given to the right class'
+    unit = 'the probability of the true class'
 
     def _truth(self, index: int) -> int:
         label = self.dataset.get_data_info(index)['gt_label']
         return int(np.ravel(np.asarray(label))[0])
 
     def value(self, subject: Subject, index: int) -> float:
-        """The share of the right class."""
+        """The probability of the true class."""
         return float(subject.found[index].pred_score[self._truth(index)])
 
     def columns(self, index: int, scale: float) -> list[Column]:
@@ -204,9 +208,9 @@ class ClassifierPanels(Panels):
 
 
 class DetectionPanels(Panels):
-    """Images by the objects found and the false alarms."""
+    """Images by detected objects and false positives."""
 
-    unit = 'objects found minus false alarms'
+    unit = 'detected objects minus false positives'
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -223,7 +227,7 @@ class DetectionPanels(Panels):
         return boxes.reshape(-1, 4), [i['bbox_label'] for i in objects]
 
     def _match(self, subject: Subject, index: int) -> tuple:
-        """Kept boxes, their texts, which are right, what was found."""
+        """Kept boxes, their texts, their matches, and the found objects."""
         key = (id(subject), index)
         if key not in self._matched:
             instances = subject.found[index].pred_instances
@@ -256,7 +260,7 @@ class DetectionPanels(Panels):
         return self._matched[key]
 
     def value(self, subject: Subject, index: int) -> float:
-        """Objects found minus false alarms."""
+        """Detected objects minus false positives."""
         _, _, right, taken = self._match(subject, index)
         return len(taken) - sum(match is None for match in right)
 
@@ -304,7 +308,7 @@ class DetectionPanels(Panels):
                     marks,
                     f'{subject.title}: '
                     + ', '.join(f'{n} {k}' for k, n in counts.items() if n)
-                    + f' of {len(names)} objects; {alarms} false alarms.',
+                    + f' of {len(names)} objects; {alarms} false positives.',
                 )
             )
         return columns

@@ -1,4 +1,4 @@
-"""Figures of what estimates leave unexplained."""
+"""Figures of the unexplained shares."""
 
 from __future__ import annotations
 
@@ -110,11 +110,10 @@ def _unexplained_of(
         f"What e0 ... e{len(keys) - 1} leave of the teacher's feature. At the "
         f'end: {said}.',
         'e0 is the aligned student alone; each branch adds one residual. '
-        'First: what is left, 100 % where an estimate is no better than the '
-        "teacher's mean. Second: how much less than e0 each estimate "
-        'leaves. Lines of the second at 0: the branches add nothing, and '
-        'the student does the work alone. Lines of the first that stay near '
-        '100 %: the feature is not learnt.',
+        'First: what is left; at 100 % an estimate is no better than the '
+        "teacher's mean. If the lines stay near 100 %, the feature is not "
+        'learnt. Second: by how much each estimate leaves less than e0. If '
+        'these lines are at 0, the branches add nothing.',
         Table(
             [
                 'estimate',
@@ -165,9 +164,9 @@ def _by_level(group: Group, number: int) -> Figure | None:
         axes_of('iteration', 'left unexplained, %'),
         'Unexplained share of the first and last estimate by level. At the '
         f'end: {"; ".join(ends)}.',
-        'Level 0 is the finest map. On a few fixed images, so it is rougher '
-        'than the figure above. A level that stays high is one that the '
-        'student has no signal for: look at its source.',
+        'Level 0 is the finest map. The values are from a few fixed images, '
+        'so they are rougher than the figure above. If a level stays high, '
+        'the student has no information for it: check its source.',
     )
 
 
@@ -184,13 +183,13 @@ def _split_numbers(text: str) -> list[str]:
 def level_bars(
     name: str, shares: Sequence[Sequence[float]], number: int, index: int
 ) -> Figure:
-    """Unexplained share by level and estimate, found from the weights.
+    """Unexplained share by level and estimate, computed from the weights.
 
     Args:
-        name: Of the run.
-        shares: By level and estimate.
-        number: Images.
-        index: Of the figure.
+        name: Name of the run.
+        shares: Shares by level and estimate.
+        number: Number of images.
+        index: Index of the figure.
     """
     steps = len(shares[0])
     data = [
@@ -221,7 +220,7 @@ def level_bars(
             for level, row in enumerate(shares)
         )
         + '.',
-        f'On {number} images of val, by the run that the images are from. '
+        f'On {number} val images, with the run that the images are from. '
         'Level 0 is the finest map.',
         Table(
             ['level', *(f'e{step}, %' for step in range(steps))],

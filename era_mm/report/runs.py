@@ -1,7 +1,7 @@
 """Reads work dirs: scalars, configs, logs, checkpoints. Writes nothing.
 
 Read in this order: `Run`, `read_run`.
-What is not there is left out, and a remark says what and why.
+What is missing is skipped, and a remark says what and why.
 """
 
 from __future__ import annotations
@@ -70,21 +70,21 @@ TAIL_BYTES = 60_000
 
 @dataclass
 class Run:
-    """What one training left in its work dir.
+    """A training, as read from its work dir.
 
     Args:
         folder: The work dir.
-        config: As it was dumped; None where there is none.
+        config: The dumped config; None if there is none.
         train: Losses and the like, by iteration.
         val: Metrics, by epoch, or by iteration in a run without epochs.
         levels: What `ResidualVisHook` logged, by iteration.
         test: Metrics of a test; of this folder or of one that tested a
             checkpoint of it.
-        tested: The checkpoint that a folder with a test alone is about.
-        seconds: How long the training took, by its log.
-        facts: Versions and machine, by the log.
-        complaints: Warnings and errors of the log, the first few.
-        checkpoint: The best file if one was kept, else the last.
+        tested: The tested checkpoint, for a folder with only a test.
+        seconds: Duration of the training, from its log.
+        facts: Versions and machine, from the log.
+        complaints: The first warnings and errors of the log.
+        checkpoint: The best checkpoint if one was kept, else the last.
         remarks: What is missing, and why.
     """
 
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def model(self) -> dict:
-        """The config of its model; empty where there is no config."""
+        """The config of its model; empty without a config."""
         return dict((self.config or {}).get('model') or {})
 
     @property
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def length(self) -> int | None:
-        """Epochs, or iterations, that the config asks for."""
+        """Number of epochs, or iterations, in the config."""
         loop = (self.config or {}).get('train_cfg') or {}
         return loop.get('max_epochs', loop.get('max_iters'))
 
@@ -143,7 +143,7 @@ class Run:
 
     @property
     def methods(self) -> list[str]:
-        """The distillers' names, as short as they are known by."""
+        """The distillers' short names."""
         if not self.is_distillation:
             return []
         kinds = [
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def modes(self) -> list[str]:
-        """'', the model's own predictions, and the further modes evaluated."""
+        """'' for the model's own predictions, and further evaluated modes."""
         found: dict[str, None] = {'': None}
         for key in (*self.val, *self.test):
             start, _, rest = key.partition('/')
@@ -184,7 +184,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The line that does it again, into another folder."""
+        """The command that repeats the run in another folder."""
         dumped = _newest_config(self.folder)
         if dumped is None:
             return ''
@@ -213,7 +213,7 @@ def several(node: Any) -> list[Mapping]:
 
 
 def mode_order(mode: str) -> tuple:
-    """The student first, then the estimates, then what they add up to."""
+    """Sort key: the student, then the estimates, then T and ST."""
     estimate = re.fullmatch(r'E(\d+)', mode)
     rank = {'': 0, 'T': 2, 'ST': 3}.get(mode, 4)
     return (1, int(estimate[1])) if estimate else (rank, mode)
@@ -229,7 +229,7 @@ def read_run(folder: str | Path) -> Run:
     """Read a work dir; nothing in it is changed.
 
     Args:
-        folder: What a training was given as ``--work-dir``, or a test.
+        folder: Work dir of a training or a test.
 
     Raises:
         UserError: There is no such folder.
@@ -259,8 +259,7 @@ def _read_config(run: Run) -> Config | None:
         candidates.append(newest)
     for path in candidates:
         try:
-            # What the run's own code registers is imported where models are
-            # built; figures can do without.
+            # Custom imports are only needed to build models, not for figures.
             return Config.fromfile(path, import_custom_modules=False)
         except Exception as error:
             run.remarks.append(f'{path} could not be read ({said_by(error)})')
@@ -287,7 +286,7 @@ def _read_scalars(run: Run) -> None:
                 _take_line(run, line)
     if broken:
         run.remarks.append(
-            f'{broken} line(s) of scalars.json are half written and left out'
+            f'{broken} line(s) of scalars.json are incomplete and ignored'
         )
     if not files:
         backends = (run.config or {}).get('vis_backends') or []
@@ -309,7 +308,7 @@ def _is_train(line: Mapping) -> bool:
 
 
 def _forget_repeated(run: Run, lines: Sequence[Any]) -> None:
-    """Drop what a resumed or repeated training did once more."""
+    """Drop values that a resumed or repeated training has logged again."""
     first = next(
         (x for x in lines if isinstance(x, dict) and _is_train(x)), None
     )
@@ -336,7 +335,7 @@ def _take_line(run: Run, line: Mapping) -> None:
     for key, value in line.items():
         if key == 'step' or not isinstance(value, (int, float)):
             continue
-        # COCO's way to say that there is no such object.
+        # COCO's value if there is no such object.
         if table is run.val and value == -1:
             continue
         if table is run.val and key in ('time', 'data_time'):
@@ -376,14 +375,14 @@ def _read_logs(run: Run) -> None:
 
 
 def _read_tests(run: Run) -> None:
-    """Metrics that a test wrote beside its log."""
+    """Metrics that a test wrote next to its log."""
     for file in sorted(run.folder.glob('*/*.json')):
         if file.stem != file.parent.name:
             continue
         try:
             found = json.loads(file.read_text())
         except ValueError:
-            run.remarks.append(f'{file} is no JSON and left out')
+            run.remarks.append(f'{file} is not JSON and is ignored')
             continue
         run.test |= {
             key: float(value)

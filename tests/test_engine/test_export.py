@@ -326,7 +326,7 @@ def test_detector__takes_its_connector_along(tmp_path, form):
         (
             'RetinaHead',
             dict(conv_cfg=dict(type='ConvWS')),
-            r'fpn_convs\.0 is a ConvWS2d, no plain convolution',
+            r'fpn_convs\.0 is a ConvWS2d, not a plain convolution',
         ),
     ],
     ids=[

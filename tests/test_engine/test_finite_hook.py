@@ -45,7 +45,7 @@ def test_hook__names_term_iteration_and_images_of_the_first_bad_step():
     with pytest.raises(UserError) as caught:
         feed(hook, 3, loss=NAN, loss_cls=NAN)
     text = str(caught.value)
-    assert 'in iteration 2 loss_era is nan (beside it loss_cls 1.5)' in text
+    assert 'in iteration 2 loss_era is nan (other terms: loss_cls 1.5)' in text
     assert 'x.png' in text
     assert 'y.png' in text
     assert 'a.png' not in text

@@ -1,6 +1,7 @@
 """The run's visualizer gets pictures and shares; the run stays as it is."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,33 @@ def test_hook__shares_are_those_of_the_losses(
     runner.model.eval()
     (expected,) = runner.model.compare(batch).values()
     torch.testing.assert_close(parts.shares.mean(dim=0), expected)
+
+
+def test_hook__of_several_ranks_the_first_works_alone(
+    coco, teacher_file, tmp_path
+):
+    """No rank waits for ever, and each ends as it does without the hook."""
+    worker = Path(__file__).with_name('vis_ddp_worker.py')
+    testing.run_ranks(worker, coco, teacher_file, str(tmp_path), timeout=600)
+    for rank in (0, 1):
+        seen, plain = (
+            torch.load(tmp_path / f'{name}_rank{rank}.pth')
+            for name in ('with', 'without')
+        )
+        assert seen.keys() == plain.keys()
+        for key, value in plain.items():
+            assert torch.equal(value, seen[key]), (rank, key)
+    # One picture for each image, level and look, from one rank.
+    pictures = sorted(p.name for p in (tmp_path / 'with').rglob('*.png'))
+    steps = {name.rpartition('_')[2] for name in pictures}
+    assert pictures == sorted(
+        f'residuals_image0_level{level}_{step}'
+        for level in (0, 1)
+        for step in steps
+    )
+    run = read_run(tmp_path / 'with')
+    series = run.levels['residuals/unexplained_e0_level0']
+    assert len(series) == len(steps) >= 2
 
 
 def test_hook__reaches_tensorboard(make_runner, teacher_file, tmp_path):

@@ -238,7 +238,7 @@ def test_margin_relu__by_hand():
     ('options', 'message'),
     [
         (dict(measure='l1'), r"'norm', 'partial', 'cosine'.*got 'l1'"),
-        (dict(explore_weight=-1), 'its sign already'),
+        (dict(explore_weight=-1), 'already has its sign'),
         (dict(measure='cosine', p=1), 'order of a norm'),
         (dict(p=0.5), 'order of a norm'),
     ],

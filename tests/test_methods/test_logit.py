@@ -234,7 +234,7 @@ def test_dml__each_student_hears_the_other_as_it_is_now(image_batch):
 @pytest.mark.parametrize(
     ('distiller', 'teacher', 'message'),
     [
-        (dict(label_weight=0.5), None, 'is about the head of a classifier'),
+        (dict(label_weight=0.5), None, 'is for the head of a classifier'),
         (dict(label_weight=-1), None, 'must not be negative'),
         (dict(logit=dict(kind='kl')), None, "set kind='dense'"),
         (dict(), detector_config(head='FCOSHead'), 'anchors'),

@@ -292,11 +292,14 @@ def test_norm__default_is_batch_norm_with_the_released_momentum(dims, kind):
         (dict(reduction='avg'), "'sum', 'mean'.*'avg'"),
         (dict(branch='wide'), "'released', 'bottleneck'.*'wide'"),
         (dict(branch='bottleneck', spatial_dims=0), 'for maps and sequences'),
-        (dict(branch_width=8), "`branch_width` is no option of 'released'"),
+        (
+            dict(branch_width=8),
+            "`branch_width` is not an option of 'released'",
+        ),
         *(
             (
                 dict(branch='bottleneck') | option,
-                f"`{next(iter(option))}` is no option of 'bottleneck'",
+                f"`{next(iter(option))}` is not an option of 'bottleneck'",
             )
             for option in (
                 dict(num_blocks=3),

@@ -102,7 +102,7 @@ def test_distiller__refuses(classifiers):
         classifiers(DISTILLER | dict(channels=[64, 64]), inherit=['head'])
     with pytest.raises(ValueError, match='two numbers'):
         classifiers(DISTILLER | dict(channels=[64]))
-    with pytest.raises(ValueError, match='the student a place for'):
+    with pytest.raises(ValueError, match='and the student needs'):
         classifiers(DISTILLER, student=classifier_config(num_classes=4))
 
 

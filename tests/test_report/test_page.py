@@ -11,7 +11,9 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from era_mm import testing
@@ -19,8 +21,10 @@ from era_mm.cli import run_report
 from era_mm.errors import UserError
 from era_mm.report import write_demo_report, write_report
 from era_mm.report.comparison import compare_runs
+from era_mm.report.models import build_students
 from era_mm.report.page import summarise, summary_table
 from era_mm.report.panel_parts import Found
+from era_mm.report.runs import Run
 from era_mm.testing.work_dirs import STUDENT, distilled, train_lines, write_run
 
 pytest.importorskip('plotly')
@@ -31,7 +35,10 @@ CHROMIUM = shutil.which('chromium')
 # Runs at the end of the page: what a reader would see and do.
 PROBE = """
 <script>
-setTimeout(() => {
+const pause = () => new Promise((done) => { setTimeout(done, 2000); });
+const widest = () => Math.max(...[...document.querySelectorAll('.canvas .main-svg')]
+  .map((svg) => svg.getBoundingClientRect().width));
+setTimeout(async () => {
   const table = document.querySelector('#runs table');
   const column = () => [...table.tBodies[0].rows].map((r) => r.cells[0].textContent);
   const before = column();
@@ -39,10 +46,18 @@ setTimeout(() => {
   button.click();
   const up = column();
   button.click();
+  const down = column();
+  const screen = widest();
+  window.dispatchEvent(new Event('beforeprint'));
+  await pause();
+  const paper = widest();
+  const grid = document.querySelector('.canvas').layout.xaxis.gridcolor;
+  window.dispatchEvent(new Event('afterprint'));
+  await pause();
   const out = document.createElement('pre');
   out.id = 'probe';
   out.textContent = JSON.stringify({
-    before, up, down: column(),
+    before, up, down, screen, paper, grid, again: widest(),
     sort: table.querySelector('thead th').getAttribute('aria-sort'),
     drawn: document.body.dataset.drawn,
     figures: [...document.querySelectorAll('.canvas')].map((c) => ({
@@ -279,6 +294,73 @@ def test_page__of_a_method_without_estimates(toy_runs, coco, tmp_path):
     assert 'teacher - student' in text or any('heat' in m for m in missing)
 
 
+def test_page__of_two_students_without_a_teacher(toy_runs, coco, tmp_path):
+    """IE-DML: a column for each student, and their features side by side."""
+    students = dict(
+        first=testing.detector_config(), second=testing.detector_config()
+    )
+    folder = train(
+        tmp_path / 'ie_dml',
+        dict(
+            type='era_mm.MutualDistillation',
+            students=students,
+            distiller=dict(type='era_mm.IEKDDistiller'),
+        ),
+        coco,
+        optim_wrapper=dict(
+            type='OptimWrapper',
+            constructor='era_mm.MutualOptimWrapperConstructor',
+            optimizer=dict(type='SGD', lr=0.01),
+        ),
+        custom_hooks=[dict(type='era_mm.ModesHook', modes=['second'])],
+    )
+    before = snapshot(folder)
+    out = write_report(
+        [folder, toy_runs / 'plain'], tmp_path / 'p.html', images=4
+    )
+    assert snapshot(folder) == before
+    text = out.read_text()
+    summary = in_page(text, 'summary-json')
+    assert summary['missing'] == []
+    rows = {row['model']: row for row in summary['rows']}
+    assert set(rows) == {'plain', 'ie_dml S', 'ie_dml second'}
+    # The three networks have one architecture, the metrics are their own.
+    assert len({row['parameters'] for row in rows.values()}) == 1
+    assert rows['ie_dml second']['val'] is not None
+    for title in ('ie_dml, first', 'ie_dml, second', 'ground truth'):
+        assert title in text
+    assert 'teacher' not in {row['role'] for row in summary['rows']}
+    # Two levels: the first student's features beside the second's.
+    assert text.count('second - first') >= 2
+    assert 'teacher - ' not in text
+
+
+def test_students__of_a_mutual_run_have_their_own_weights(coco, tmp_path):
+    students = dict(
+        first=testing.detector_config(),
+        second=testing.detector_config(width=12, channels=24),
+    )
+    config = dict(
+        type='era_mm.MutualDistillation',
+        students=students,
+        distiller=dict(type='era_mm.IEKDDistiller'),
+    )
+    model = MODELS.build(copy.deepcopy(config))
+    run = Run(
+        tmp_path,
+        Config(testing.run_config(config, coco, tmp_path)),
+        checkpoint=tmp_path / 'both.pth',
+    )
+    torch.save({'state_dict': model.state_dict()}, run.checkpoint)
+    built = build_students(run)
+    assert list(built) == ['first', 'second']
+    for name, student in built.items():
+        own = model.students[name].student.state_dict()
+        assert set(student.state_dict()) == set(own)
+        for key, value in student.state_dict().items():
+            assert torch.equal(value, own[key]), key
+
+
 def test_write_report__refuses_a_place_in_a_work_dir(toy_runs, tmp_path):
     with pytest.raises(UserError, match='nothing is written'):
         write_report([toy_runs / 'era'], toy_runs / 'era' / 'report.html')
@@ -371,8 +453,8 @@ def test_page__of_classifiers(classifiers, tmp_path):
     assert summary['metric'] == 'top-1'
     assert summary['missing'] == []
     assert 'truth: class' in text
-    assert 'Points of accuracy' in text
-    assert 'the share given to the right class' in text
+    assert 'Difference in accuracy' in text
+    assert 'the probability of the true class' in text
     assert 'what each branch adds' in text
 
 
@@ -416,6 +498,10 @@ def test_page__in_chromium(page, tmp_path, size):
     assert probe['up'] == sorted(probe['before'])
     assert probe['down'] == sorted(probe['before'], reverse=True)
     assert probe['sort'] == 'descending'
+    # On paper figures fit the page, in the colours of paper; then as before.
+    assert probe['paper'] <= 670
+    assert probe['grid'] == '#ddd'
+    assert probe['again'] == probe['screen']
     assert len(probe['figures']) >= 10
     for figure in probe['figures']:
         assert figure['traces'], figure

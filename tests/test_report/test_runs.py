@@ -104,7 +104,7 @@ def test_read_run__a_run_begun_anew_forgets_the_first(tmp_path):
             lambda f: (f / '20260101_000000/vis_data/scalars.json').write_text(
                 '{"lr": 1, "step": 1, "iter": 1, "epoch": 1}\n{"ls'
             ),
-            'half written',
+            'are incomplete',
         ),
     ],
 )
@@ -210,7 +210,9 @@ def test_compare_runs__says_what_is_not_alike(five):
         train=train_lines(40),
     )
     found = compare_runs([five / 'era_s1', longer])
-    assert any('era_s1 is 2 long' in remark for remark in found.remarks)
+    assert any(
+        'era_s1 was trained for 2' in remark for remark in found.remarks
+    )
     other = write_run(
         five / 'other',
         model="dict(type='FCOS')",
@@ -231,7 +233,9 @@ def test_compare_runs__alone_says_what_is_missing(five):
 
 def test_compare_runs__a_test_of_another_run_is_left_out(five):
     found = compare_runs(folders(five, 'era_s2', 'test_era'))
-    assert any('of none of the runs' in remark for remark in found.remarks)
+    assert any(
+        'belongs to none of the runs' in remark for remark in found.remarks
+    )
 
 
 def test_compare_runs__names_a_failed_seed(tmp_path):

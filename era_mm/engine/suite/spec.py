@@ -216,7 +216,7 @@ def _pair(name: str, entry: Any, where: str) -> Pair:
         may=('teacher', 'checkpoint', 'title', 'words'),
     )
     if entry.get('checkpoint') and not entry.get('teacher'):
-        raise UserError(f'{where}: expected `teacher` beside `checkpoint`.')
+        raise UserError(f'{where}: expected `teacher` with `checkpoint`.')
     return Pair(name=name, **entry)
 
 
@@ -243,7 +243,7 @@ def _method(
                 f'{where}: `part_of` names a method above it and sets the '
                 f"role 'part', but got part_of={whole!r} "
                 + (
-                    f'beside role={values["role"]!r}.'
+                    f'with role={values["role"]!r}.'
                     if 'role' in values
                     else f'after {", ".join(before) or "no method"}.'
                 )

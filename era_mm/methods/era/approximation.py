@@ -1,4 +1,4 @@
-"""The approximation of a batch: feature terms, and what estimates are made of.
+"""The approximation of a batch: feature terms and parts of the estimates.
 
 Legend: N batch, C_t channels of the teacher, L levels, B branches, * any
 spatial dimensions.
@@ -17,7 +17,7 @@ from .space import FeatureSpace
 
 
 class Parts(NamedTuple):
-    """What estimates are made of, in the space of the branches.
+    """The parts of the estimates, in the space of the branches.
 
     Args:
         aligned: u by level.
@@ -37,15 +37,16 @@ def approximate(
     detach: bool = False,
     learns: bool = True,
 ) -> tuple[dict[str, Tensor], Parts]:
-    """The feature terms of a batch, and what estimates are made of.
+    """The feature terms of a batch, and the parts of the estimates.
 
     Args:
         mbrnet: Aligns and branches.
-        terms: Weighs the errors.
+        terms: Weights the errors.
         maps: The student's features, L of ``(N, C_s, *)``.
-        targets: The teacher's, L of ``(N, C_t, *)``, in float32 at least.
-        detach: The branches see the student's features detached.
-        learns: A training step: the statistics of the space take it in.
+        targets: The teacher's, L of ``(N, C_t, *)``, in float32 or better.
+        detach: Detach the student's features for the branches.
+        learns: Whether this is a training step, which updates the statistics
+            of the space.
     """
     seen = [m.detach() for m in maps] if detach else maps
     aligned = [full_precision(u) for u in mbrnet.align(maps)]
@@ -94,7 +95,7 @@ def unexplained_shares(
     maps: Sequence[Tensor],
     targets: Sequence[Tensor],
 ) -> Tensor:
-    """Share of the teacher's variance that each estimate leaves, ``(B + 1,)``.
+    """Unexplained share of the variance for each estimate, ``(B + 1,)``.
 
     Args:
         mbrnet: Aligns and branches.

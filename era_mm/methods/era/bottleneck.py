@@ -22,16 +22,16 @@ def _layer(
 
 
 class BottleneckBranches(BaseModule):
-    """Branches that narrow, look around, and widen again.
+    """Bottleneck branches: 1x1, 3x3 and 1x1 convolutions.
 
         h_il = act(W1_il P_l)                    (N, w, *)
         d_il = W3_il act(W2_il * h_il)           W2 3x3, W3 1x1 from zero
 
-    The layers of the branches lie side by side in grouped convolutions: the
-    same numbers as separate modules with a fraction of the calls.
+    The branches are computed by grouped convolutions, which give the same
+    numbers as separate modules with a fraction of the calls.
 
-    Without norms by default: their statistics would differ from rank to rank
-    and need more than one value, which a small batch of 1x1 maps has not.
+    There are no norms by default: their statistics would differ between ranks
+    and need more than one value, which a small batch of 1x1 maps lacks.
 
     Source: ours; the shape of the block is ResNet's (arXiv 1512.03385).
 
@@ -41,7 +41,7 @@ class BottleneckBranches(BaseModule):
         num_branches: B.
         width: w. None: an eighth of the widest level, at least 8 and at most
             64.
-        norm_cfg: Norm behind the first two layers. None: none.
+        norm_cfg: Norm after the first two layers. None: no norm.
         act_cfg: Activation.
         spatial_dims: 1 for ``(N, C, L)``, 2 for maps.
     """

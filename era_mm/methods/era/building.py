@@ -12,10 +12,10 @@ LAYERS = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d}
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels, at every position by itself.
+    """LayerNorm over the channels, at every position separately.
 
-    PyTorch's normalises the last dimensions, which on ``(N, C, *)`` are not
-    the channels; mmpretrain's LN2d takes maps only.
+    PyTorch's normalises the last dimensions, which are not the channels of
+    ``(N, C, *)``; mmpretrain's LN2d only takes maps.
 
     Source: Ba et al., arXiv 1607.06450; channels first is [ours].
 

@@ -1,4 +1,4 @@
-"""What a distiller's estimates look like, to be seen rather than trained."""
+"""The parts of a distiller's estimates, for display."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,12 @@ class Decomposition:
 
     Args:
         teacher: The feature by level, ``(N, C_t, *)``; in the normalised
-            space where the distiller has one.
+            space if the distiller has one.
         estimates: e_0 ... e_n, each by level, in the same space.
-        shares: What each estimate leaves of the teacher's variance,
-            ``(levels, n + 1)``. In a normalised space as the losses have it;
-            else the squared error over the squared distance of the teacher's
-            feature to its mean over the batch.
+        shares: Unexplained share of the teacher's variance for each estimate,
+            ``(levels, n + 1)``. In a normalised space as in the losses;
+            otherwise the squared error divided by the squared distance of the
+            teacher's feature to its mean over the batch.
     """
 
     teacher: list[Tensor]
@@ -33,7 +33,7 @@ class Decomposition:
 def decompose(
     distiller: Any, *, student_feats: dict, teacher_feats: dict
 ) -> Decomposition | None:
-    """Take an ``ERADistiller``'s estimates of a batch apart.
+    """The parts of an ``ERADistiller``'s estimates for a batch.
 
     Source: ours.
 

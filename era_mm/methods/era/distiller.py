@@ -36,8 +36,8 @@ from .head_user import HeadUser
 from .losses import ERALoss
 from .mbrnet import MBRNet
 
-#: Iterations between two looks at the running shares, for which the ranks wait
-#: for each other, and how far the shares follow the batch that is looked at.
+#: Iterations between two updates of the running shares, which synchronise the
+#: ranks, and the weight of the new batch in an update.
 EXPLAINED_EVERY = 10
 EXPLAINED_RATE = 0.5
 
@@ -54,10 +54,10 @@ class ERADistiller(HeadUser):
           + terms on the student's own logits and boxes
 
     P and T are the features of student and teacher at ``source``, D a squared
-    distance, H what the teacher's frozen head says of an estimate. Added to
-    the student's own losses. With no arguments it is the best recipe known
-    for the pair: the 'normalised' form on feature maps, the 'released' one on
-    pooled vectors.
+    distance, H the loss of the teacher's frozen head on an estimate. L is
+    added to the student's own losses. Without arguments it is the best known
+    recipe for the pair: the 'normalised' form for feature maps, the
+    'released' form for pooled vectors.
 
     =============  =======================  ===============================
     form           'released'               'normalised'
@@ -75,32 +75,31 @@ class ERADistiller(HeadUser):
     w_i            1                        share explained by e_i, running
     =============  =======================  ===============================
 
-    Where something that is not asked for by name cannot be (a head that
-    cannot judge estimates, scores that cannot be compared), it is left out
-    with a message.
+    Defaults that are not possible for a pair (a head that cannot judge
+    estimates, scores that cannot be compared) are dropped with a message.
 
     Source: ERA, arXiv 2508.16050. The released form is the arithmetic of the
     [official code] on ``(N, C)`` features. On feature maps and with a
-    detector's heads both forms are [ours]: the authors' was never released.
-    DETR-like detectors get it without TWI: their heads read the queries of a
+    detector's heads both forms are [ours]: the authors have not released
+    theirs. DETR-like detectors get no TWI: their heads read the queries of a
     decoder.
 
     Args:
         source: Module whose output is approximated; see ``BaseDistiller``.
-        form: 'auto', 'released' or 'normalised': defaults of what follows.
+        form: 'auto', 'released' or 'normalised'; sets the other defaults.
         mbrnet: Arguments of ``MBRNet`` other than channels, levels and
             dimensions, which are inferred from a dry run.
         loss: Arguments of ``ERALoss``.
         twi_steps: Estimates that go through the teacher's head in training:
-            'all', 'last' (e_n alone, with the sum of all weights) or
-            'sampled' (one of them per iteration, drawn in proportion to its
-            weight and given the sum of all: the same expectation as 'all'
-            for the cost of one pass) or 'none' (no TWI). 'all' is [official
-            code]. 'auto': by the form; 'none' where the head cannot be used.
-        logit: Terms on the student's own logits and boxes: arguments
-            of ``LogitTerm`` (classifiers), ``DenseTerm`` or ``RoITerm``
-            (detectors), with which to choose by the ``kind``: 'kl', 'dist',
-            'dense', 'roi'. 'auto': by the teacher's head; None: nothing.
+            'all', 'last' (only e_n, with the sum of all weights), 'sampled'
+            (one estimate per iteration, drawn in proportion to its weight,
+            with the sum of all weights: the expectation of 'all' at the cost
+            of one pass) or 'none' (no TWI). 'all' is [official code]. 'auto':
+            by the form; 'none' if the head cannot be used.
+        logit: Terms on the student's own logits and boxes: arguments of
+            ``LogitTerm`` (classifiers), ``DenseTerm`` or ``RoITerm``
+            (detectors), with the ``kind``: 'kl', 'dist', 'dense', 'roi'.
+            'auto': by the teacher's head; None: no such terms.
         twi_targets: What the teacher's head compares estimates with:
             'labels', the ground truth, in classifiers by the student's own
             loss with its smoothing and its weight [official code]; 'teacher',
@@ -109,26 +108,27 @@ class ERADistiller(HeadUser):
             'auto': by the form; in the normalised one 'both' for two-stage
             detectors, whose RPN is judged by labels alone; 'labels' without a
             ``logit`` term.
-        twi_interval: TWI takes part in every so many iterations, with so many
-            times its weight: the same expectation, for less time. [ours].
-        detach: Keep the branches' losses from the student: they see its
-            feature detached. False is what the published script uses.
-        alpha: Share of the teacher's head in mode ST, in [0, 1]. 0.5 is
-            [inference]: which value the paper calls ST is unknown.
-        twi_place: Where the teacher's head takes over: 'head' (all of it, on
-            estimates of its input); or 'predictors' (its last layers alone,
-            on estimates of its two towers' outputs; the sources are then
-            inferred, dense heads only). Both [ours]; in a linear classifier
-            they would be the same.
+        twi_interval: Iterations between two uses of TWI, whose weight is
+            multiplied by this number: the same expectation in less time.
+            [ours].
+        detach: Detach the student's feature for the branches, so that their
+            losses do not reach it. False is used by the published script.
+        alpha: Weight of the teacher's head in mode ST, in [0, 1]. 0.5 is
+            [inference]: the paper's value for ST is unknown.
+        twi_place: The part of the teacher's head that is used: 'head' (all of
+            it, on estimates of its input); or 'predictors' (only its last
+            layers, on estimates of its two towers' outputs; the sources are
+            then inferred, dense heads only). Both [ours]; for a linear
+            classifier they would be the same.
         teacher: Name of the teacher.
         schedules: See ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Another number of levels, other map sizes; what was asked
-            for by name and cannot be: a head that TWI cannot use, a student
-            without proposals for the teacher's RoI head, logits that cannot
-            be compared.
+        ValueError: Different numbers of levels or map sizes; or a setting
+            that is not possible for the pair: a head that TWI cannot use, a
+            student without proposals for the teacher's RoI head, logits that
+            cannot be compared.
     """
 
     def __init__(
@@ -197,10 +197,10 @@ class ERADistiller(HeadUser):
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
-        """ERA with TWI where the teacher's head can be reused.
+        """ERA, with TWI if the teacher's head can be reused.
 
-        With it every level of the teacher gets an estimate. Classifiers get
-        layer norms where the teacher's backbone has them, as the [official
+        With TWI every level of the teacher gets an estimate. Classifiers get
+        layer norms if the teacher's backbone has them, as in the [official
         code] for Swin. All else are the defaults for the pair.
         """
         reason = cls.why_no_twi(pair)
@@ -251,7 +251,7 @@ class ERADistiller(HeadUser):
     def _maps(
         self, feats: Features, sources: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
-        """The features of some sources in a row, channels in dimension 1."""
+        """The features of some sources, with channels in dimension 1."""
         maps = tuple(levels_of(feats, sources))
         # Encoders of DETR-like detectors give (N, L, C).
         return tuple(m.mT for m in maps) if self._tokens else maps
@@ -264,7 +264,7 @@ class ERADistiller(HeadUser):
         student_feats: Features,
         teacher_feats: Features,
     ) -> None:
-        """Build MBRNet for the pair's channels and try the head out."""
+        """Build MBRNet for the pair's channels and test the head."""
         assert teacher is not None
         self._tokens = is_query_based(teacher) and all(
             feat.dim() == 3
@@ -364,14 +364,14 @@ class ERADistiller(HeadUser):
     ) -> dict[str, Tensor]:
         """``loss_era_align``, ``_residual``, ``_logit``, ``_box``, ``_twi_*``.
 
-        Those of the head only where they are on.
+        Those of the head only if they are active.
 
         Args:
             student_feats: Features by source.
-            teacher_feats: T, what is approximated.
+            teacher_feats: T, the features to approximate.
             data_samples: Ground truth.
-            own_feats: The teacher's own features, where T is made of them
-                (SoKD): what its head says is said of these.
+            own_feats: The teacher's own features, if T is derived from them
+                (SoKD); its head is applied to these.
         """
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
@@ -420,7 +420,7 @@ class ERADistiller(HeadUser):
         return losses
 
     def _explain(self, losses: dict[str, Tensor]) -> None:
-        """Take a batch into the running shares that weigh TWI."""
+        """Update the running shares that weight TWI."""
         shares = shares_in(losses)
         all_reduce(shares, 'mean')
         self.explained.lerp_((1 - shares).clamp(0, 1), EXPLAINED_RATE)
@@ -465,9 +465,9 @@ class ERADistiller(HeadUser):
     def compare(
         self, *, student_feats: Features, teacher_feats: Features
     ) -> Tensor | None:
-        """Share of the teacher's variance that each estimate leaves.
+        """Unexplained share of the teacher's variance for each estimate.
 
-        None without a normalised space, or before anything was measured.
+        None without a normalised space, or before its statistics exist.
         """
         space = self.mbrnet.space
         if space is None or not int(space.first_batches.seen):
@@ -485,11 +485,11 @@ class ERADistiller(HeadUser):
         student_feats: Features,
         teacher_feats: Features,
     ) -> float | None:
-        """Of the branches, and of what the teacher's head judges.
+        """FLOPs of the branches and of the teacher's head.
 
-        Passes through the frozen head have no weights to find gradients for:
-        two forward passes each, and one for the teacher's own feature. A RoI
-        head's regions are not counted.
+        The frozen head needs no gradients for weights: a pass counts as two
+        forward passes, and one more for the teacher's own feature. The
+        regions of a RoI head are not counted.
         """
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
@@ -507,7 +507,7 @@ class ERADistiller(HeadUser):
         return total
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the two feature terms, the head's terms and the student's."""
+        """Weights of the feature terms, TWI, and the student's own head."""
         weights = {
             'loss_era_align': self.loss_terms.align_weight,
             'loss_era_residual': self.loss_terms.residual_weight,
@@ -522,21 +522,21 @@ class ERADistiller(HeadUser):
         return weights
 
     def is_complete(self, step: int) -> bool:
-        """Not in the iterations that TWI leaves out."""
+        """False in iterations without TWI."""
         return self.twi_steps == 'none' or step % self.twi_interval == 0
 
     # -- inference ---------------------------------------------------------
 
     @property
     def predict_sources(self) -> tuple[str, ...]:
-        """The features alone: no logits, no proposals."""
+        """Only the features: no logits, no proposals."""
         return self.feature_sources
 
     def inference_modes(self) -> tuple[str, ...]:
         """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'.
 
-        None where the teacher's head cannot be used, predicts less than the
-        student's or other classes, and no 'ST' where the student's cannot be
+        None if the teacher's head cannot be used, predicts less than the
+        student's or knows other classes; no 'ST' if the student's cannot be
         used.
         """
         if self.twi_head is None or self._lacks_masks:

@@ -1,8 +1,8 @@
 """E0 and T as ordinary host models.
 
-What is exported is the teacher's model with the student's backbone and neck
-in it, and between neck and head what makes the estimate: all of ``MBRNet``
-for T, the align layer alone for E0.
+The exported model is the teacher's with the student's backbone and neck.
+Between neck and head are the layers that make the estimate: all of ``MBRNet``
+for T, only the align layer for E0.
 
 Legend: C_s and C_t channels of student and teacher, L levels.
 """
@@ -60,16 +60,15 @@ def export_estimate(
     Args:
         mbrnet: The trained aligns and branches.
         mode: 'E0' or 'T'.
-        mbrnet_cfg: The arguments of ``mbrnet`` that its features do not tell.
-        source: What of the student is approximated.
-        connections: What stands between it and ``mbrnet``.
+        mbrnet_cfg: The arguments of ``mbrnet`` that features do not define.
+        source: Source of the student that is used.
+        connections: Resampling between the source and ``mbrnet``.
         student: The student, in eval mode.
         teacher: The teacher with its weights.
-        inputs: Images on which the result is compared with what it has to
-            be, ``(N, 3, H, W)``.
-        keep_align: For E0: leave the align layer as a stock layer behind the
+        inputs: Images on which the result is checked, ``(N, 3, H, W)``.
+        keep_align: For E0: keep the align layer as a stock layer after the
             neck (``mmdet.ChannelMapper`` of 1x1 convolutions, or
-            ``mmpretrain.LinearNeck``), also where it cannot be folded.
+            ``mmpretrain.LinearNeck``), also if it cannot be folded.
 
     Raises:
         UserError: The align layer cannot be folded, the source is not what
@@ -168,7 +167,7 @@ def _neck_stages(
             'An exported head reads the output of '
             f'{feeds_head!r}, but the distiller approximates '
             f'{source!r}. Only `source={feeds_head!r}` can '
-            'be exported; S can be in any case.'
+            'be exported; S can always be exported.'
         )
     if neck is None:
         return []
@@ -245,7 +244,7 @@ def _align_stage(
 
 
 def fold_into_head(head: nn.Module, align: nn.Linear) -> dict[str, Tensor]:
-    """Weights of a linear classifier on what comes before the align layer.
+    """Weights of a linear classifier with the align layer folded in.
 
         W' = W_h U        b' = W_h c + b_h
 
@@ -265,7 +264,7 @@ def fold_into_head(head: nn.Module, align: nn.Linear) -> dict[str, Tensor]:
         raise _cannot_fold(
             "the teacher's head",
             f'it is a {type(head).__name__}, and only LinearClsHead is known '
-            'to begin with its one linear layer',
+            'to begin with its only linear layer',
         )
     weight = head.fc.weight.double()
     bias = weight @ align.bias.double() + head.fc.bias.double()
@@ -276,7 +275,7 @@ def fold_into_head(head: nn.Module, align: nn.Linear) -> dict[str, Tensor]:
 def fold_into_neck(
     neck: nn.Module, aligns: Sequence[nn.Module]
 ) -> dict[str, Tensor]:
-    """Weights of an FPN that outputs ``U_l P_l + c_l`` in place of ``P_l``.
+    """Weights of an FPN that outputs ``U_l P_l + c_l`` instead of ``P_l``.
 
         W_l' = U_l W_l        b_l' = U_l b_l + c_l
 
@@ -352,7 +351,7 @@ def _why_not_foldable(
             return f'an activation follows {name} (`act_cfg`)'
         if type(module.conv) is not nn.Conv2d:
             kind = type(module.conv).__name__
-            return f'{name} is a {kind}, no plain convolution'
+            return f'{name} is a {kind}, not a plain convolution'
         if module.with_norm and not (
             isinstance(module.norm, _BatchNorm)
             and module.norm.affine
@@ -390,8 +389,8 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
 def _cannot_fold(place: str, reason: str) -> UserError:
     return UserError(
         f'E0: the align layer cannot be folded into {place}: {reason}. Add '
-        '--keep-align: it then stays, exact and small, as a stock layer '
-        'behind the neck.'
+        '--keep-align: it is then kept, exact and small, as a stock layer '
+        'after the neck.'
     )
 
 
@@ -406,11 +405,11 @@ def _compare(
     head: nn.Module | None,
     inputs: Tensor,
 ) -> None:
-    """Refuse a result that is not the estimate it should be.
+    """Refuse an export whose output differs from the estimate.
 
-    Hosts have detectors with an ``extract_feat`` of their own and necks that
-    derive from others; what is said about them above is tried out here. In
-    double precision, so that only the rounding of folded weights is left.
+    Some detectors of the hosts have their own ``extract_feat``, and some
+    necks derive from others, so the assumptions above are tested here. Double
+    precision leaves only the rounding of folded weights.
     """
 
     def double(part: Any) -> Any:
@@ -430,7 +429,7 @@ def _compare(
         ):
             raise UserError(
                 f'{mode} cannot be exported: at level {level} the exported '
-                f'{type(module).__name__} does not compute what the '
-                f'{type(plain).__name__} with MBRNet does. One of the two '
+                f'{type(module).__name__} does not compute the same as the '
+                f'{type(plain).__name__} with MBRNet. One of the two '
                 'does more between backbone and head than its config says.'
             )

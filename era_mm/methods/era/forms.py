@@ -1,4 +1,4 @@
-"""What each form of ERA sets where the config does not."""
+"""The defaults of each form of ERA."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,14 +7,14 @@ from .mbrnet import MBRNet
 
 
 class Settings(NamedTuple):
-    """A form's settings, the config's own among them.
+    """A form's settings, including those of the config.
 
     Args:
         form: 'released' or 'normalised'.
         mbrnet: Arguments of ``MBRNet``.
         loss: Arguments of ``ERALoss``.
-        twi_steps: Which estimates the teacher's head judges.
-        twi_targets: What it compares them with.
+        twi_steps: The estimates that the teacher's head judges.
+        twi_targets: The targets that it compares with.
     """
 
     form: str

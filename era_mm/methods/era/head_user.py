@@ -1,4 +1,4 @@
-"""What a distiller uses of the teacher's head, and when it goes without."""
+"""Finds the usable head of the teacher, or the reason to go without it."""
 
 import logging
 from collections.abc import Mapping
@@ -28,10 +28,11 @@ from ...heads import (
 
 
 class HeadUser(BaseDistiller):
-    """Finds the teacher's head and tries it out before the first step.
+    """Finds the teacher's head and tests it before the first step.
 
-    What cannot be is left out with a message, or refused where the config
-    asks for it by name. ``ERADistiller`` says what the arguments mean.
+    Settings that are not possible are dropped with a message if they are
+    defaults, and refused if the config sets them. ``ERADistiller`` describes
+    the arguments.
 
     Source: ours.
     """
@@ -96,7 +97,7 @@ class HeadUser(BaseDistiller):
 
     @staticmethod
     def why_no_twi(pair: MeasuredPair) -> str | None:
-        """Why the teacher's head cannot judge estimates of a pair, if so."""
+        """The reason why the teacher's head cannot judge, or None."""
         student, teacher = pair.student, pair.teacher
         reason = why_not_reused(student.model, teacher.model)
         if reason is not None:
@@ -112,7 +113,7 @@ class HeadUser(BaseDistiller):
         return problem and f'{type(head.head).__name__}: {problem}'
 
     def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Find the teacher's head, and how the student's goes with it."""
+        """Find the teacher's head, and how to blend the student's with it."""
         head = find_head(teacher, self.twi_place)
         reason = why_not_comparable(student, teacher)
         if reason is None and head is None:
@@ -229,7 +230,7 @@ class HeadUser(BaseDistiller):
         self.left_predictions = True
 
     def _leave_head(self, reason: str) -> None:
-        """Go on without the teacher's head, where that was not asked for."""
+        """Go on without the teacher's head, unless the config sets it."""
         if self._asks_for_logit:
             raise ValueError(
                 f'`logit` cannot be distilled: {reason}. Remove `logit`.'
@@ -248,7 +249,7 @@ class HeadUser(BaseDistiller):
         self._leave_logit()
 
     def _choose_logit(self, student: nn.Module) -> None:
-        """The term on the student's own head that its kind needs."""
+        """The term for the student's own head."""
         if self._logit_cfg is None or self.twi_head is None:
             return
         if (
@@ -269,9 +270,9 @@ class HeadUser(BaseDistiller):
             print_log(
                 "logit=dict(kind='binary') of ERADistiller is now kind="
                 "'dense': `weight` (default 1) is in units of the teacher's "
-                'own scores, boxes are distilled beside them (`box_weight`), '
+                'own scores, boxes are also distilled (`box_weight`), '
                 'and `temperature` and `source` have no effect. '
-                "'binary' goes with the next version.",
+                "'binary' will be removed in the next version.",
                 logger='current',
                 level=logging.WARNING,
             )
@@ -288,7 +289,7 @@ class HeadUser(BaseDistiller):
             self._drop_logit(f'{type(student).__name__} has no {lacking[0]!r}')
 
     def _drop_logit(self, reason: str) -> None:
-        """Go on without the term, where that was not asked for."""
+        """Go on without the term, unless the config sets it."""
         if self._asks_for_logit:
             raise ValueError(
                 f'`logit` cannot be distilled: {reason}. Remove `logit`, or '
@@ -306,7 +307,8 @@ class HeadUser(BaseDistiller):
         if self._asks_for_targets and self.twi_steps != 'none':
             raise ValueError(
                 f'`twi_targets={self.twi_targets!r}` needs the `logit` term, '
-                "which this pair cannot have. Set twi_targets='labels'."
+                'which is not possible for this pair. Set '
+                "twi_targets='labels'."
             )
         self.twi_targets = 'labels'
 
@@ -360,7 +362,7 @@ class HeadUser(BaseDistiller):
         student_feats: Features,
         teacher_maps: tuple[Tensor, ...],
     ) -> str | None:
-        """Why the term cannot compare this pair, if so."""
+        """The reason why the term cannot compare this pair, or None."""
         assert self.logit is not None
         try:
             reason = self.logit.prepare(

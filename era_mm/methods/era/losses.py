@@ -29,9 +29,9 @@ def estimates_of(
         e_i = e_(i-1) + d_i                        'sum'
             = u + 1/i * (d_1 + ... + d_i)          'mean'
 
-    Source: ERA [official code]. Training is 'sum' always; 'mean' is its
-    second form of e_n at inference, and has no training loss that matches.
-    The mean before the last branch is [ours].
+    Source: ERA [official code]. Training always uses 'sum'; 'mean' is its
+    second form of e_n at inference, without a matching training loss. The
+    mean of the first i < n branches is [ours].
 
     Returns:
         B + 1 tensors e_0 ... e_n.
@@ -51,13 +51,13 @@ def estimates_of(
 def residual_targets(
     *, estimates: Sequence[Tensor], teacher_feat: Tensor
 ) -> list[Tensor]:
-    """What each branch has to add, a constant.
+    """Targets of the branches, which are constants.
 
         r_i = sg(f_t - e_(i-1))                    i = 1..n
 
-    Stop-gradient makes branch i correct the frozen sum of the branches before
-    it, so that MSE(d_i, r_i) has the value of MSE(e_i, f_t) but its gradient
-    reaches branch i alone.
+    With the stop-gradient, branch i corrects the constant sum of the branches
+    before it: MSE(d_i, r_i) has the value of MSE(e_i, f_t), but its gradient
+    reaches only branch i.
 
     Source: ERA [official code].
 
@@ -74,7 +74,7 @@ def _mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _error(prediction: Tensor, target: Tensor) -> Tensor:
-    """The difference, in float32 at least."""
+    """The difference, in float32 or better."""
     prediction = full_precision(prediction)
     return prediction - target.to(prediction.dtype)
 
@@ -82,8 +82,8 @@ def _error(prediction: Tensor, target: Tensor) -> Tensor:
 class _StepErrors(torch.autograd.Function):
     """See :func:`step_errors`.
 
-    Keeps its inputs, which live anyway, and finds the differences anew for
-    the gradients: a map of each estimate would be kept otherwise.
+    It keeps its inputs, which exist anyway, and recomputes the differences in
+    the backward pass; otherwise a map of each estimate would be kept.
     """
 
     @staticmethod
@@ -114,7 +114,7 @@ class _StepErrors(torch.autograd.Function):
         return (
             of_first.to(aligned.dtype),
             of_later,
-            # SoKD learns to refine the teacher's feature.
+            # SoKD is trained to refine the teacher's feature.
             -of_first.to(target.dtype) if ctx.needs_input_grad[2] else None,
         )
 
@@ -122,13 +122,13 @@ class _StepErrors(torch.autograd.Function):
 def step_errors(
     *, aligned: Tensor, residuals: Tensor, target: Tensor
 ) -> Tensor:
-    """How far each estimate of a level is from the target.
+    """The squared error of each estimate of a level.
 
         MSE(e_0, t), MSE(d_1, r_1), ..., MSE(d_n, r_n)
         r_i = sg(t - e_(i-1))
 
     In value all are MSE(e_i, t); the gradient of the first reaches u and t
-    alone, that of the others d_i alone. In float32 at least.
+    alone, that of the others d_i alone. In float32 or better.
 
     Source: ERA [official code] for the targets; in one function is ours.
 
@@ -142,7 +142,7 @@ def step_errors(
 
 @explain_unknown_keys
 class ERALoss(nn.Module):
-    """ERA's losses; head losses come in from outside.
+    """ERA's losses; the losses of the head are passed in.
 
         loss_era_align    = align_weight * sum_l MSE(u_l, f_tl)
         loss_era_residual = residual_weight / n
@@ -150,7 +150,7 @@ class ERALoss(nn.Module):
         loss_era_twi_*    = twi_weight * sum_k w_k * head_loss_k
         w_0 = 1 (0 without twi_on_aligned),  w_i = s_i / n
 
-    MSE is the mean over batch, channels and positions, in float32 at least.
+    MSE is the mean over batch, channels and positions, in float32 or better.
     The divisor is n, not the sum of the scales. In a normalised space the
     sums over levels are weighted means: shares of the teacher's variance.
 
@@ -164,12 +164,12 @@ class ERALoss(nn.Module):
         twi_weight: Weight of the teacher head's losses.
         scales: s_i, one per branch, or one number for all of them. None:
             0.5 ** (i - 1).
-        twi_on_aligned: The teacher's head judges e_0 = u too, not only what
-            the branches add to it: [official code], its option featcls, which
-            its script sets.
-        twi_scales: w_k, one per estimate e_0 ... e_n, in place of those above
-            [ours]. Two numbers are those of the first and of the last
-            estimate, with 0 between.
+        twi_on_aligned: The teacher's head also judges e_0 = u, the estimate
+            without branches: [official code], its option featcls, which its
+            script sets.
+        twi_scales: w_k, one per estimate e_0 ... e_n, instead of those above
+            [ours]. Two numbers are for the first and the last estimate, with
+            0 for the others.
     """
 
     def __init__(
@@ -193,8 +193,8 @@ class ERALoss(nn.Module):
         """s_i / n for each branch.
 
         Raises:
-            ValueError: Another number of scales than branches, or a
-                negative one.
+            ValueError: The number of scales is not that of the branches, or
+                one is negative.
         """
         scales = self.scales
         if scales is None:
@@ -212,8 +212,8 @@ class ERALoss(nn.Module):
         """Weights w_k of the head's losses on e_0 ... e_n.
 
         Raises:
-            ValueError: ``twi_scales`` of another number, a negative one, or
-                nothing but zeros.
+            ValueError: The number of ``twi_scales`` is wrong, one is
+                negative, or all are zero.
         """
         if self.twi_scales is not None:
             scales = list(self.twi_scales)
@@ -236,19 +236,19 @@ class ERALoss(nn.Module):
     def judged(
         self, num_branches: int, steps: str, seed: int
     ) -> dict[int, float]:
-        """The estimates that the head judges in an iteration; their weights.
+        """The estimates that the head judges in an iteration, with weights.
 
         Args:
             num_branches: n.
             steps: 'all', 'last' or 'sampled': see ``ERADistiller``.
-            seed: Of this iteration's draw.
+            seed: Seed of this iteration's draw.
         """
         weights = self.step_weights(num_branches)
         if steps == 'all':
             return {k: weight for k, weight in enumerate(weights) if weight}
         index = num_branches
         if steps == 'sampled':
-            # Its own generator: the run's own draws must not shift.
+            # Its own generator, so that the run's random state is unchanged.
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.multinomial(
                 torch.tensor(weights), 1, generator=generator
@@ -273,9 +273,8 @@ class ERALoss(nn.Module):
             teacher_feats: f_t by level.
 
         Returns:
-            The two losses, and ``era_mse_e0`` ... ``era_mse_en``: how far
-            each estimate is from the teacher, summed over levels, for the
-            log.
+            The two losses, and for the log ``era_mse_e0`` ... ``era_mse_en``:
+            the error of each estimate, summed over levels.
         """
         errors = [
             sum(
@@ -297,9 +296,9 @@ class ERALoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Feature losses of a batch in a normalised space.
 
-        An error is the share of the teacher's variance that is left: 0 where
-        all are equal, 1 where every estimate is the mean. A level whose
-        variance is not known yet counts as 1, without gradient.
+        An error is the unexplained share of the teacher's variance: 0 if the
+        estimate is exact, 1 if it is the mean. A level whose variance is not
+        known yet counts as 1, without gradient.
 
         Source: ours.
 
@@ -307,8 +306,8 @@ class ERALoss(nn.Module):
             aligned: u by level.
             residuals: d by level, ``(N, B, C_t, *)``.
             targets: The teacher's feature by level.
-            share_weights: Weights of the levels, as the space has them; 0:
-                the level's variance is not known.
+            share_weights: Weights of the levels, from the space; 0: the
+                level's variance is not known.
 
         Returns:
             The two losses, and ``era_unexplained_e0`` ...

@@ -1,4 +1,4 @@
-"""MBRNet: several branches that approximate what a feature still lacks.
+"""MBRNet: branches that approximate the residual of a feature.
 
 Legend: N batch, C_s and C_t channels of student and teacher, L levels,
 B branches, * any spatial dimensions.
@@ -29,7 +29,7 @@ from .space import FeatureSpace
 def _scale(
     layer: nn.Module, factor: Tensor, shift: Tensor | float = 0.0
 ) -> None:
-    """Make a layer give ``factor * y + shift`` by output channel."""
+    """Change a layer's output to ``factor * y + shift``, per channel."""
     weight = layer.weight.double()
     shape = (-1, *(1,) * (weight.dim() - 1))
     layer.weight.copy_(factor.double().view(shape) * weight)
@@ -49,69 +49,70 @@ class MBRNet(BaseModule):
              = h_(i-1)l,  x_1l = P_l             'serial'
              = P_l + sum_(j<i) h_jl              'accumulated'
 
-    The projection is there only where the channels differ. Used as an
-    ordinary neck of a host model it gives the final estimate of the teacher's
-    features, so a detector with ``neck=[FPN, MBRNet]`` and the teacher's head
-    is the T mode as a stock model.
+    There is a projection only if the channels differ. As an ordinary neck of
+    a host model it outputs the final estimate of the teacher's features, so a
+    detector with ``neck=[FPN, MBRNet]`` and the teacher's head is mode T as a
+    stock model.
 
     Source: ERA, arXiv 2508.16050. Structure, ``num_branches=4`` (its ImageNet
     script), ``num_blocks=2``, parallel branches with a projection each and
     the norm's momentum 0.01 are [official code], where features are vectors;
-    its convolutional block is present there and unused. Levels are [ours].
+    its convolutional block exists there but is not used. Levels are [ours].
 
     Args:
         in_channels: C_s, one number or one per level.
-        out_channels: C_t, likewise.
+        out_channels: C_t, one number or one per level.
         num_levels: Number of levels L.
         spatial_dims: 0 for vectors ``(N, C)``, 1 for ``(N, C, L)``, 2 for
             maps.
         num_branches: Number of branches.
         num_blocks: Blocks per branch.
-        topology: What a branch sees: 'parallel', the student's feature
-            [official code, its default]; 'accumulated', that plus what the
-            branches before output [official code, its isAccuX]; 'serial',
-            what the branch before output [official code, there but not
-            wired]. In the last two a branch's losses reach the branches
-            before it as well.
+        topology: Input of a branch: 'parallel', the student's feature
+            [official code, its default]; 'accumulated', the student's feature
+            plus the outputs of all previous branches [official code, its
+            isAccuX]; 'serial', the output of the previous branch [official
+            code, there but not wired]. With the last two a branch's losses
+            also reach the previous branches.
         share_projection: One projection for all branches of a level instead
             of one each [official code, its is_multi_fc=0].
-        reduction: How forward adds up the residuals: 'sum' [official code,
-            its default], which is what training does; or 'mean' [official
-            code, its final_out_type=avg].
-        share_levels: Levels share the layers of the branches. The norms stay
-            one per level: shared statistics normalise a level by itself in
-            training and by the mixture of levels at test.
+        reduction: How forward combines the residuals: 'sum' [official code,
+            its default], as in training; or 'mean' [official code, its
+            final_out_type=avg].
+        share_levels: Levels share the layers of the branches. Each level
+            keeps its own norms: with shared statistics a level would be
+            normalised separately in training but by the mixture of all levels
+            at test.
         norm_cfg: Norm of the blocks: 'BN', 'SyncBN', 'GN' or any other that
             mmcv builds, and 'LN', here over the channels at every position.
-            None: BN with momentum 0.01; a dict of one's own starts from the
-            layer's own defaults.
+            None: BN with momentum 0.01; a given dict starts from the layer's
+            own defaults.
         act_cfg: Activation between the blocks, any that mmcv builds, and
             'Mish'. None: ReLU. [official code] offers ReLU, GELU, Mish, PReLU
-            and LeakyReLU (whose slope is 0.2 here, too).
-        group_width: How many channels a convolution of a block mixes at most;
-            wider features are convolved in groups. None: all. [ours], for
+            and LeakyReLU (with slope 0.2, as here).
+        group_width: Maximum number of channels in a group of a convolution;
+            wider features are convolved in groups. None: no limit. [ours], for
             detectors without a neck: on a ResNet-50's own maps the branches
             have 401 million weights without it and 71 million with 256.
         branch: 'released' branches, or 'bottleneck' ones [ours], for maps and
             sequences: see ``BottleneckBranches``. These have no norm unless
-            ``norm_cfg`` says so, and none of the options ``num_blocks``,
+            ``norm_cfg`` is set, and none of the options ``num_blocks``,
             ``topology``, ``share_projection``, ``share_levels``,
             ``group_width`` and ``zero_init``.
         branch_width: Channels within a bottleneck branch. None: an eighth of
             the widest level's, at least 8 and at most 64.
-        zero_init: Residuals start at zero: the closing norm's weight does.
-            Bottleneck branches always start so. [ours].
+        zero_init: Residuals start at zero, by the weight of the last norm.
+            Bottleneck branches always do. [ours].
         normalize: Align layers and branches work in the teacher's normalised
             space, and estimates are mapped back: see ``FeatureSpace``. [ours].
-        num_batches: Batches that its statistics are measured on.
+        num_batches: Number of batches for its statistics.
         init_cfg: As in mmengine.
 
     Raises:
         ValueError: Channel lists that do not fit the levels, counts below 1,
             groups or bottlenecks of vectors, shared levels of different
             width, an unknown topology, reduction or branch, GN without its
-            groups, options of the other kind of branch, a normalised space
-            with branches that read one another.
+            groups, options of the other kind of branch, or a normalised space
+            with branches that read each other.
     """
 
     TOPOLOGIES = ('parallel', 'serial', 'accumulated')
@@ -127,7 +128,7 @@ class MBRNet(BaseModule):
             'zero_init',
         )
     )
-    #: Options of the normalised space, which a folded one has no use for.
+    #: Options of the normalised space, which a folded net does not need.
     SPACE_OPTIONS = frozenset(('normalize', 'num_batches'))
 
     def __init__(
@@ -201,8 +202,8 @@ class MBRNet(BaseModule):
         foreign = [name for name, is_given in others.items() if is_given]
         if foreign:
             raise ValueError(
-                f'`{foreign[0]}` is no option of {branch!r} branches. Remove '
-                'it, or set the other `branch`.'
+                f'`{foreign[0]}` is not an option of {branch!r} branches. '
+                'Remove it, or set the other `branch`.'
             )
         if normalize and topology != 'parallel':
             # The scale of a residual would reach the branches that read it.
@@ -268,7 +269,7 @@ class MBRNet(BaseModule):
             )
             return
         norm_cfg = norm_cfg or dict(type='BN', momentum=0.01)
-        # What the levels have of their own, or one for all of them.
+        # One set per level, or one for all levels.
         branch_pairs = pairs[:1] if share_levels else pairs
         self.levels = nn.ModuleList(
             nn.ModuleList(
@@ -300,14 +301,14 @@ class MBRNet(BaseModule):
             for norm in branch.norms[-1]
         ):
             raise ValueError(
-                '`normalize` and `zero_init` need a norm with weights behind '
+                '`normalize` and `zero_init` need a norm with weights after '
                 f'the last block, but got {norm_cfg}.'
             )
 
     def init_weights(self) -> None:
         """Initialise branches and shared projections as the released code.
 
-        mmengine asks direct children only, and these sit in lists.
+        mmengine initialises direct children only, and these are in lists.
         """
         super().init_weights()
         if self.branch == 'bottleneck':
@@ -422,11 +423,12 @@ class MBRNet(BaseModule):
         return tuple(self.estimates(feats)[-1])
 
     def folded(self) -> 'MBRNet':
-        """The same estimates without a space of their own.
+        """A net with the same estimates but without normalised space.
 
-        A copy whose align layers and last layers of the branches give the
+        In this copy, align layers and last layers of the branches output the
         teacher's scale: ``std * (W x + b) + mean`` is
-        ``(std W) x + (std b + mean)``. Levels of another scale share nothing.
+        ``(std W) x + (std b + mean)``. Levels of different scales cannot share
+        layers.
         """
         net = copy.deepcopy(self)
         space, net.space = net.space, None
@@ -455,7 +457,7 @@ class MBRNet(BaseModule):
         return net
 
     def _unshare_levels(self) -> None:
-        """Give every level layers of its own, as they are."""
+        """Give every level its own copy of the layers."""
         self.share_levels = False
         (shared,), (projection,) = self.levels, self.projections
         self.levels, self.projections = nn.ModuleList(), nn.ModuleList()

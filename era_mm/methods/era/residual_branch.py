@@ -9,14 +9,14 @@ from .building import LAYERS, build_activation, build_norm
 def projection(
     in_channels: int, out_channels: int, spatial_dims: int
 ) -> nn.Module:
-    """A 1x1 convolution, or a linear layer of vectors."""
+    """A 1x1 convolution, or a linear layer for vectors."""
     if spatial_dims == 0:
         return nn.Linear(in_channels, out_channels)
     return LAYERS[spatial_dims](in_channels, out_channels, 1)
 
 
 def _groups(channels: int, group_width: int | None) -> int:
-    """As few groups as keep each within the width."""
+    """The smallest number of groups within the width."""
     if group_width is None:
         return 1
     return next(
@@ -33,8 +33,8 @@ class ResidualBranch(BaseModule):
         forward: hidden, (projection)
 
     The layer is Linear (with bias) on vectors and a 3-wide convolution
-    (without) on maps; width stays ``in_channels``; the projection is there
-    only where the channels differ.
+    (without) on maps; the width is ``in_channels``; there is a projection
+    only if the channels differ.
 
     Args:
         in_channels: C_s.
@@ -42,8 +42,8 @@ class ResidualBranch(BaseModule):
         spatial_dims: 0 for ``(N, C)``, 1 for ``(N, C, L)``, 2 for
             ``(N, C, H, W)``.
         num_blocks: Blocks of the branch.
-        num_norms: Norms per block: as many as there are levels with
-            statistics of their own.
+        num_norms: Norms per block: one for each level with its own
+            statistics.
         norm_cfg: Norm.
         act_cfg: Activation; the last block has none.
         group_width: As in :class:`MBRNet`.
@@ -106,7 +106,7 @@ class ResidualBranch(BaseModule):
         """The residual before its projection, in the student's channels.
 
         Args:
-            x: The student's feature, or what the topology makes of it.
+            x: The student's feature, or another input by the topology.
             norm: Which of the norms to use.
 
         Shape:

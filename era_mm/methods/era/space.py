@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ...layers import FirstBatches
 
-#: Channels that vary less than this share of their level's are not scaled up
-#: further: what is left in them is noise.
+#: Lower bound of a channel's deviation relative to its level's: smaller ones
+#: are mainly noise and are not scaled up further.
 LEAST_SHARE = 0.1
 
 
@@ -23,23 +23,24 @@ class FeatureSpace(nn.Module):
         x  ->  (x - mean_lc) / std_lc            level l, channel c
 
     Both are measured over all positions of the first ``num_batches`` batches
-    of all ranks, then fixed; they are saved and resumed as buffers. So what is
-    learnt in this space does not depend on the scale of the teacher's
-    features, and a mean squared error in it is the share of the teacher's
-    variance that is not explained.
+    of all ranks, then fixed; they are saved and resumed as buffers. So
+    training in this space does not depend on the scale of the teacher's
+    features, and a mean squared error is the unexplained share of the
+    teacher's variance.
 
-    A channel that varies less than a tenth of its level's root mean square is
-    divided by that tenth: a dead channel has no variance to divide by. Shares
-    are of what the level's variance is then (``share_weights``). A level of
-    which a single value was seen, as in a first batch of one image, has no
-    variance yet: its ``share_weights`` is 0 until it has.
+    If a channel's deviation is less than a tenth of its level's root mean
+    square, it is divided by that tenth instead, because a dead channel has no
+    variance. Shares refer to the resulting variance of the level
+    (``share_weights``). A level with a single value so far, as in a first
+    batch of one image, has no variance yet: its ``share_weights`` is 0 until
+    it has.
 
-    Source: ours. PKD (arXiv 2207.02039) normalises each batch by itself, from
-    which an estimate could not be mapped back.
+    Source: ours. PKD (arXiv 2207.02039) normalises each batch separately, so
+    an estimate could not be mapped back.
 
     Args:
         channels: C_t of each level.
-        num_batches: Batches that are measured.
+        num_batches: Number of batches for the statistics.
     """
 
     def __init__(self, channels: Sequence[int], num_batches: int = 20) -> None:
@@ -57,7 +58,7 @@ class FeatureSpace(nn.Module):
 
     @torch.no_grad()
     def update(self, feats: Sequence[Tensor]) -> None:
-        """Take a batch in; nothing once enough were measured.
+        """Add a batch to the statistics; no effect once they are fixed.
 
         Shape:
             - feats: L of ``(N, C_t, *)``
@@ -80,7 +81,7 @@ class FeatureSpace(nn.Module):
         first, second = (moments[:-1] / moments[-1]).chunk(2)
         var = (second - first**2).clamp(min=0)
         std = var.sqrt().clamp(min=LEAST_SHARE * float(var.mean().sqrt()))
-        # A level that never varies: nothing to explain, and no 0 / 0.
+        # A constant level has nothing to explain; avoid 0 / 0.
         std = torch.where(std > 0, std, torch.ones_like(std))
         self.get_buffer(f'moments{level}').copy_(moments)
         self.get_buffer(f'mean{level}').copy_(first)
@@ -103,7 +104,7 @@ class FeatureSpace(nn.Module):
         )
 
     def normalize(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Into the space.
+        """Map features into the space.
 
         Shape:
             - feats, out: L of ``(N, C_t, *)``
@@ -115,7 +116,7 @@ class FeatureSpace(nn.Module):
         )
 
     def restore(self, estimates: Sequence[Tensor]) -> list[Tensor]:
-        """Back to the teacher's scale.
+        """Map estimates back to the teacher's scale.
 
         Shape:
             - estimates, out: L of ``(N, C_t, *)``

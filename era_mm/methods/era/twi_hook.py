@@ -1,4 +1,4 @@
-"""TWIHook: guards the teacher's weights and reports each inference mode."""
+"""TWIHook: checks the teacher's weights and reports each inference mode."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,33 +12,32 @@ from ...core import Distillation
 from ...hooks import ModesHook
 from ...registry import HOOKS
 
-#: Share of the teacher's variance that a branch has to take away.
+#: Share of the teacher's variance that a branch should explain.
 LEAST_GAIN = 0.001
 
 
 @HOOKS.register_module()
 class TWIHook(ModesHook):
-    """Guards the teacher's weights and evaluates the inference modes.
+    """Checks the teacher's weights and evaluates the inference modes.
 
-    Before and after training it checks, bit for bit, that the teacher is what
-    its checkpoint holds. In validation and test it is a ``ModesHook``: every
-    mode asked for is evaluated in the one pass that the loop makes, the
-    student's features computed once, and reported under the mode's name:
-    ``T/coco/bbox_mAP``. The student's own (S) are the loop's ordinary
-    metrics, under the ordinary names.
+    Before and after training it checks, bit for bit, that the teacher has the
+    weights of its checkpoint. In validation and test it is a ``ModesHook``:
+    every mode is evaluated in the same pass over the data, with the student's
+    features computed once, and reported under its name:
+    ``T/coco/bbox_mAP``. The metrics of the student itself (S) have their
+    ordinary names.
 
-    In validation it also compares every estimate with the teacher's feature
-    on the first batches and reports what share of the teacher's variance is
-    left, ``era/unexplained_e0`` and so on; branches that take away less than
-    0.1 % are named in the log. Only where the branches work in a normalised
-    space.
+    If the branches work in a normalised space, it also compares the estimates
+    with the teacher's feature on the first validation batches, and reports
+    the unexplained share of the variance, ``era/unexplained_e0`` and so on.
+    Branches that explain less than 0.1 % are named in the log.
 
     Source: ERA's three modes ([note] in its dossier); the rest is ours.
 
     Args:
         modes: Any of 'T' (final estimate through the teacher's head), 'ST'
-            (blend), 'E0', 'E1', ... (the estimates before). 'S' may be named
-            and changes nothing.
+            (blend), 'E0', 'E1', ... (earlier estimates). 'S' is allowed and
+            has no effect.
         unexplained_batches: Batches of each rank on which estimates are
             compared with the teacher's feature. 0: none.
     """
@@ -82,9 +81,9 @@ class TWIHook(ModesHook):
             if teacher.fingerprint() != teacher.loaded_fingerprint:
                 raise RuntimeError(
                     f'The weights of the {teacher.name} {when} are not those '
-                    f'of {teacher.checkpoint!r}: something has written to '
-                    'them. A hook or a wrapper that trains, averages or '
-                    'fuses the teacher must not.'
+                    f'of {teacher.checkpoint!r}: something has changed '
+                    'them. No hook or wrapper may train, average or fuse '
+                    'the teacher.'
                 )
 
     def after_val_iter(
@@ -94,7 +93,7 @@ class TWIHook(ModesHook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Hand on the modes' predictions, and compare the estimates."""
+        """Collect the modes' predictions, and compare the estimates."""
         super().after_val_iter(runner, batch_idx, data_batch, outputs)
         if batch_idx < self.unexplained_batches:
             values = self._model(runner).compare(data_batch)

@@ -32,15 +32,15 @@ class IEKDDistiller(BaseDistiller):
                      F_exp = Enc_exp(f_exp)
         L = mean_l [ w_inh * d(F_inh, F_T) - w_exp * d(F_exp, F_T) ]
 
-    added to the student's own losses; d is bounded, see ``IELoss``. Enc_T is
-    the encoder of an auto-encoder of the *teacher's* feature, trained by
+    is added to the student's own losses; d is bounded, see ``IELoss``. Enc_T
+    is the encoder of an auto-encoder of the *teacher's* feature, trained by
 
         L_rec = mean |f_T - Dec_T(Enc_T(f_T))|
 
-    alone for ``pretrain_iters`` iterations and frozen from then on. The
-    student's encoders train with the student.
+    for ``pretrain_iters`` iterations, while the student does not change, and
+    then frozen. The student's encoders are trained with the student.
 
-    Variants, by what takes the encoders' place:
+    Variants, by what replaces the encoders:
 
     - 'ft' (IE-FT): as above.
     - 'at' (IE-AT): the attention map sum_c f_c^2; nothing to train.
@@ -67,20 +67,21 @@ class IEKDDistiller(BaseDistiller):
             instead of one per level. [ours]
         loss: Arguments of ``IELoss``. The measure of 'od' is 'partial', else
             'norm'.
-        pretrain_iters: Iterations in which the auto-encoder alone learns, at
-            the start of the run; afterwards it is frozen. 30 epochs are
-            [official code]. 0: no such phase, and it learns in every
+        pretrain_iters: Iterations at the start of the run in which only the
+            auto-encoder is trained; afterwards it is frozen. 30 epochs are
+            [official code]. 0: no such phase, it is trained in every
             iteration [ours]; for teachers that change, as in IE-DML.
         optimizer: The auto-encoder's, at a constant rate. SGD with lr 0.1,
             momentum 0.9, Nesterov and weight decay 5e-4 is [official code].
         teacher: Name of the teacher.
-        schedules: Of ``loss_iekd_inherit`` and ``loss_iekd_explore``; see
-            ``BaseDistiller``. None: constant weights, as the released YAML.
+        schedules: Schedules of ``loss_iekd_inherit`` and
+            ``loss_iekd_explore``; see ``BaseDistiller``. None: constant
+            weights, as in the released YAML.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Features that are no maps, another number of levels in
-            student and teacher, settings that the variant does not have.
+        ValueError: Features that are not maps, different numbers of levels in
+            student and teacher, or settings that the variant does not have.
     """
 
     VARIANTS = ('ft', 'at', 'od')
@@ -113,9 +114,9 @@ class IEKDDistiller(BaseDistiller):
             ).items():
                 if value:
                     raise ValueError(
-                        f'`{key}` is about the auto-encoder, which only '
+                        f'`{key}` is for the auto-encoder, which only '
                         f"variant 'ft' has, but the variant is {variant!r}. "
-                        'Leave it out.'
+                        'Omit it.'
                     )
         if pretrain_iters < 0:
             raise ValueError(
@@ -138,10 +139,10 @@ class IEKDDistiller(BaseDistiller):
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
-        """On maps, also in a classifier, as the [official code].
+        """On maps, also in a classifier, as in the [official code].
 
-        Without a phase of pre-training, which would need a longer schedule
-        than the student's own.
+        Without a pre-training phase, which would need a longer schedule than
+        the student's own.
         """
         match = pair.match(maps=True)
         return Plan(dict(type='era_mm.IEKDDistiller', **match.config()), match)
@@ -246,7 +247,7 @@ class IEKDDistiller(BaseDistiller):
         return torch.stack(errors).mean()
 
     def _targets(self, feats: list[Tensor]) -> list[Tensor]:
-        """What the student's parts are compared with; constants."""
+        """The targets of the student's parts; constants."""
         if self.variant == 'at':
             return [attention_map(f) for f in feats]
         if self.variant == 'od':
@@ -274,8 +275,8 @@ class IEKDDistiller(BaseDistiller):
     ) -> dict[str, Tensor]:
         """``loss_iekd_inherit``, ``loss_iekd_explore``.
 
-        Logged beside them: ``iekd_cos_inherit`` and ``iekd_cos_explore``, the
-        mean cosine between a part's factor and the teacher's.
+        Also logged: ``iekd_cos_inherit`` and ``iekd_cos_explore``, the mean
+        cosine between a part's factor and the teacher's.
         """
         maps = levels_of(student_feats, self.student_sources)
         targets = self._targets(levels_of(teacher_feats, self.teacher_sources))
@@ -302,7 +303,7 @@ class IEKDDistiller(BaseDistiller):
         return losses
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the parts that have channels."""
+        """Weights of the parts that have channels."""
         return {
             f'loss_iekd_{part}': getattr(self.loss_terms, f'{part}_weight')
             for part in self._parts
@@ -312,11 +313,11 @@ class IEKDDistiller(BaseDistiller):
 def on_common_grid(
     *, student_feat: Tensor, teacher_feat: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Bring two maps to the smaller height and the smaller width.
+    """Resize two maps to the smaller height and the smaller width.
 
-    Bilinear; maps of one size stay as they are.
+    Bilinear; maps of equal size are not changed.
 
-    Source: [inference]; the official pairs have one size.
+    Source: [inference]; the official pairs have equal sizes.
     """
     feats = (student_feat, teacher_feat)
     size = [min(feat.shape[dim] for feat in feats) for dim in (2, 3)]

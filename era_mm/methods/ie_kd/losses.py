@@ -1,4 +1,4 @@
-"""Bounded distances between factors, and which way they pull.
+"""Bounded distances between factors, with their signs.
 
 Legend: N batch, D = C * H * W numbers of a factor.
 """
@@ -10,13 +10,13 @@ from torch.nn.functional import cosine_similarity, normalize
 from ...layers import full_precision
 from ...registry import explain_unknown_keys
 
-#: D of the pair for which the weights were found: 32 channels on 8x8.
+#: D of the pair for which the weights were tuned: 32 channels on 8x8.
 #: [official code], its CIFAR factors
 REFERENCE_SIZE = 2048
 
 
 def unit(feat: Tensor) -> Tensor:
-    """Each sample as a vector of length 1, in float32 at least.
+    """Each sample as a vector of length 1, in float32 or better.
 
         n(F) = vec(F) / ||vec(F)||_2
 
@@ -30,7 +30,7 @@ def unit(feat: Tensor) -> Tensor:
 
 
 def attention_map(feat: Tensor) -> Tensor:
-    """Where a feature is strong: its energy at each position.
+    """Attention map: the energy of a feature at each position.
 
         g(f) = sum_c f_c^2
 
@@ -44,7 +44,7 @@ def attention_map(feat: Tensor) -> Tensor:
 
 
 def margin_relu(feat: Tensor) -> Tensor:
-    """Cut a teacher's feature off below a negative margin per channel.
+    """Clip a teacher's feature at a negative margin per channel.
 
         out = max(f, m_c),   m_c = mean of the negative values of channel c
 
@@ -69,7 +69,7 @@ def margin_relu(feat: Tensor) -> Tensor:
 
 @explain_unknown_keys
 class IELoss(nn.Module):
-    """Inheritance pulls to the teacher's factor, exploration pushes off.
+    """Inheritance pulls to the teacher's factor, exploration pushes away.
 
         measure    inherit                   explore
         norm       + d(F_inh, F_T)           - d(F_exp, F_T)
@@ -79,19 +79,19 @@ class IELoss(nn.Module):
         d(A, B) = sqrt(D / 2048) * ( sum |n(A) - n(B)|^p / (N * D) )^(1/p)
         0 <= d <= 2 / sqrt(2048) = 0.044        for p = 1 and p = 2
 
-    n is :func:`unit`. Because factors are normalised first, d is bounded and
-    so exploration cannot diverge. The mean over the numbers of a unit vector
-    shrinks with 1 / sqrt(D), so on COCO's P3 a weight would be 0.03 of what it
-    is on the released pair, and 2 times that on a small map: the root brings
-    all to the 2048 numbers for which the weight was found. [ours] ``partial``
-    leaves out of the sum where n(A) <= n(B) <= 0: a student below a teacher
-    that is off already does no harm. ``cosine`` explores towards orthogonal,
-    not opposite, factors.
+    n is :func:`unit`. Factors are normalised first, so d is bounded and
+    exploration cannot diverge. The mean over the elements of a unit vector
+    shrinks with 1 / sqrt(D): a weight would have 0.03 of its effect on COCO's
+    P3, and twice its effect on a small map. The root scales all maps to the
+    2048 elements for which the weight was tuned. [ours] ``partial`` leaves
+    out elements with n(A) <= n(B) <= 0, where the teacher is inactive and the
+    student even lower. ``cosine`` explores towards orthogonal, not opposite,
+    factors.
 
     Source: IE-KD. ``norm`` (with D = 2048, the released pair's) and
     ``cosine`` are [official code], L1 the best of the measures compared and
     50 the best weight of both terms [paper, as relayed by readers' notes];
-    the released YAML has 1, which with this mean is next to nothing.
+    the released YAML has 1, which has almost no effect with this mean.
     ``partial`` is OFD's (arXiv 1904.01866) distance, its bound [ours].
 
     Args:
@@ -101,8 +101,8 @@ class IELoss(nn.Module):
         p: The norm's order. None: 1 for 'norm', 2 for 'partial' (OFD's).
 
     Raises:
-        ValueError: An unknown measure, a negative weight, p below 1 or where
-            it has no meaning.
+        ValueError: An unknown measure, a negative weight, or p below 1 or for
+            a measure without it.
     """
 
     MEASURES = ('norm', 'partial', 'cosine')
@@ -122,9 +122,10 @@ class IELoss(nn.Module):
             )
         if min(inherit_weight, explore_weight) < 0:
             raise ValueError(
-                'The weights must not be negative, because exploration has '
-                f'its sign already, but got inherit_weight={inherit_weight} '
-                f'and explore_weight={explore_weight}.'
+                'The weights must not be negative, because exploration '
+                'already has its sign, but got '
+                f'inherit_weight={inherit_weight} and '
+                f'explore_weight={explore_weight}.'
             )
         if p is not None and (measure == 'cosine' or p < 1):
             raise ValueError(
@@ -150,7 +151,7 @@ class IELoss(nn.Module):
     def inherit(
         self, *, student_factor: Tensor, teacher_factor: Tensor
     ) -> Tensor:
-        """The weighted inheritance term, lowest where the factors agree.
+        """The weighted inheritance term, lowest if the factors agree.
 
         Shape:
             - student_factor, teacher_factor: ``(N, C, H, W)``
@@ -165,7 +166,7 @@ class IELoss(nn.Module):
     def explore(
         self, *, student_factor: Tensor, teacher_factor: Tensor
     ) -> Tensor:
-        """The weighted exploration term, lowest where they differ most.
+        """The weighted exploration term, lowest if they differ most.
 
         Shape:
             - student_factor, teacher_factor: ``(N, C, H, W)``

@@ -13,13 +13,12 @@ from ...registry import explain_unknown_keys
 
 @explain_unknown_keys
 class ChannelSplit(nn.Module):
-    """Cuts a feature into the part that inherits and the part that explores.
+    """Splits a feature into the part that inherits and the one that explores.
 
         f_inherit = f[:, I],   f_explore = f[:, E]
 
-    I are the first ``round(ratio * C)`` channels of an order that is fixed
-    once and for all, E the others. The order is kept in the extras of every
-    checkpoint.
+    I are the first ``round(ratio * C)`` channels in a fixed order, E the
+    others. The order is kept in the extras of every checkpoint.
 
     Source: IE-KD [paper]; both modes and one half are [official code], other
     ratios [ours].
@@ -27,7 +26,7 @@ class ChannelSplit(nn.Module):
     Args:
         num_channels: C.
         ratio: Share of the channels that inherits, in [0, 1].
-        mode: 'natural' (the channels as they stand) or 'random' (a
+        mode: 'natural' (the original order of the channels) or 'random' (a
             permutation drawn from ``seed``).
         seed: Seed of the permutation.
 
@@ -67,8 +66,8 @@ class ChannelSplit(nn.Module):
         if 0 < ratio < 1 and cut in (0, num_channels):
             raise ValueError(
                 f'`split.ratio` {ratio} of {num_channels} channels leaves '
-                'one part without any. Choose a ratio nearer to 0.5; 0 or 1 '
-                'where one part alone is meant.'
+                'one part without any. Choose a ratio nearer to 0.5; or 0 or '
+                '1 for a single part.'
             )
         self.register_buffer('inherit_index', order[:cut])
         self.register_buffer('explore_index', order[cut:])
@@ -125,8 +124,8 @@ class FactorCoder(nn.Module):
     Args:
         in_channels: C_in.
         out_channels: C_out.
-        num_norms: Norms per convolution: as many as there are levels with
-            statistics of their own.
+        num_norms: Norms per convolution: one for each level with its own
+            statistics.
 
     Shape:
         - in: ``(N, C_in, H, W)``
@@ -147,7 +146,7 @@ class FactorCoder(nn.Module):
         )
 
     def forward(self, x: Tensor, norm: int = 0) -> Tensor:
-        """The factor; ``norm`` says which of the norms to use."""
+        """The factor; ``norm`` is the index of the norm to use."""
         x = self.act(x)
         for block in self.blocks:
             x = block(x, norm)
@@ -187,7 +186,7 @@ class OverLevels(nn.Module):
         - out: L of ``(N, C_out, H, W)``
 
     Raises:
-        ValueError: A coder for all levels, whose channels differ.
+        ValueError: One coder for all levels, but their channels differ.
     """
 
     def __init__(
@@ -212,7 +211,7 @@ class OverLevels(nn.Module):
         )
 
     def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
-        """What the coders make of each level."""
+        """Outputs of the coders, by level."""
         if self.share:
             return [self.coders[0](x, level) for level, x in enumerate(feats)]
         return [coder(x) for coder, x in zip(self.coders, feats, strict=True)]

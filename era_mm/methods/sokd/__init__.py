@@ -1,10 +1,10 @@
 """SoKD: Student-Oriented Knowledge Distillation (arXiv 2409.18785).
 
 In reading order: ``ops`` (operations on features), ``dafa`` (the policy that
-chooses them), ``areas`` (decoded areas and what heads are taught), ``dam``
-(the heads and the losses on areas), ``adapters``, ``wrapper`` (another
-distiller's slots), ``search`` (the policy's step), ``distiller`` (all of it
-around another distiller), ``policy_hook`` (what came out).
+chooses them), ``areas`` (decoded areas and targets of the heads), ``dam``
+(the heads and the losses on areas), ``adapters``, ``wrapper`` (forwards
+another distiller's interface), ``search`` (the policy's step), ``distiller``
+(everything around another distiller), ``policy_hook`` (logs the policy).
 """
 
 from .areas import (

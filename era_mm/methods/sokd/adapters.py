@@ -1,4 +1,4 @@
-"""Phi: from the student's features to the teacher's space."""
+"""Phi: maps the student's features to the teacher's space."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ Shapes = Sequence[tuple[int, ...]]
 
 
 def below(owner: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a module, under its own names."""
+    """The entries of a submodule, without its prefix."""
     start = f'{owner}.'
     return {
         key.removeprefix(start): value
@@ -23,11 +23,11 @@ def below(owner: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_shapes(student: Shapes, teacher: Shapes) -> None:
-    """Refuse levels that do not belong together.
+    """Refuse levels that do not correspond.
 
     Raises:
-        ValueError: Another number of levels or other sizes; features that
-            are neither maps nor vectors.
+        ValueError: Different numbers of levels or sizes, or features that are
+            neither maps nor vectors.
     """
     if any(len(shape) not in (2, 4) for shape in student):
         raise ValueError(
@@ -50,7 +50,7 @@ class Adapters(nn.ModuleList):
 
     Args:
         student: Shapes of the student's features, by level.
-        teacher: The same of the teacher.
+        teacher: Shapes of the teacher's features, by level.
     """
 
     def __init__(self, student: Shapes, teacher: Shapes) -> None:
@@ -70,7 +70,8 @@ class Adapters(nn.ModuleList):
 
         Args:
             feats: F_s by level.
-            weights: In place of its own, by name; for a look ahead.
+            weights: Weights to use instead of its own, by name; for looking
+                ahead.
         """
         return [
             functional_call(adapter, below(str(level), weights or {}), (feat,))
@@ -85,7 +86,7 @@ class Adapters(nn.ModuleList):
         targets: Sequence[Tensor],
         weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """How far Phi is from the teacher; its gradient reaches Phi alone.
+        """Distance of Phi to the teacher; its gradient reaches only Phi.
 
         mean over l of mean (Phi_l(sg F_sl) - F_tl)^2
         """

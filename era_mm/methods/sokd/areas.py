@@ -1,7 +1,7 @@
-"""Areas: decoded from predictions, and what predictions are taught.
+"""Areas: decoding from predictions, and targets of the predictions.
 
 Legend: N batch, P areas, H and W of a map in cells. A point (x, y) of a map
-lies in cell (floor(y), floor(x)), whose middle is half a cell further on.
+lies in cell (floor(y), floor(x)), whose centre is half a cell further.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from ...registry import explain_unknown_keys
 
 
 class Prediction(NamedTuple):
-    """What the heads say of a feature.
+    """Outputs of the heads for a feature.
 
     Args:
-        heatmap: Logits of there being a centre, ``(N, 1, H, W)``.
+        heatmap: Logits for centres, ``(N, 1, H, W)``.
         size: Width and height in cells, ``(N, 2, H, W)``.
-        offset: Of the centre from the cell's corner, x and y in cells,
+        offset: Offset of the centre from the cell's corner, x and y in cells,
             ``(N, 2, H, W)``.
     """
 
@@ -33,9 +33,9 @@ class Areas(NamedTuple):
     """Areas of the samples.
 
     Args:
-        boxes: x1, y1, x2, y2 in cells, may go over the border, ``(N, P, 4)``.
-        scores: At the peak, ``(N, P)``; 0: there is no such area.
-        masks: 1 where a cell is in the area, ``(N, P, H, W)``.
+        boxes: x1, y1, x2, y2 in cells, may exceed the map, ``(N, P, 4)``.
+        scores: Scores at the peaks, ``(N, P)``; 0: no such area.
+        masks: 1 for cells in the area, ``(N, P, H, W)``.
     """
 
     boxes: Tensor
@@ -46,14 +46,14 @@ class Areas(NamedTuple):
 def find_peaks(
     heatmap: Tensor, topk: int, kernel_size: int = 3
 ) -> tuple[Tensor, Tensor]:
-    """The highest cells that no neighbour exceeds.
+    """The highest local maxima.
 
     Source: CenterNet, arXiv 1904.07850.
 
     Args:
         heatmap: Scores, 0 or more.
-        topk: P at most.
-        kernel_size: Of the neighbourhood.
+        topk: Maximum P.
+        kernel_size: Size of the neighbourhood.
 
     Shape:
         - heatmap: ``(N, 1, H, W)``
@@ -71,14 +71,14 @@ class AreaDecoder(nn.Module):
     """From two predictions to areas.
 
         score  = sigmoid(heat_t) * sigmoid(heat_s)            'product'
-        peaks  = the topk highest cells that no neighbour exceeds
+        peaks  = the topk highest local maxima
         centre = (x, y) of the peak's cell + offset
         box    = centre -+ max(size, 1) / 2
-        mask   = 1 for cells whose middle is in the half-open box
+        mask   = 1 for cells whose centre is in the half-open box
                  [x1, x2) x [y1, y2)
 
     Size and offset are the means of both predictions. With ``combine``
-    'teacher' or 'student' that side alone says score, size and offset.
+    'teacher' or 'student' only that side gives score, size and offset.
 
     A soft mask is a product of four sigmoids of the distance to the box's
     sides, and has a gradient; a hard one has none.
@@ -99,7 +99,7 @@ class AreaDecoder(nn.Module):
         - out: ``Areas``
 
     Raises:
-        ValueError: An unknown ``combine``, ``topk`` below 1.
+        ValueError: An unknown ``combine``, or ``topk`` below 1.
     """
 
     COMBINES = ('product', 'teacher', 'student')
@@ -120,8 +120,8 @@ class AreaDecoder(nn.Module):
             )
         if topk < 1:
             raise ValueError(
-                f'`decoder.topk` must be 1 or more, but got {topk}. For no '
-                'areas set area_weight=0.'
+                f'`decoder.topk` must be 1 or more, but got {topk}. To turn '
+                'areas off, set area_weight=0.'
             )
         self.topk, self.kernel_size = topk, kernel_size
         self.combine, self.soft = combine, soft
@@ -174,13 +174,13 @@ class AreaDecoder(nn.Module):
 
 
 class Targets(NamedTuple):
-    """What a prediction is compared with.
+    """Targets of a prediction.
 
     Args:
         heatmap: In [0, 1], 1 at centres, ``(N, 1, H, W)``.
         size: ``(N, 2, H, W)``.
         offset: ``(N, 2, H, W)``.
-        weight: 1 where size and offset count, ``(N, 1, H, W)``.
+        weight: 1 where size and offset are used, ``(N, 1, H, W)``.
     """
 
     heatmap: Tensor
@@ -190,11 +190,11 @@ class Targets(NamedTuple):
 
 
 def spatial_attention(feat: Tensor) -> Tensor:
-    """Where a feature is strong, from 0 to 1 in each sample.
+    """Attention map of a feature, from 0 to 1 in each sample.
 
         A = mean_c F_c^2,   out = (A - min A) / (max A - min A)
 
-    0 everywhere for a sample that is equally strong everywhere.
+    0 everywhere for a sample with a constant A.
 
     Source: attention transfer, arXiv 1612.03928, p = 2; min and max are
     [inference].
@@ -211,15 +211,15 @@ def spatial_attention(feat: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_targets(feat: Tensor, topk: int = 3) -> Targets:
-    """Targets from the teacher's own attention, where there are no boxes.
+    """Targets from the teacher's own attention, for data without boxes.
 
-    The heat map is :func:`spatial_attention`. Size and offset are taught at
-    its ``topk`` peaks: the offset is the cell's middle, width and height are
-    how many cells in a row around the peak, in its row and in its column,
-    have at least half of its height.
+    The heat map is :func:`spatial_attention`. Size and offset have targets at
+    its ``topk`` peaks: the offset is the cell's centre, width and height are
+    the numbers of consecutive cells around the peak, in its row and column,
+    with at least half of its height.
 
     Source: the heat map is [inference], size and offset [ours]: without them
-    every area would stay as the heads begin, one cell.
+    every area would keep its initial size of one cell.
 
     Shape:
         - feat: F_t, ``(N, C, H, W)``
@@ -253,7 +253,7 @@ def attention_targets(feat: Tensor, topk: int = 3) -> Targets:
 
 
 def _extent(line: Tensor, place: Tensor, level: Tensor) -> Tensor:
-    """Length of the stretch around a place that is not below a level."""
+    """Length of the interval around a position that is not below a level."""
     cells = torch.arange(line.shape[-1], device=line.device)
     below = line < level[..., None]
     place = place[..., None]
@@ -271,9 +271,9 @@ def box_targets(
 ) -> list[Targets]:
     """CenterNet's targets of one class, on the levels of a pyramid.
 
-    A box belongs to the last level of whose cells its side ``sqrt(w * h)``
-    has at least four, or else to the first. Where centres share a cell the
-    later box counts. Boxes without extent are left out.
+    A box is assigned to the last level on which its side ``sqrt(w * h)`` is
+    at least four cells, or else to the first. If centres share a cell, the
+    later box is used. Boxes without extent are ignored.
 
     Source: CenterNet, arXiv 1904.07850, with mmdet's Gaussians (overlap 0.3);
     the levels are [ours].
@@ -282,7 +282,7 @@ def box_targets(
         boxes: x1, y1, x2, y2 in pixels by sample, ``(G, 4)`` each.
         image_size: Height and width of the padded batch, in pixels.
         map_sizes: Height and width of each level, in cells.
-        device: Where the targets go.
+        device: Device of the targets.
 
     Returns:
         One ``Targets`` per level.
@@ -298,7 +298,7 @@ def box_targets(
         for height, width in map_sizes
     ]
     for sample, corners in enumerate(boxes):
-        # On the CPU: each box is looked at by itself.
+        # On the CPU: boxes are handled one by one.
         for x1, y1, x2, y2 in corners.tolist():
             if x2 <= x1 or y2 <= y1:
                 continue

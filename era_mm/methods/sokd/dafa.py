@@ -1,4 +1,4 @@
-"""DAFA: a policy that rewrites the teacher's feature, and its search.
+"""DAFA: a policy that augments the teacher's feature, and its search.
 
 Legend: F_t teacher's and F_s student's feature ``(N, C, H, W)``; S
 sub-policies of K operations; alpha ``(S,)`` choice logits, beta ``(S, K)``
@@ -33,7 +33,7 @@ _EDGE = 1e-3
 def consistency_loss(
     *, student_feat: Tensor, refined_feat: Tensor, reduction: str = 'mean'
 ) -> Tensor:
-    """What the policy minimises: how far the student is from the refined.
+    """Loss of the policy: distance of the student to the refined feature.
 
         L_aug = 1/2 * (s(F_t) - F_s)^2
 
@@ -42,8 +42,8 @@ def consistency_loss(
 
     Args:
         student_feat: F_s in the teacher's space.
-        refined_feat: What the policy makes of F_t.
-        reduction: 'mean' or 'sum' over all numbers.
+        refined_feat: F_t refined by the policy.
+        reduction: 'mean' or 'sum' over all elements.
 
     Shape:
         - student_feat, refined_feat: ``(N, C, *)``
@@ -55,13 +55,13 @@ def consistency_loss(
 
 
 class Draw(NamedTuple):
-    """What is sampled of a policy in one step.
+    """A sample of a policy for one step.
 
     Args:
-        weights: Of the sub-policies, ``(S,)``.
-        gates: Of their operations, ``(S, K)``.
-        chosen: The one sub-policy with weight 1; None where all count.
-        seed: Of what the operations draw at the first level.
+        weights: Weights of the sub-policies, ``(S,)``.
+        gates: Gates of their operations, ``(S, K)``.
+        chosen: The only sub-policy with weight 1; None if all are used.
+        seed: Seed of the operations at the first level.
     """
 
     weights: Tensor
@@ -74,25 +74,25 @@ class Draw(NamedTuple):
 class DAFA(nn.Module):
     """Differentiable automatic feature augmentation.
 
-        s(F)   = op_K(... op_1(F)),  op_k only where its gate b_k is 1
+        s(F)   = op_K(... op_1(F)),  op_k only if its gate b_k is 1
         out    = sum_s w_s * s(F)
         mixture 'softmax':  w = softmax(alpha)
         mixture 'sample':   w = softmax((alpha + Gumbel noise) / temperature)
         b      = sigmoid((logit(beta) + logistic noise) / temperature)
 
     With ``hard`` the sampled w is one-hot and b is 0 or 1 in the forward
-    pass, with the relaxed ones' gradient: ``hard + soft - sg(soft)``. So in
-    'sample' one sub-policy rewrites the feature; where no gradient is asked
-    for, only that one is computed. The same draw holds for all levels; what
-    the operations draw is their own at each.
+    pass, with the gradient of the relaxed values: ``hard + soft - sg(soft)``.
+    So in 'sample' a single sub-policy changes the feature; without gradients
+    only this one is computed. All levels share the sample; the operations
+    draw separately at each level.
 
-    Everything is drawn from the ``seed`` given to :meth:`forward`, the noise
-    of w and b on the CPU: the same seed gives the same policy on every rank,
-    and a resumed run goes on as it would have.
+    All draws depend on the ``seed`` given to :meth:`forward`, and the noise of
+    w and b is drawn on the CPU. So the same seed gives the same policy on
+    every rank and in a resumed run.
 
     Sub-policies are all unordered combinations of ``ops_per_policy``
-    different operations, as in DADA, and with 'Identity' among the operations
-    the one that does nothing at all [ours].
+    different operations, as in DADA; with 'Identity' among the operations
+    there is also one that does nothing [ours].
 
     Source: SoKD, arXiv 2409.18785. Choice logits, apply probabilities and
     magnitudes, the softmax mixture, Gumbel-Softmax and relaxed Bernoulli are
@@ -105,9 +105,10 @@ class DAFA(nn.Module):
         ops_per_policy: K. 2 is [DADA code].
         mixture: 'sample' [DADA code] or 'softmax' [paper, by readers' notes],
             which computes all sub-policies in every step.
-        temperature: Of both relaxations. 0.5 is [inference]; DADA has 0.1.
+        temperature: Temperature of both relaxations. 0.5 is [inference]; DADA
+            has 0.1.
         hard: Whether forward values are hard.
-        init: alpha, beta and m at the start. [DADA code]
+        init: Initial alpha, beta and m. [DADA code]
         max_magnitude: m stays in [0, max_magnitude]; 0.9 is [inference].
 
     Shape:
@@ -115,7 +116,7 @@ class DAFA(nn.Module):
         - out: the same
 
     Raises:
-        ValueError: Unknown operations or settings, no sub-policy.
+        ValueError: Unknown operations or settings, or no sub-policy.
     """
 
     MIXTURES = ('sample', 'softmax')
@@ -170,7 +171,7 @@ class DAFA(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of the sub-policies: 'SpatialSmooth', 'ChannelMask+SampleMix'."""
+        """Names of the sub-policies, such as 'ChannelMask+SampleMix'."""
         return [
             '+'.join(type(op).__name__ for op in policy if not op.is_identity)
             or 'Identity'
@@ -179,12 +180,12 @@ class DAFA(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether no choice changes anything."""
+        """Whether no sub-policy changes anything."""
         return all(op.is_identity for policy in self.policies for op in policy)
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring beta and m back into their ranges, after a step."""
+        """Clip beta and m to their ranges, after a step."""
         self.beta.clamp_(0, 1)
         self.magnitude.clamp_(0, self.max_magnitude)
 
@@ -192,7 +193,7 @@ class DAFA(nn.Module):
         """Sample choice and gates."""
         generator = torch.Generator().manual_seed(seed)
         choices, ops = self.beta.shape
-        # Away from 0 and 1, where the logarithms below have no value.
+        # Away from 0 and 1, where the logarithms below are not defined.
         noise = torch.rand(choices, 1 + ops, generator=generator)
         noise = noise.clamp(1e-6, 1 - 1e-6).to(self.alpha.device)
         chosen = None
@@ -207,7 +208,7 @@ class DAFA(nn.Module):
                 one_hot[chosen] = 1
                 weights = one_hot + (weights - weights.detach())
         inside = self.beta.detach().clamp(_EDGE, 1 - _EDGE)
-        # Clamped in value only: at its ends beta must be able to come back.
+        # Only the value is clamped, so that beta keeps its gradient there.
         beta = inside + (self.beta - self.beta.detach())
         logits = beta.logit() + noise[:, 1:].logit()
         gates = (logits / self.temperature).sigmoid()
@@ -233,7 +234,7 @@ class DAFA(nn.Module):
             feat: F, ``(N, C, H, W)``.
             index: Which sub-policy.
             gates: All gates, ``(S, K)``.
-            generator: For what the operations draw.
+            generator: Random generator of the operations.
         """
         for k, op in enumerate(self.policies[index]):
             if op.is_identity:
@@ -278,14 +279,14 @@ class DAFA(nn.Module):
 
     @torch.no_grad()
     def usage(self) -> dict[str, tuple[float, float]]:
-        """How much each operation is used.
+        """Usage of each operation.
 
             use = sum over s, k with this operation of softmax(alpha)_s beta_sk
 
         Returns:
             By name of the operation: ``use``, and the mean of m with the same
-            weights (0 without use). The identity is left out; an operation
-            may be used twice, so uses add up to K at most.
+            weights (0 without use). The identity is not listed; an operation
+            may be used twice, so the sum of uses is at most K.
         """
         shares = (self.alpha.softmax(0)[:, None] * self.beta).tolist()
         magnitudes = self.magnitude.tolist()
@@ -307,7 +308,7 @@ class DAFA(nn.Module):
 
     @torch.no_grad()
     def summary(self) -> dict[str, Tensor]:
-        """What is worth logging, expectations over the choice.
+        """Values for the log, as expectations over the choice.
 
         ``entropy`` of softmax(alpha) in nats, ``gate`` the mean beta and
         ``magnitude`` the mean m of operations other than the identity.

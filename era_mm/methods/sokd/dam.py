@@ -1,4 +1,4 @@
-"""DAM: shared heads on both features, and the losses on areas.
+"""DAM: heads that both features share, and the losses on areas.
 
 Legend: N batch, C channels, P areas, L levels. F_s is the student's feature
 in the teacher's space, F_t' the refined teacher's, both ``(N, C, H, W)``.
@@ -37,7 +37,8 @@ class DAMHead(nn.Module):
 
     Args:
         in_channels: C.
-        feat_channels: Between the two convolutions. 64 is CenterNet's.
+        feat_channels: Channels between the two convolutions. 64 is
+            CenterNet's.
 
     Shape:
         - in: ``(N, C, H, W)``
@@ -66,7 +67,7 @@ class DAMHead(nn.Module):
 
 
 def agreement_loss(*, student: Prediction, teacher: Prediction) -> Tensor:
-    """The heads must say the same of both features.
+    """The heads should have the same outputs for both features.
 
         L_D = sum_i mean( (conv_i(F_s) - conv_i(F_t'))^2 )
 
@@ -88,12 +89,12 @@ def area_loss(
     masks: Tensor,
     reduction: str = 'mean',
 ) -> Tensor:
-    """How far the features are apart in the areas.
+    """Distance between the features inside the areas.
 
         L_DA = sum_i || M_i * F_s - M_i * F_t' ||^2      'sum', per sample
-             = mean of (F_s - F_t')^2 over what the M_i cover      'mean'
+             = mean of (F_s - F_t')^2 inside the M_i               'mean'
 
-    What two areas cover counts twice. 0 where there is no area.
+    Overlaps of two areas count twice. It is 0 without areas.
 
     Source: SoKD [paper, by readers' notes]: 'sum'. 'mean' is [inference].
 
@@ -128,13 +129,13 @@ class DAM(nn.Module):
         loss_sokd_anchor = anchor_weight * (focal + 0.1 * L1(size)
                                             + L1(offset)) / number of centres
 
-    L_D alone has the trivial solution of heads that always say the same. The
-    anchor teaches the heads on the teacher's feature:
+    L_D alone has a trivial solution, heads with constant outputs. The anchor
+    loss trains the heads on the teacher's feature:
 
-    - 'boxes': centres of the ground truth, as CenterNet; for detectors.
-    - 'attention': peaks of the teacher's attention; where there are no boxes.
+    - 'boxes': centres of the ground truth, as in CenterNet; for detectors.
+    - 'attention': peaks of the teacher's attention; for data without boxes.
 
-    It trains the heads alone; the student learns through L_D. [ours]
+    It trains only the heads; the student is trained by L_D. [ours]
 
     Heads are shared by levels of equal channels; where channels differ, each
     level has its own.
@@ -145,11 +146,11 @@ class DAM(nn.Module):
     are [inference].
 
     Args:
-        in_channels: The teacher's, by level.
+        in_channels: The teacher's channels, by level.
         feat_channels: See ``DAMHead``.
         decoder: Arguments of ``AreaDecoder``.
-        agree_weight: Weight of L_D; 0 switches it off.
-        area_weight: Weight of L_DA; 0 switches the areas off.
+        agree_weight: Weight of L_D; 0 turns it off.
+        area_weight: Weight of L_DA; 0 turns the areas off.
         area_reduction: See :func:`area_loss`.
         anchor: 'attention', 'boxes' or None for none.
         anchor_weight: Its weight.
@@ -257,8 +258,8 @@ class DAM(nn.Module):
         """CenterNet's losses of the levels together, weighted.
 
         Args:
-            predictions: On the teacher's features.
-            targets: What they should be.
+            predictions: Predictions for the teacher's features.
+            targets: Their targets.
         """
         assert self.focal is not None
         total = predictions[0].heatmap.new_zeros(())
@@ -276,7 +277,7 @@ class DAM(nn.Module):
         return self.anchor_weight * total / centres.clamp(min=1)
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the terms that are on."""
+        """Weights of the active terms."""
         weights = {
             'agree': self.agree_weight,
             'anchor': self.anchor_weight if self.anchor else 0.0,
@@ -292,7 +293,7 @@ class DAM(nn.Module):
         teacher_feats: Sequence[Tensor],
         data_samples: Sequence[Any],
     ) -> dict[str, Tensor]:
-        """``loss_sokd_agree`` and ``loss_sokd_anchor``, those that are on.
+        """``loss_sokd_agree`` and ``loss_sokd_anchor``, if they are active.
 
         Args:
             student: Predictions on F_s.
@@ -327,7 +328,7 @@ class DAM(nn.Module):
         Args:
             student_feats: F_s.
             teacher_feats: F_t'.
-            areas: By level.
+            areas: Areas by level.
         """
         terms = [
             area_loss(

@@ -36,22 +36,22 @@ class SoKDDistiller(SearchingDistiller):
         lower:  min over the student  L_student + L_base(F_s, F_t')
                 + agree_weight * L_D + area_weight * L_DA
 
-    The wrapped distiller gets the refined features in the teacher's place
-    and its losses keep their names. One that asks the teacher's head what it
-    says of them (ERA) gets the teacher's own as well, as ``own_feats`` of its
-    ``loss``: a refined feature is to be learnt, not to be believed. [ours]
-    In each iteration the policy takes a step of its own optimiser first (with
-    the student as it is), then the student learns from what the new policy
-    makes of the same batch.
+    The wrapped distiller gets the refined features instead of the teacher's,
+    and its losses keep their names. A distiller that applies the teacher's
+    head (ERA) also gets the teacher's own features, as ``own_feats`` of its
+    ``loss``: the head is only reliable on these. [ours] In each iteration the
+    policy first takes a step of its own optimiser, with the current student.
+    Then the student is trained on the features that the new policy makes of
+    the same batch.
 
-    Phi is a 1x1 convolution at each level. It learns from L_D and L_DA, and
-    from ``loss_sokd_adapter = mean (Phi(sg F_s) - F_t)^2``, which trains Phi
-    alone: so it maps to the teacher's space also outside of areas and without
-    DAM. Its target is the teacher's own feature, because one that the policy
-    may change could be met by erasing it. [ours]
+    Phi is a 1x1 convolution at each level. It is trained by L_D and L_DA, and
+    by ``loss_sokd_adapter = mean (Phi(sg F_s) - F_t)^2``, which trains only
+    Phi. So it maps to the teacher's space also outside areas and without DAM.
+    Its target is the teacher's own feature, because a policy could satisfy a
+    refined target by erasing the feature. [ours]
 
-    With a policy of nothing but the identity and without DAM, the result is
-    the wrapped distiller's, bit for bit.
+    If the policy has only the identity, and without DAM, the result equals
+    that of the wrapped distiller, bit for bit.
 
     Source: SoKD, arXiv 2409.18785, read in abstract and captions and in
     readers' notes; there is no public code. Two plug-ins around any feature
@@ -60,37 +60,37 @@ class SoKDDistiller(SearchingDistiller):
     and ``DAM``.
 
     Args:
-        base: The wrapped distiller's config, which also says source and
-            teacher. None: ``FeatureImitationDistiller``, FitNet.
+        base: The wrapped distiller's config, with source and teacher. None:
+            ``FeatureImitationDistiller``, FitNet.
         dafa: Arguments of ``DAFA``; True: its defaults; False: the teacher's
-            features stay as they are.
+            features are not changed.
         dam: Arguments of ``DAM`` other than the channels; True: its defaults;
             False: no areas, no heads.
-        areas: What becomes of the areas: 'term', L_DA; or 'base', the wrapped
-            distiller gets them as ``area_masks`` in place of L_DA. [ours]
+        areas: Use of the areas: 'term', L_DA; or 'base', the wrapped
+            distiller gets them as ``area_masks`` instead of L_DA. [ours]
         adapter: False: no Phi, for features of equal channels.
         adapter_weight: Weight of ``loss_sokd_adapter``. [ours]
         search_share: Share of the run, from its start (or from the end of the
-            wrapped distiller's pre-training) in which the policy learns;
-            afterwards it stays. 0.2 is [inference]; too long a search
-            overfits [paper, by readers' notes]. Outside of an mmengine run
-            there is no end.
-        optimizer: The policy's. Adam, lr 3e-4, betas (0.5, 0.999) is [DADA
-            code]; that it has no weight decay (1e-3 there) is [ours]: Adam
-            would shrink beta and m of all sub-policies that were not drawn,
-            whatever the loss says.
+            wrapped distiller's pre-training) in which the policy is trained;
+            afterwards it is frozen. 0.2 is [inference]; too long a search
+            overfits [paper, by readers' notes]. Outside an mmengine run the
+            search does not end.
+        optimizer: The policy's optimiser. Adam, lr 3e-4, betas (0.5, 0.999)
+            is [DADA code]; no weight decay (1e-3 there) is [ours]: Adam would
+            shrink beta and m of all sub-policies that were not drawn,
+            independently of the loss.
         unroll_lr: Length of the student's step that the policy looks ahead
             (second order, by finite differences); see ``unrolled_gradients``.
             Four more passes of the student in an iteration that searches.
             None: first order.
-        schedules: Of its own terms and of the wrapped distiller's, beside
-            those that the latter has itself; see ``BaseDistiller``.
+        schedules: Schedules of its own terms and of the wrapped distiller's,
+            in addition to the latter's own; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        TypeError: ``base`` is no distiller.
+        TypeError: ``base`` is not a distiller.
         ValueError: A wrapped distiller without teacher, levels that do not
-            fit, settings that have no effect.
+            fit, or settings without effect.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class SoKDDistiller(SearchingDistiller):
         if adapter_weight <= 0:
             raise ValueError(
                 f'`adapter_weight` must be above 0, but got {adapter_weight}. '
-                'For no adapter set adapter=False.'
+                'To use no adapter, set adapter=False.'
             )
         self._dafa = self._arguments(dafa)
         self._dam = self._arguments(dam)
@@ -143,7 +143,7 @@ class SoKDDistiller(SearchingDistiller):
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
-        """Around FitNet, on maps, also in a classifier."""
+        """Wraps FitNet, on maps, also in a classifier."""
         match = pair.match(maps=True)
         base = dict(type='era_mm.FeatureImitationDistiller', **match.config())
         return Plan(dict(type='era_mm.SoKDDistiller', base=base), match)
@@ -159,8 +159,8 @@ class SoKDDistiller(SearchingDistiller):
             return
         if self._dam is None or not self._dam.get('area_weight', 1.0):
             raise ValueError(
-                "`areas='base'` hands areas on, but there are none: set `dam` "
-                'and leave its `area_weight` above 0.'
+                "`areas='base'` needs areas, but there are none: set `dam` "
+                'with an `area_weight` above 0.'
             )
         if not self._takes_masks:
             raise ValueError(
@@ -187,7 +187,7 @@ class SoKDDistiller(SearchingDistiller):
         )
         if self._dafa is not None:
             policy = DAFA(**self._dafa)
-            # What can change nothing has nothing to learn either.
+            # A policy that cannot change anything need not be trained.
             if not policy.is_identity:
                 self._policy = Unregistered(policy)
         if self.policy is None and self._dam is None:
@@ -314,9 +314,9 @@ class SoKDDistiller(SearchingDistiller):
         """The wrapped distiller's losses, and ``loss_sokd_*``.
 
         ``loss_sokd_adapter``, ``_agree``, ``_area`` and ``_anchor``, those
-        that are on. For the log, of the policy: ``sokd_consistency`` (L_aug
-        after its step), ``sokd_norm_ratio`` (||F_t'|| / ||F_t||, which tells
-        of a policy that erases), ``sokd_entropy``, ``sokd_gate`` and
+        that are active. Logged for the policy: ``sokd_consistency`` (L_aug
+        after its step), ``sokd_norm_ratio`` (||F_t'|| / ||F_t||, small for a
+        policy that erases), ``sokd_entropy``, ``sokd_gate`` and
         ``sokd_magnitude`` (see ``DAFA.summary``), ``sokd_searching`` (0 or
         1); of the areas ``sokd_area_share``, the share of cells in them.
         """
@@ -333,7 +333,7 @@ class SoKDDistiller(SearchingDistiller):
         return losses
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the wrapped distiller's terms, the adapter's and DAM's."""
+        """Weights of the wrapped distiller, the adapter and DAM."""
         weights = dict(self.base.loss_weights())
         if self.adapters is not None:
             weights['loss_sokd_adapter'] = self.adapter_weight

@@ -21,9 +21,9 @@ def straight_through(value: Tensor, magnitude: Tensor) -> Tensor:
 
         y = value + (m - sg(m)),   dL/dm = sum of dL/dy
 
-    The value is unchanged, bit for bit, and what ``value`` has of a gradient
-    itself goes on. The 1 is a convention: it does not say whether more of the
-    operation makes numbers larger or smaller.
+    The value is unchanged, bit for bit, and ``value`` keeps its own gradient.
+    The 1 is a convention: it does not depend on whether the operation makes
+    numbers larger or smaller.
 
     Source: straight-through magnitudes, SoKD [paper, by readers' notes], as
     in DADA [DADA code].
@@ -40,12 +40,12 @@ class FeatureOp(ABC):
     """One operation on a feature.
 
     A subclass defines :meth:`apply` and is registered in ``FEATURE_OPS``.
-    Operations do not move anything: the feature must stay aligned with the
+    Operations must not move anything: the feature must stay aligned with the
     student's.
 
     Attributes:
-        is_differentiable: Whether the result has a gradient with respect to
-            m by itself; else it gets the straight-through one.
+        is_differentiable: Whether the result itself has a gradient with
+            respect to m; otherwise it gets the straight-through one.
         is_identity: Whether it never changes anything.
     """
 
@@ -61,7 +61,7 @@ class FeatureOp(ABC):
         Args:
             feat: F, in float32.
             magnitude: m.
-            generator: On the feature's device; the only source of chance.
+            generator: On the feature's device; the only source of randomness.
         """
 
     def __call__(
@@ -89,20 +89,20 @@ def _rand(feat: Tensor, *shape: int, generator: torch.Generator) -> Tensor:
 def _keep(
     feat: Tensor, num: int, share: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """1 for what is kept of ``num`` entries, and how many are.
+    """1 for the kept ones of ``num`` entries, and their number.
 
-    Exactly ``round(share * num)`` are dropped, other ones in each sample.
+    Exactly ``round(share * num)`` are dropped, different ones per sample.
     """
     scores = _rand(feat, len(feat), num, generator=generator)
     dropped = (share * num).round()
-    # Ranks and not a threshold at an index: that would wait for the GPU.
+    # Ranks instead of a threshold at an index, which would wait for the GPU.
     keep = scores.argsort(1).argsort(1) >= dropped
     return keep.to(feat.dtype), num - dropped
 
 
 @FEATURE_OPS.register_module()
 class Identity(FeatureOp):
-    """F' = F. A search space without it could not leave a feature alone."""
+    """F' = F. It lets a policy leave a feature unchanged."""
 
     is_identity = True
 
@@ -117,7 +117,7 @@ class Identity(FeatureOp):
 class ChannelMask(FeatureOp):
     """Drop the share m of the channels; scale the others up by 1 / (1 - m).
 
-    Exactly ``k = round(m * C)`` channels, other ones in each sample; the
+    Exactly ``k = round(m * C)`` channels, different ones in each sample; the
     scale is ``C / (C - k)``.
 
     Source: masking is [paper, by readers' notes], the form [inference].
@@ -136,7 +136,7 @@ class ChannelMask(FeatureOp):
 
 @FEATURE_OPS.register_module()
 class SpatialMask(FeatureOp):
-    """Set the share m of the positions to 0, other ones in each sample.
+    """Set the share m of the positions to 0, different ones per sample.
 
     Source: as :class:`ChannelMask`.
     """
@@ -156,8 +156,8 @@ class SpatialMask(FeatureOp):
 class BlockMask(FeatureOp):
     """Set one rectangle to 0 that covers about the share m of the map.
 
-    ``round(sqrt(m) * H)`` by ``round(sqrt(m) * W)``, inside the map, at
-    another place in each sample.
+    ``round(sqrt(m) * H)`` by ``round(sqrt(m) * W)``, inside the map, at a
+    different position in each sample.
 
     Source: as :class:`ChannelMask`.
     """
@@ -217,7 +217,7 @@ class ChannelScale(FeatureOp):
 
 @FEATURE_OPS.register_module()
 class SpatialSmooth(FeatureOp):
-    """F' = (1 - m) * F + m * mean3x3(F); at the border the mean of what is.
+    """F' = (1 - m) * F + m * mean3x3(F), at the border over existing cells.
 
     Source: [inference].
     """
@@ -251,7 +251,7 @@ def build_op(config: str | dict) -> FeatureOp:
     """An operation from its name, or from ``dict(type=name, ...)``.
 
     Raises:
-        ValueError: No such operation; the message lists those there are.
+        ValueError: No such operation; the message lists the known ones.
     """
     config = dict(type=config) if isinstance(config, str) else dict(config)
     name: Any = config.pop('type', None)

@@ -1,4 +1,4 @@
-"""PolicyHook: writes down how the policy changes."""
+"""PolicyHook: records how the policy changes."""
 
 import json
 from pathlib import Path
@@ -52,18 +52,18 @@ class PolicyHook(Hook):
     """Writes SoKD's policy to ``sokd_policy.jsonl`` in the work folder.
 
     One line per ``interval`` iterations, see :func:`policy_record`, and the
-    operations used most to the log. A resumed run goes on in the file; what
-    it does again is there twice, and the last line of a step counts.
+    most used operations to the log. A resumed run appends to the file;
+    repeated steps occur twice, and the last line of a step is valid.
     ``tools/sokd_pictures.py`` draws it.
 
     Source: ours.
 
     Args:
-        interval: In iterations.
+        interval: Iterations between two lines.
 
     Raises:
-        TypeError: The model has no ``SoKDDistiller`` with a policy, at the
-            start of the run.
+        TypeError: At the start of the run, if the model has no
+            ``SoKDDistiller`` with a policy.
     """
 
     def __init__(self, interval: int = 100) -> None:
@@ -97,7 +97,7 @@ class PolicyHook(Hook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Write a line, every so often and at the end."""
+        """Write a line per interval and at the end."""
         done = runner.iter + 1
         if done % self.interval == 0 or done == runner.max_iters:
             self._write(runner, done)

@@ -1,7 +1,7 @@
 """The search: the policy's own step in each iteration, first or second order.
 
-Legend: F_t teacher's and F_s student's feature, F_t' what the policy makes of
-the former, Phi(F_s) the latter in the teacher's space.
+Legend: F_t teacher's and F_s student's feature, F_t' the refined teacher's
+feature, Phi(F_s) the student's feature in the teacher's space.
 """
 
 from abc import abstractmethod
@@ -21,10 +21,10 @@ from .adapters import Adapters, below
 from .dafa import DAFA, consistency_loss
 from .wrapper import WrappingDistiller
 
-#: The policy's optimiser. [DADA code] but for its weight decay of 1e-3: with
-#: one sub-policy drawn per step the others have no gradient of the loss, and
-#: Adam scales whatever there is up to the learning rate. The decay alone would
-#: move them. [ours]
+#: The policy's optimiser. [DADA code] except for its weight decay of 1e-3: one
+#: sub-policy is drawn per step, and the others get no gradient from the loss.
+#: Adam scales any gradient up to the learning rate, so the decay would move
+#: them. [ours]
 POLICY_OPTIMIZER = dict(type='Adam', lr=3e-4, betas=(0.5, 0.999))
 
 
@@ -46,15 +46,15 @@ def unrolled_gradients(
                  - lr * [d lower(theta + h v) / d chi
                          - d lower(theta - h v) / d chi] / (2 h)
 
-    theta are ``weights``, chi is ``policy``, which both functions use beside
-    what they are given.
+    theta are ``weights``, chi is ``policy``, which both functions use in
+    addition to their arguments.
 
     Source: DARTS, arXiv 1806.09055; the radius 0.01 is theirs and [DADA
     code]'s.
 
     Args:
-        upper: The policy's loss at some weights.
-        lower: The weights' loss at some weights.
+        upper: The policy's loss, as a function of the weights.
+        lower: The loss of the weights, as a function of the weights.
         weights: theta; leaves without history.
         policy: chi.
         lr: Length of the step.
@@ -85,8 +85,7 @@ def unrolled_gradients(
     direction = dict(zip(ahead, found[: len(ahead)], strict=True))
     result = found[len(ahead) :]
     norm = torch.stack([v.norm() for v in direction.values()]).norm()
-    # At v = 0 the passes are made all the same: with several ranks the
-    # others wait for them.
+    # Also at v = 0 the passes are made: other ranks wait for them.
     h = float(radius / norm.clamp(min=1e-12))
     sides = [
         gradients(lower(moved(direction, step)), policy) for step in (h, -h)
@@ -97,7 +96,7 @@ def unrolled_gradients(
 
 
 def total(losses: Mapping[str, Any]) -> Tensor:
-    """The sum that mmengine makes of a model's losses."""
+    """The total of a model's losses, as in mmengine."""
     parts = [
         part.mean()
         for key, value in losses.items()
@@ -108,10 +107,10 @@ def total(losses: Mapping[str, Any]) -> Tensor:
 
 
 class Optimizers:
-    """The policy's optimiser and that of the wrapped distiller, saved as one.
+    """The optimisers of policy and wrapped distiller, saved as one.
 
     Args:
-        optimizers: By name.
+        optimizers: Optimisers by name.
     """
 
     def __init__(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
@@ -122,13 +121,13 @@ class Optimizers:
         return {k: v.state_dict() for k, v in self.optimizers.items()}
 
     def load_state_dict(self, state: Mapping[str, dict]) -> None:
-        """Hand each optimiser its own."""
+        """Load the state of each optimiser."""
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
 
 
 class SearchingDistiller(WrappingDistiller):
-    """Keeps a policy, refines the teacher's features and lets it learn.
+    """Refines the teacher's features by a policy, and trains the policy.
 
     A subclass sets ``adapters`` and the policy in ``prepare``, and defines
     :meth:`_terms`.
@@ -155,7 +154,7 @@ class SearchingDistiller(WrappingDistiller):
         if not 0 < search_share <= 1:
             raise ValueError(
                 '`search_share` is a share of the run, above 0 and up to 1, '
-                f'but got {search_share}. For no policy set dafa=False.'
+                f'but got {search_share}. To use no policy, set dafa=False.'
             )
         if unroll_lr is not None and (unroll_lr <= 0 or base.has_phases):
             raise ValueError(
@@ -172,10 +171,10 @@ class SearchingDistiller(WrappingDistiller):
     def _levels(
         self, student_feats: Features, teacher_feats: Features
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The features that belong together, of student and teacher.
+        """Corresponding features of student and teacher.
 
-        Distillers name their features first, then what else they record of
-        the student, such as logits.
+        Distillers list their features first, then other sources of the
+        student, such as logits.
         """
         sources = self.student_sources[: len(self.teacher_sources)]
         return (
@@ -214,7 +213,7 @@ class SearchingDistiller(WrappingDistiller):
 
     @property
     def policy(self) -> DAFA | None:
-        """The policy; None where the teacher's features stay as they are."""
+        """The policy; None if the teacher's features are not changed."""
         if self._policy is None:
             return None
         assert isinstance(self._policy.module, DAFA)
@@ -228,7 +227,7 @@ class SearchingDistiller(WrappingDistiller):
     def build_inner(
         self,
     ) -> tuple[nn.Module, torch.optim.Optimizer] | None:
-        """The policy, beside the wrapped distiller's inner module."""
+        """The policy, and the wrapped distiller's inner module."""
         modules: dict[str, nn.Module] = {}
         optimizers: dict[str, torch.optim.Optimizer] = {}
         if self.base.inner is not None:
@@ -250,7 +249,7 @@ class SearchingDistiller(WrappingDistiller):
 
     @property
     def is_searching(self) -> bool:
-        """Whether the policy learns at ``self.step``."""
+        """Whether the policy is trained at ``self.step``."""
         if self.policy is None or self.step < self.pretrain_iters:
             return False
         iters = MessageHub.get_current_instance().get_info('max_iters')
@@ -260,7 +259,7 @@ class SearchingDistiller(WrappingDistiller):
         return self.step < self.pretrain_iters + length
 
     def _refine(self, teacher_feats: Features) -> Features:
-        """F_t' of this step's draw, by source."""
+        """F_t' with this step's sample, by source."""
         if self.policy is None:
             return teacher_feats
         flat = levels_of(teacher_feats, self.teacher_sources)
@@ -324,8 +323,8 @@ class SearchingDistiller(WrappingDistiller):
         assert self.policy is not None
         assert isinstance(self.inner_optimizer, Optimizers)
         parameters = list(self.policy.parameters())
-        # A mean over a map has tiny gradients: on their way to the policy
-        # half precision would make them 0.
+        # The gradients of a mean over a map are tiny: in half precision they
+        # would become 0.
         batch['teacher_feats'] = {
             source: tuple(full_precision(feat) for feat in feats)
             for source, feats in batch['teacher_feats'].items()
@@ -353,7 +352,7 @@ class SearchingDistiller(WrappingDistiller):
         teacher_feats: Features,
         data_samples: list,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Second order: student and adapters take the step looked ahead."""
+        """Second order: looks one step of student and adapters ahead."""
         assert rerun is not None
         modules: dict[str, nn.Module] = {'student': rerun.student}
         if self.adapters is not None:
@@ -391,7 +390,7 @@ class SearchingDistiller(WrappingDistiller):
                 policy=policy,
                 lr=self.unroll_lr or 0.0,
             )
-        # Norms of connectors have counted passes that did not happen.
+        # Norms of connectors have counted passes that are not part of the run.
         for name, buffer in self.named_buffers():
             buffer.copy_(buffers[name])
         return found

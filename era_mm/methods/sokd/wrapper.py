@@ -1,4 +1,4 @@
-"""A distiller around another one, whose slots it hands on."""
+"""A distiller that wraps another one and forwards its interface."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class WrappingDistiller(BaseDistiller):
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: ``base`` wraps another one itself.
+        ValueError: ``base`` itself wraps another distiller.
     """
 
     def __init__(

@@ -3,8 +3,8 @@
 Those on 32 x 32 images are the definitions that CRD (arXiv 1910.10699, code
 HobbitLong/RepDistiller) made the field's standard on CIFAR-100. Its ResNet-50
 is mmpretrain's own ``ResNet_CIFAR``. Each outputs its last map, which
-``GlobalAveragePooling`` pools to the feature that the classifier sees. Beside
-them MobileNet and CSWin, which the hosts lack.
+``GlobalAveragePooling`` pools to the input of the classifier. There are also
+MobileNet and CSWin, which the hosts lack.
 """
 
 from .cifar_mobilenet_v2 import CIFARMobileNetV2

@@ -42,13 +42,13 @@ class StripeAttention(nn.Module):
         out = softmax(q k^T / sqrt(d)) v + DWConv3x3(v)
 
     The depthwise convolution is the locally enhanced positional encoding
-    (LePE); it runs in each window, so it does not look beyond. Maps that no
-    whole number of windows fills are padded at the bottom and on the right,
-    and nothing attends to the padding.
+    (LePE); it runs within each window. Maps whose size is not a multiple of
+    the window are padded at the bottom and on the right, and nothing attends
+    to the padding.
 
     Args:
         channels: C of this part.
-        num_heads: Of this part; d = C / num_heads.
+        num_heads: Number of heads of this part; d = C / num_heads.
 
     Shape:
         - q, k, v, out: ``(N, H, W, C)``
@@ -90,13 +90,13 @@ class StripeAttention(nn.Module):
 class CrossShapedAttention(nn.Module):
     """Half the heads attend in columns, half in rows, ``stripe`` wide.
 
-    Together they see a cross. With ``stripe=None`` all heads attend to the
+    Together they cover a cross. With ``stripe=None`` all heads attend to the
     whole map. Columns come first, as in the published code.
 
     Args:
         channels: C.
-        num_heads: Of both halves together.
-        stripe: s; a map that is smaller is one stripe.
+        num_heads: Number of heads of both halves together.
+        stripe: s; a smaller map is a single stripe.
 
     Shape:
         - in, out: ``(N, H, W, C)``
@@ -116,7 +116,7 @@ class CrossShapedAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What every place gathers."""
+        """Outputs of the attention."""
         rows, columns = x.shape[1:3]
         sizes = [(rows, columns)]
         if self.stripe is not None:
@@ -148,8 +148,8 @@ class CSWinBlock(nn.Module):
     Args:
         channels: C.
         num_heads: See ``CrossShapedAttention``.
-        stripe: The same.
-        drop_path: Probability with which a sample skips either part.
+        stripe: See ``CrossShapedAttention``.
+        drop_path: Probability that a sample skips either part.
 
     Shape:
         - in, out: ``(N, H, W, C)``
@@ -213,9 +213,9 @@ class CSWinTransformer(BaseBackbone):
             ``num_heads``.
         stripes: s of stages 1 to 3. (1, 2, 7) are the paper's for 224 x 224
             images; it takes (1, 2, 12) for 384 x 384.
-        drop_path_rate: Of the last block; it rises from 0. The paper: 0.2,
-            0.4, 0.5 for tiny, small, base.
-        out_indices: Stages whose normed outputs are given.
+        drop_path_rate: Rate of the last block; it rises from 0. The paper:
+            0.2, 0.4, 0.5 for tiny, small, base.
+        out_indices: Stages whose normalised outputs are returned.
         init_cfg: As in mmengine. None: the code's.
 
     Shape:

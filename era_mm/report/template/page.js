@@ -4,16 +4,27 @@
   const dark = window.matchMedia('(prefers-color-scheme: dark)');
   const canvases = [...document.querySelectorAll('.canvas')];
 
-  function colours() {
+  // On paper: black on white, whatever the screen has.
+  const paper = {
+    '--text': '#000', '--card': '#fff', '--grid': '#ddd', '--line': '#999',
+    '--soft': '#333',
+  };
+  // Widths that fit A4 and Letter, in pixels: a figure, and half a row.
+  const paperWidth = (canvas) => (canvas.closest('.small') ? 325 : 670);
+
+  function colours(printed) {
     const style = getComputedStyle(document.documentElement);
-    return (name) => style.getPropertyValue(name).trim();
+    return (name) => (printed ? paper[name] : style.getPropertyValue(name).trim());
   }
 
   // A figure's own layout with the page's colours, and one plot below the
   // other where the page is narrow.
-  function layoutOf(figure, width) {
-    const colour = colours();
+  function layoutOf(figure, width, printed) {
+    const colour = colours(printed);
     const layout = JSON.parse(JSON.stringify(figure.layout));
+    if (printed) {
+      layout.width = width;
+    }
     layout.paper_bgcolor = 'rgba(0,0,0,0)';
     layout.plot_bgcolor = 'rgba(0,0,0,0)';
     layout.font = { color: colour('--text'), size: 12, family: 'system-ui, sans-serif' };
@@ -36,9 +47,10 @@
     return layout;
   }
 
-  function draw(canvas) {
+  function draw(canvas, printed) {
     const figure = figures[canvas.dataset.figure];
-    const layout = layoutOf(figure, canvas.clientWidth);
+    const width = printed ? paperWidth(canvas) : canvas.clientWidth;
+    const layout = layoutOf(figure, width, printed);
     canvas.style.minHeight = layout.height + 'px';
     return Plotly.react(canvas, figure.data, layout, {
       responsive: true, displaylogo: false, displayModeBar: false,
@@ -46,7 +58,7 @@
     });
   }
 
-  const drawAll = () => Promise.all(canvases.map(draw));
+  const drawAll = () => Promise.all(canvases.map((canvas) => draw(canvas, false)));
   drawAll().then(() => { document.body.dataset.drawn = 'yes'; });
   dark.addEventListener('change', drawAll);
   let narrow = window.innerWidth < 700;
@@ -56,16 +68,13 @@
       drawAll();
     }
   });
-  let closed = [];
   window.addEventListener('beforeprint', () => {
-    closed = [...document.querySelectorAll('details:not([open])')];
-    closed.forEach((item) => { item.open = true; });
-    canvases.forEach((canvas) => Plotly.relayout(canvas, { 'font.color': '#000' }));
+    canvases.forEach((canvas) => draw(canvas, true));
   });
-  window.addEventListener('afterprint', () => {
-    closed.forEach((item) => { item.open = false; });
-    drawAll();
-  });
+  window.addEventListener('afterprint', () => drawAll().then(() => {
+    // The width of paper would stay otherwise.
+    canvases.forEach((canvas) => Plotly.Plots.resize(canvas));
+  }));
 
   // Tables: a heading is a button that sorts by its column.
   const valueOf = (row, column) => {

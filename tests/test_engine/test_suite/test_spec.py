@@ -59,7 +59,7 @@ def test_suite__is_what_the_file_says(tmp_path):
         ("role='plain'", "role='plane'", "but got 'plane'"),
         ("role='plain'", "role='method'", "with role='plain'"),
         ("part_of='era'", "part_of='eras'", "part_of='eras' after plain, era"),
-        ("part_of='era'", "part_of='era', role='method'", 'beside role='),
+        ("part_of='era'", "part_of='era', role='method'", 'with role='),
         ("pairs=['a_b']", "pairs=['b_a']", 'names b_a, but the suite has'),
         ('half=', 'teacher=', "not 'teacher'"),
         ("student='d'", "checkpoint='x.pth', student='d'", '`teacher` beside'),
