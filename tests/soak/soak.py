@@ -41,7 +41,7 @@ from mutations import (
 from toys import (
     EMA,
     LIMIT,
-    Failed,
+    FailedError,
     Hung,
     Killed,
     Toy,
@@ -336,7 +336,7 @@ def soak(numbers: dict[str, int | None], seed: int, record: Record) -> None:
                     ending, failure = KINDS[kind](toy, index, chance)
                 except Hung:
                     ending = failure = f'hung for {LIMIT} s'
-                except Failed as error:
+                except FailedError as error:
                     ending, failure = 'failed undisturbed', str(error)
                 record.add(
                     kind=kind,

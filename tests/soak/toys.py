@@ -68,7 +68,7 @@ class Hung(BaseException):
     """An attempt that takes longer than any may."""
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """A run that nothing disturbed, and that failed all the same."""
 
 
@@ -273,7 +273,7 @@ class Toy:
             )
             said = Path(f'{folder}.said0')
             if any(status):
-                raise Failed(f'{name}: {status} {said.read_text()[:300]}')
+                raise FailedError(f'{name}: {status} {said.read_text()[:300]}')
             self._wholes[name, ranks] = folder, time.monotonic() - began
         return self._wholes[name, ranks]
 
