@@ -17,10 +17,13 @@ ROOMS = {
     'connections': {'layers', 'registry'},
     'teacher': {
         *('checkpoint', 'host_models', 'recorder', 'utils'),
-        'registry',
+        *('errors', 'registry'),
     },
     'student_model': {'base_distiller', 'checkpoint', 'teacher'},
-    'build': {'base_distiller', 'host_models', 'teacher', 'utils'},
+    'build': {
+        *('base_distiller', 'host_models', 'teacher', 'utils'),
+        'errors',
+    },
     'wiring': {
         *('base_distiller', 'connections', 'dry_run', 'host_models'),
         *('recorder', 'teacher', 'utils'),

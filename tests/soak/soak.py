@@ -38,7 +38,18 @@ from mutations import (
     mutate_host,
     mutate_ours,
 )
-from toys import EMA, Killed, Toy, ended, killing, methods, same_state
+from toys import (
+    EMA,
+    LIMIT,
+    FailedError,
+    Hung,
+    Killed,
+    Toy,
+    ended,
+    killing,
+    methods,
+    same_state,
+)
 
 from era_mm.core.safe_files import TRUST, load_file
 from era_mm.engine import whole_files
@@ -320,9 +331,13 @@ def soak(numbers: dict[str, int | None], seed: int, record: Record) -> None:
                 if record.has(kind, index):
                     continue
                 began = time.monotonic()
-                ending, failure = KINDS[kind](
-                    toy, index, random.Random(f'{seed} {kind} {index}')
-                )
+                chance = random.Random(f'{seed} {kind} {index}')
+                try:
+                    ending, failure = KINDS[kind](toy, index, chance)
+                except Hung:
+                    ending = failure = f'hung for {LIMIT} s'
+                except FailedError as error:
+                    ending, failure = 'failed undisturbed', str(error)
                 record.add(
                     kind=kind,
                     index=index,

@@ -41,7 +41,7 @@ DISTILLER = dict(
     schedules={'loss_era_*': dict(start=0, ramp=2, scale=1.0)},
 )
 #: Longer than any attempt takes.
-LIMIT = 180
+LIMIT = 300
 EMA = [dict(type='era_mm.EMAHook', momentum=0.1)]
 
 
@@ -66,6 +66,10 @@ class Killed(BaseException):
 
 class Hung(BaseException):
     """An attempt that takes longer than any may."""
+
+
+class FailedError(Exception):
+    """A run that nothing disturbed, and that failed all the same."""
 
 
 @contextlib.contextmanager
@@ -238,6 +242,8 @@ class Toy:
         with socket.socket() as one:
             one.bind(('localhost', 0))
             port = one.getsockname()[1]
+        if ranks > 1:
+            flags = (*flags, '--launcher', 'pytorch')
         return [
             _fork(
                 lambda: self.train(work_dir, *flags, config=config),
@@ -266,7 +272,8 @@ class Toy:
                 self.start(folder, *flags, config=config, ranks=ranks)
             )
             said = Path(f'{folder}.said0')
-            assert status == [0] * ranks, (name, status, said.read_text())
+            if any(status):
+                raise FailedError(f'{name}: {status} {said.read_text()[:300]}')
             self._wholes[name, ranks] = folder, time.monotonic() - began
         return self._wholes[name, ranks]
 
