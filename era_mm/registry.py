@@ -26,7 +26,8 @@ def explain_unknown_keys(cls: type) -> type:
     """Make a class explain unknown keys in a config.
 
     Python's own message only names the unknown key; users need the nearest
-    known one. :mod:`era_mm.validation` checks the values. Classes whose
+    known one, and an explanation of options that were removed (``CUT`` of the
+    class). :mod:`era_mm.validation` checks the values. Classes whose
     ``__init__`` takes ``**kwargs`` are not changed.
     """
     init = cls.__dict__.get('__init__')
@@ -42,6 +43,11 @@ def explain_unknown_keys(cls: type) -> type:
         for key in kwargs:
             if key in known:
                 continue
+            if key in getattr(cls, 'CUT', {}):
+                raise TypeError(
+                    f'{cls.__name__} has no {key!r} any more: '
+                    f'{cls.CUT[key]}. Remove the key.'
+                )
             near = difflib.get_close_matches(key, known, n=3)
             hint = (
                 f'Did you mean {" or ".join(map(repr, near))}?'

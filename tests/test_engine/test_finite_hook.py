@@ -200,7 +200,7 @@ def test_skip__stops_after_too_many_in_a_row():
 def test_skip__stops_where_only_the_loss_is_no_number():
     """Its gradients are, so leaving the step out would not help."""
     hook = FiniteHook(interval=1, action='skip')
-    with pytest.raises(UserError, match='no number any more'):
+    with pytest.raises(UserError, match='no longer finite'):
         feed(
             hook,
             0,

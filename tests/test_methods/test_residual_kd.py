@@ -395,6 +395,145 @@ def test_loss__of_equal_channels_needs_no_connector():
     assert not list(model.distillers.parameters())
 
 
+def with_cuts(cuts=('layer1', 'layer2'), **kwargs):
+    """A pair of classifiers with further cuts."""
+    init_default_scope('mmpretrain')
+    return MODELS.build(
+        ConfigDict(
+            type='era_mm.Distillation',
+            student=classifier_config(),
+            teacher=dict(
+                config=classifier_config(width=16), checkpoint='random'
+            ),
+            distiller=dict(
+                RKD,
+                source='backbone',
+                student=dict(backbone=dict(base_channels=6)),
+                assistant=dict(
+                    form='image',
+                    backbone=dict(base_channels=4, stem_channels=4),
+                ),
+                cuts=cuts,
+                **kwargs,
+            ),
+        )
+    )
+
+
+def random_images():
+    from mmpretrain.structures import DataSample
+
+    return dict(
+        inputs=torch.randn(4, 3, 64, 64),
+        data_samples=[DataSample().set_gt_label(i % 3) for i in range(4)],
+    )
+
+
+def test_cuts__add_their_terms():
+    model = with_cuts()
+    wake(model)
+    distiller = model.distillers['distiller']
+    feats = {}
+    loss = distiller.loss
+
+    def spy(**found):
+        feats.update(found)
+        return loss(**found)
+
+    distiller.loss = spy
+    losses = model(**random_images(), mode='loss')
+    student, teacher = feats['student_feats'], feats['teacher_feats']
+    assert list(teacher) == ['backbone', 'backbone.layer1', 'backbone.layer2']
+    student_error, pair_error = 0, 0
+    for index, name in enumerate(('layer1', 'layer2')):
+        own, assistant = (
+            torch.einsum(
+                'oc,nchw->nohw',
+                distiller.cut_convs[2 * index + which].weight[:, :, 0, 0],
+                student[f'backbone.{place}.{name}'][0],
+            )
+            for which, place in enumerate(
+                ('student.backbone', 'assistant.extractor.backbone')
+            )
+        )
+        target = teacher[f'backbone.{name}'][0]
+        student_error += (target - own).square().mean()
+        pair_error += (target - own - assistant).square().mean()
+    # Of the last cut, as without the others.
+    distiller.cuts = []
+    last = loss(**feats)
+    for key, error in (('student', student_error), ('pair', pair_error)):
+        key = f'residual_kd_mse_{key}'
+        torch.testing.assert_close(losses[key] - last[key], error.detach())
+
+
+def test_cuts__gradients_reach_whom_they_are_for():
+    model = with_cuts()
+    pair, extras = model.student.backbone, model.distillers['distiller']
+    losses = model(**random_images(), mode='loss')
+    losses['loss_residual_kd_assistant'].backward(retain_graph=True)
+    assert no_gradient(pair.student)
+    # The last adapter starts at 0: what reaches the stages is the cuts'.
+    first = pair.assistant.extractor.backbone.layer1
+    assert all(g is not None for g in grads(first))
+    assert not no_gradient(first)
+    assert [no_gradient(conv) for conv in extras.cut_convs] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    model.zero_grad()
+    losses['loss_residual_kd_student'].backward()
+    assert no_gradient(pair.assistant)
+    assert not no_gradient(pair.student.backbone.layer1)
+    assert [no_gradient(conv) for conv in extras.cut_convs] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_cuts__rest_with_their_phase():
+    model = with_cuts(phases=PHASES)
+    model.train()
+    convs = model.distillers['distiller'].cut_convs
+    for step, moves in ((0, [True, False]), (2, [False, True])):
+        MessageHub.get_current_instance().update_info('iter', step)
+        model.zero_grad()
+        losses = model(**random_images(), mode='loss')
+        model.parse_losses(losses)[0].backward()
+        assert [not no_gradient(conv) for conv in convs] == 2 * moves
+
+
+def test_cuts__are_named_apart_where_the_models_differ():
+    model = with_cuts(dict(student=['layer2'], teacher=['layer2']))
+    assert model.distillers['distiller'].cuts == [
+        (
+            'backbone.student.backbone.layer2',
+            'backbone.assistant.extractor.backbone.layer2',
+            'backbone.layer2',
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(cuts=dict(student=['layer1'])), 'two that are as long'),
+        (dict(cuts=['layer1'], assistant_weight=0.0), 'Give both a weight'),
+        (
+            dict(cuts=dict(student=['layer1'], teacher=['layer2'])),
+            'Choose `cuts` of one stride',
+        ),
+    ],
+)
+def test_cuts__that_cannot_be_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        with_cuts(**kwargs)
+
+
 # -- phases -----------------------------------------------------------------
 
 
@@ -932,6 +1071,7 @@ def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant():
         (dict(student=dict(head={})), r"changes \['head'\]"),
         (dict(student=dict(neck=dict(num_outs=3))), 'all but the channels'),
         (dict(student_weight=0), 'nothing trains the convolution'),
+        (dict(cuts=['layer1']), 'the assistant needs stages of its own'),
         (
             dict(source=dict(student='neck', teacher='backbone.layer1')),
             "the teacher .* at 'backbone.layer1'",
