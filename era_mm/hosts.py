@@ -69,6 +69,7 @@ profile, in this order (docs/installation.md tells more):
     pip install onedl-mmdetection==3.5.1 onedl-mmpretrain==1.3.6
   openmmlab, the originals
     pip install torch==2.1.2 torchvision==0.16.2 "numpy<2" "setuptools<81"
+    pip install "opencv-python<4.12" ninja psutil
     MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==2.1.0
     pip install mmdet==3.3.0 mmpretrain==1.2.0"""
 
