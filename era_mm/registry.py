@@ -43,10 +43,11 @@ def explain_unknown_keys(cls: type) -> type:
         for key in kwargs:
             if key in known:
                 continue
-            if key in getattr(cls, 'CUT', {}):
+            cut = getattr(cls, 'CUT', {}).get(key)
+            if cut is not None:
                 raise TypeError(
-                    f'{cls.__name__} has no {key!r} any more: '
-                    f'{cls.CUT[key]}. Remove the key.'
+                    f'{cls.__name__} has no {key!r} any more: {cut}. Remove '
+                    'the key.'
                 )
             near = difflib.get_close_matches(key, known, n=3)
             hint = (
