@@ -991,13 +991,16 @@ def test_ddp__two_ranks_resumed_in_a_phase_end_as_the_whole_run(ranks, epoch):
 
 
 @pytest.mark.parametrize(
-    'name',
+    ('name', 'size', 'expected'),
     [
-        'residual_kd_resnet34_resnet18_imagenet',
-        'residual_kd_progressive_resnet34_resnet18_imagenet',
+        ('resnet34_resnet18_imagenet', 64, (0.883, 0.077, 0.967)),
+        ('progressive_resnet34_resnet18_imagenet', 64, (0.883, 0.077, 0.967)),
+        ('resnet56_resnet20_cifar100', 32, (0.88, 0.068, 0.954)),
+        ('resnet18w16_resnet18w8_digit_crops', 32, (0.778, 0.168, 0.947)),
     ],
 )
-def test_config__pair_costs_less_than_the_given_model(name):
+def test_config__pair_costs_less_than_the_given_model(name, size, expected):
+    name = f'residual_kd_{name}'
     cfg = Config.fromfile(find_config(name))
     distiller = cfg.model.distiller
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -1006,11 +1009,12 @@ def test_config__pair_costs_less_than_the_given_model(name):
             **{k: distiller[k] for k in ('source', 'student', 'assistant')},
         )
         given = FeatureExtractor(cfg.model.student.backbone)
-        whole = measure(given, (64, 64))[''].flops
-        costs = measure_pair(pair, (64, 64))
+        whole = measure(given, (size, size))[''].flops
+        costs = measure_pair(pair, (size, size))
     # As the config's comment has it.
     shares = {k: round(c.flops / whole, 3) for k, c in costs.items()}
-    assert shares == dict(student=0.883, assistant=0.077, pair=0.967)
+    keys = ('student', 'assistant', 'pair')
+    assert shares == dict(zip(keys, expected, strict=True))
     assert ('phases' in distiller) == ('progressive' in name)
 
 
@@ -1036,9 +1040,37 @@ def test_progressive_config__gives_each_phase_its_own_cycle_of_rates():
     assert all(rates[epoch - 1] < 0.001 for epoch in (50, 70, 100))
 
 
-def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant():
+@pytest.mark.parametrize(
+    'name',
+    [
+        'resnet56_resnet20_cifar100',
+        'resnet18w16_resnet18w8_digit_crops',
+    ],
+)
+def test_classifiers_config__trains_two_steps(name):
+    cfg = Config.fromfile(find_config(f'residual_kd_{name}'))
+    cfg.model.teacher.checkpoint = 'random'
+    if 'data_preprocessor' in cfg:
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    batch = random_images()
+    batch['inputs'] = list((255 * torch.rand(4, 3, 32, 32)).byte())
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        model.train()
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        for _ in range(2):
+            losses = model.train_step(batch, wrapper)
+    assert all(torch.as_tensor(v).isfinite() for v in losses.values())
+    assert losses['residual_kd_mse_pair'] != losses['residual_kd_mse_student']
+
+
+@pytest.mark.parametrize('student', ['r18w16', 'gfl_r18w16'])
+def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant(
+    student,
+):
     cfg = Config.fromfile(
-        find_config('residual_kd_retinanet_r18w32_r18w16_digits')
+        find_config(f'residual_kd_retinanet_r18w32_{student}_digits')
     )
     cfg.model.teacher.checkpoint = 'random'
     with DefaultScope.overwrite_default_scope(cfg.default_scope):

@@ -1,6 +1,7 @@
 """Trunk-to-Branch: the dossier's numbers, its identities, its gradients."""
 
 import copy
+import inspect
 import itertools
 import math
 
@@ -16,10 +17,13 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, log_softmax
 
 from era_mm.core import extras_of
+from era_mm.engine.config_check import check_config
 from era_mm.engine.export import export_student
+from era_mm.errors import UserError
 from era_mm.methods.trunk_to_branch import (
     DensePeerBranch,
     PeerBranch,
+    TrunkToBranchDistiller,
     mean_squared_correlation,
     ramp_factor,
     stage_names,
@@ -544,7 +548,7 @@ def test_backbones__convnext_in_pooled_form_gives_vectors():
     init_default_scope('mmpretrain')
     student = classifier_config() | dict(backbone=backbone, neck=None)
     student['head'] |= dict(in_channels=24)
-    with pytest.raises(ValueError, match=r'must be maps .* final_norm=False'):
+    with pytest.raises(ValueError, match=r'must be maps .*final_norm=False'):
         build(student, source='backbone')
     # The same two stages as maps.
     student['backbone'] = backbone | dict(gap_before_final_norm=False)
@@ -780,6 +784,22 @@ def test_dense__other_stages_can_be_tapped(taps):
 def test_errors__say_what_to_change(settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
         classifier(**settings)
+
+
+def test_errors__a_config_with_an_option_of_before_is_told():
+    distiller = dict(type='era_mm.TrunkToBranchDistiller', ramp=0.5, topk=9)
+    with pytest.raises(UserError) as caught:
+        check_config(Config(dict(model=dict(distiller=distiller))))
+    text = str(caught.value)
+    for name, instead in (('ramp', '0.27 of the run'), ('topk', '100 places')):
+        message = (
+            f'distiller.{name}: TrunkToBranchDistiller has it no more: it is '
+            f'{instead}'
+        )
+        assert text.count(message) == 1
+    # Each was an option, and is none.
+    known = inspect.signature(TrunkToBranchDistiller).parameters
+    assert not set(TrunkToBranchDistiller.CUT) & set(known)
 
 
 def test_errors__heads_that_do_not_fit():
