@@ -78,6 +78,7 @@ def _pair(pair: PairResults) -> Iterator[str]:
     yield _methods_table(pair)
     yield ''
     yield from _verdicts(pair)
+    yield from _collapsed(pair)
     wholes = dict.fromkeys(
         pair.header['methods'][part]['part_of']
         for part in pair.methods('part')
@@ -264,6 +265,36 @@ def _verdicts(pair: PairResults) -> Iterator[str]:
             yield f'- {text}: {", ".join(names)}.'
     if better or worse or same:
         yield ''
+
+
+def _collapsed(pair: PairResults) -> Iterator[str]:
+    """Runs that collapsed, and how methods compare without their seeds."""
+    digits = pair.metric.digits
+    methods = pair.methods('plain', 'baseline', 'method', 'part')
+    runs = [
+        f'{pair.title_of(method)}, seed {seed} ({value:.{digits}f})'
+        for method in methods
+        for seed, value in pair.collapsed(method).items()
+    ]
+    if not runs:
+        return
+    yield (
+        "- Collapsed, which means below half of their method's median, and "
+        f'counted above: {"; ".join(runs)}.'
+    )
+    others = [method for method in methods if method != pair.plain]
+    found = [
+        f'{pair.title_of(method)} {shown(more, digits)}'
+        for method in _by_mean(pair, others)
+        if (more := pair.more_than_sound(pair.plain, method)) is not None
+        and more.half is not None
+    ]
+    if found:
+        yield (
+            '- More than plain without the seeds of collapsed runs: '
+            f'{"; ".join(found)}.'
+        )
+    yield ''
 
 
 def _remarks(pair: PairResults) -> Iterator[str]:

@@ -4,6 +4,7 @@ Every number is computed from rows of finished runs, and is None without such
 rows.
 """
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,26 @@ class PairResults:
         if other is None:
             return None
         return paired(self.values(method, mode), self.values(other))
+
+    def collapsed(self, method: str) -> BySeed:
+        """Runs far below the others of a method, which say little of it.
+
+        Those below half of the method's median, of three runs or more.
+        """
+        values = self.values(method)
+        if len(values) < 3:
+            return {}
+        least = statistics.median(values.values()) / 2
+        return {seed: v for seed, v in values.items() if v < least}
+
+    def more_than_sound(self, other: str, method: str) -> Estimate | None:
+        """As :meth:`more_than`, without seeds in which either collapsed."""
+        left = self.collapsed(other) | self.collapsed(method)
+        mine, theirs = (
+            {s: v for s, v in self.values(name).items() if s not in left}
+            for name in (method, other)
+        )
+        return paired(mine, theirs)
 
     # -- what a method is compared with ------------------------------------
 

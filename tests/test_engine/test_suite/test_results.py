@@ -187,6 +187,26 @@ def test_page__modes_have_rows_of_their_own(tmp_path):
     assert table['era, T'][2] == '10.0 +- 2.5'
 
 
+def test_page__collapsed_runs_count_and_are_told_of(tmp_path):
+    found = rows()
+    assert 'Collapsed' not in written(tmp_path, found)
+
+    for one in found:
+        if (one['method'], one['seed']) == ('plain', 1):
+            one['metrics']['m/ap'] = 0.01
+    text = written(tmp_path, found)
+
+    # Without seed 1: era 8 and 10, fitnet 5 and 5, twice the schedule 1 and 3.
+    # The interval of two values a and b is 12.7 * |a - b| / 2.
+    assert 'counted above: plain, seed 1 (1.0).' in text
+    assert (
+        '- More than plain without the seeds of collapsed runs: '
+        'era 9.0 +- 12.7; fitnet 5.0 +- 0.0; plain_x2 2.0 +- 12.7.'
+    ) in text
+    # Mean of 40, 1, 44; its deviation of 23.8 * 4.30 / sqrt(3).
+    assert '28.3 +- 59.0' in table_of(text, '### Big to small')['plain'][1]
+
+
 def test_page__tells_of_failures_and_of_several_teachers(tmp_path):
     broken = dict(row('at', 1, 0.0), error='train stopped with status 1\nx')
     del broken['metrics']
