@@ -455,6 +455,16 @@ class BaseDistiller(BaseModule):
         """
         return {}
 
+    def uses(self) -> tuple[str, ...]:
+        """What a method takes of a pair beside features, for the summary.
+
+        Called after :meth:`prepare`.
+
+        Returns:
+            A line for each part of which a pair may have to do without.
+        """
+        return ()
+
     def is_complete(self, step: int) -> bool:
         """Whether a step has every loss term.
 

@@ -52,12 +52,17 @@ def _lines(model: Distillation, name: str, batch: Any) -> Iterator[str]:
             yield _model_line(key, teacher.model, batch, size)
     for key, distiller in model.distillers.items():
         yield _extras_line(key, distiller)
+        for line in distiller.uses():
+            yield f'  {line}'
     cost = cost_line(model)
     if cost is not None:
         yield cost
     if model.wiring.student_shapes:
         yield f'sources, for an image of {size[0]} x {size[1]}'
-    owners = {name: model.wiring.student_shapes, **model.wiring.teacher_shapes}
+    # Without those that a method has given up after the dry run.
+    used = {s for d in model.distillers.values() for s in d.student_sources}
+    own = {k: v for k, v in model.wiring.student_shapes.items() if k in used}
+    owners = {name: own, **model.wiring.teacher_shapes}
     for owner, shapes in owners.items():
         for source, levels in shapes.items():
             shown = ' '.join('x'.join(map(str, s[1:])) for s in levels)

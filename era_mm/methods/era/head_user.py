@@ -88,6 +88,7 @@ class HeadUser(BaseDistiller):
         self.twi_head: TWIHead | None = None
         self._proposals: StudentProposals | None = None
         self._blends = self._lacks_masks = False
+        self._left_out: dict[str, str] = {}
         # What must be there, or else the pair is refused.
         self._asks_for_twi = twi_steps not in ('auto', 'none')
         self._asks_for_logit = isinstance(logit, Mapping)
@@ -196,6 +197,7 @@ class HeadUser(BaseDistiller):
                 f'`logit` cannot be distilled: {reason}. Remove `logit`.'
             )
         parts = ['TWI'] if self.twi_steps != 'none' else []
+        self._left_out |= {'TWI': reason} if parts else {}
         if self._logit_cfg is not None and self.form != 'released':
             parts.append("terms on the student's own logits")
         if parts:
@@ -206,7 +208,7 @@ class HeadUser(BaseDistiller):
             )
         self.twi_steps = 'none'
         self.twi_head = self._proposals = None
-        self._leave_logit()
+        self._leave_logit(reason)
 
     def _choose_logit(self, student: nn.Module) -> None:
         """The term on the student's own head that its kind needs."""
@@ -260,9 +262,10 @@ class HeadUser(BaseDistiller):
             logger='current',
             level=logging.WARNING,
         )
-        self._leave_logit()
+        self._leave_logit(reason)
 
-    def _leave_logit(self) -> None:
+    def _leave_logit(self, reason: str) -> None:
+        self._left_out['logit'] = reason
         self.logit = None
         if self._asks_for_targets and self.twi_steps != 'none':
             raise ValueError(
@@ -342,6 +345,26 @@ class HeadUser(BaseDistiller):
             # Heads of third parties nest their outputs as they like.
             return f'{type(error).__name__}: {error}'
         return reason
+
+    def uses(self) -> tuple[str, ...]:
+        """Who judges the estimates, and whether the student's head learns."""
+        reason = self._left_out.get('TWI', "twi_steps='none'")
+        judge = f'off ({reason})'
+        if self.twi_steps != 'none':
+            by = {
+                'labels': 'the labels',
+                'teacher': "the teacher's own outputs",
+                'both': "the labels and the teacher's own outputs",
+            }[self.twi_targets]
+            judge = (
+                f"the teacher's {type(self._head.head).__name__} judges "
+                f'estimates by {by}'
+            )
+        reason = 'logit=None' if self._logit_cfg is None else 'released form'
+        own = f'no terms ({self._left_out.get("logit", reason)})'
+        if self.logit is not None:
+            own = ', '.join(f'loss_era_{k}' for k in self.logit.loss_weights())
+        return f'TWI: {judge}', f"the student's own head: {own}"
 
     @property
     def _head(self) -> TWIHead:
