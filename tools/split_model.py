@@ -42,8 +42,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--divisor',
         type=int,
-        default=8,
-        help='channels are rounded down to its multiples',
+        default=None,
+        help='channels are rounded down to its multiples; by default of a '
+        'sixteenth of the first stage, at most of 8',
     )
     parser.add_argument(
         '--input-size',

@@ -11,7 +11,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from era_mm.methods.residual_kd import pair_config, split_by_flops
-from era_mm.methods.residual_kd.split import _widest, widths
+from era_mm.methods.residual_kd.split import (
+    _divisor_for,
+    _widest,
+    widths,
+)
 from era_mm.testing import classifier_config, detector_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +51,31 @@ MODELS_OF = {
         0.1,
     ),
     'retinanet': (detector_config(width=64, channels=64), 0.2),
+    # The project's own.
+    'resnet20': (classifier(type='era_mm.CIFARResNet', depth=20), 0.1),
+    'resnet8x4': (
+        classifier(type='era_mm.CIFARResNet', depth=8, width=4),
+        0.1,
+    ),
+    'wrn_10_2': (
+        classifier(type='era_mm.CIFARWideResNet', depth=10, width=2),
+        0.1,
+    ),
+    'vgg8': (classifier(type='era_mm.CIFARVGG', depth=8), 0.1),
+    'mobilenet_v1': (classifier(type='era_mm.MobileNetV1'), 0.1),
+    'mobilenet_v2_cifar': (
+        classifier(type='era_mm.CIFARMobileNetV2'),
+        0.1,
+    ),
+    'cswin': (
+        classifier(
+            type='era_mm.CSWinTransformer',
+            arch=dict(
+                embed_dims=32, depths=(1, 1, 1, 1), num_heads=(2, 4, 8, 16)
+            ),
+        ),
+        0.1,
+    ),
 }
 
 
@@ -84,17 +113,19 @@ def check(model, share, source):
 @pytest.mark.parametrize('name', list(MODELS_OF))
 def test_split__costs_no_more_than_the_model(name):
     model, share = MODELS_OF[name]
-    check(model, share, 'neck' if name == 'retinanet' else 'backbone')
+    split = check(model, share, 'neck' if name == 'retinanet' else 'backbone')
+    # And not much less.
+    assert split.costs['pair'].flops > 0.88 * split.costs['model'].flops
 
 
 @pytest.mark.parametrize('share', [0.1, 0.3, 0.5])
 def test_split__takes_the_widest_that_fit(share):
     model, _ = MODELS_OF['resnet']
     split = check(model, share, 'backbone')
-    # A step of 8 channels more, of either, would be too much.
+    # A step of 4 channels more, of either, would be too much.
     wider = copy.deepcopy(split)
-    wider.student['backbone']['base_channels'] += 8
-    wider.student['backbone']['stem_channels'] += 8
+    wider.student['backbone']['base_channels'] += 4
+    wider.student['backbone']['stem_channels'] += 4
     for student, assistant in (
         (wider.student, split.assistant),
         ({}, _wider(split.assistant)),
@@ -110,7 +141,7 @@ def test_split__takes_the_widest_that_fit(share):
 
 
 def _wider(assistant):
-    backbone = {k: v + 8 for k, v in assistant['backbone'].items()}
+    backbone = {k: v + 4 for k, v in assistant['backbone'].items()}
     return dict(assistant, backbone=backbone)
 
 
@@ -164,6 +195,38 @@ def test_widths__by_hand():
     assert unchanged == [40, 80, 160, 320]
 
 
+def test_widths__of_the_projects_backbones_by_hand():
+    def half(**backbone):
+        found = widths(dict(backbone=backbone), None, with_neck=True)
+        return found[len(found) // 2 - 1]['backbone']
+
+    # Its `width` says 64 and 32, in steps of 4 and 2: 16 of them.
+    assert half(type='era_mm.CIFARResNet', depth=8, width=4) == dict(
+        base_channels=32, stem_channels=16
+    )
+    assert half(type='era_mm.CIFARWideResNet', depth=10, width=4) == dict(
+        width=2.0
+    )
+    assert half(type='era_mm.CIFARVGG', depth=8) == dict(widen_factor=0.5)
+    assert half(type='era_mm.MobileNetV1') == dict(widen_factor=0.5)
+    # Heads of 144 / 6 = 24 numbers: 72 / 6 = 12. Steps of lcm(8, 6) = 24.
+    assert half(type='era_mm.CSWinTransformer', arch='large') == dict(
+        arch=dict(
+            embed_dims=72,
+            depths=(2, 4, 32, 2),
+            num_heads=(6, 12, 24, 24),
+            _delete_=True,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ('channels', 'divisor'), [(8, 1), (16, 1), (40, 2), (64, 4), (256, 8)]
+)
+def test_divisor__by_hand(channels, divisor):
+    assert _divisor_for(channels) == divisor
+
+
 def test_widest__is_the_last_that_fits():
     for limit, expected in ((0, None), (1, 1), (4, 4), (9, 5)):
         found = _widest([1, 2, 3, 4, 5], lambda w, n=limit: w <= n)
@@ -201,7 +264,7 @@ def test_split__of_the_digits_student():
     ('model', 'share', 'message'),
     [
         (MODELS_OF['resnet'][0], 1.0, r'in \[0, 1\)'),
-        (MODELS_OF['resnet'][0], 0.001, 'narrowest one .* takes'),
+        (MODELS_OF['resnet'][0], 0.001, 'narrowest one takes'),
         (
             classifier(type='mmpretrain.VGG', depth=11),
             0.1,

@@ -1,8 +1,7 @@
 """ResidualKDDistiller: the pair's losses and the phases of its training."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from mmengine.config import ConfigDict
@@ -18,6 +17,8 @@ from .pair_config import PRETRAINING, pair_config
 #: Modules of the pair, as the student model names them.
 STUDENT = ('backbone.student', 'backbone.adapter')
 ASSISTANT = 'backbone.assistant'
+#: Where the stages of both are, for further cuts.
+STAGES = ('backbone.student.backbone', 'backbone.assistant.extractor.backbone')
 PHASES = ('student', 'assistant', 'head', 'joint')
 
 
@@ -41,6 +42,19 @@ def _weighted(loss: Tensor, weight: float) -> Tensor:
     return weight * loss if weight else torch.zeros_like(loss)
 
 
+def _through(layer: nn.Module, feat: Tensor) -> Tensor:
+    """A layer that rests together with what it follows."""
+    out = layer(feat)
+    return out if feat.requires_grad else out.detach()
+
+
+def _to_channels(feat: Tensor, channels: int) -> nn.Module:
+    """A 1x1 convolution without bias; a linear layer for vectors."""
+    if feat.dim() == 2:
+        return nn.Linear(feat.shape[1], channels, bias=False)
+    return nn.Conv2d(feat.shape[1], channels, 1, bias=False)
+
+
 @MODELS.register_module()
 class ResidualKDDistiller(BaseDistiller):
     """Residual KD: the student mimics, an assistant learns what is missing.
@@ -49,8 +63,9 @@ class ResidualKDDistiller(BaseDistiller):
         L_A = mean((D - F_A)^2),     F_int = F_S + F_A
         L = L_task(F_int) + student_weight * L_S + assistant_weight * L_A
 
-    summed over levels. The assistant stays: the trained model is the pair, a
-    ``ResidualPair`` in the given model, and every file holds both.
+    summed over levels, and over further ``cuts``. The assistant stays: the
+    trained model is the pair, a ``ResidualPair`` in the given model, and every
+    file holds both.
 
     Phases, each so many iterations, in the order given:
 
@@ -65,7 +80,10 @@ class ResidualKDDistiller(BaseDistiller):
 
     Where the teacher has other channels than the given model, F_S and F_A go
     to the teacher's by one shared 1x1 convolution without bias, which L_S
-    trains and which is not needed afterwards.
+    trains and which is not needed afterwards. At each of the further cuts
+    both go to the teacher's channels by one such convolution of their own,
+    trained by L_S and L_A of that cut; nothing is summed there, for the head
+    sees the last cut alone.
 
     Source: Residual KD, arXiv 2002.09168, read in abstract and introduction
     only, without official code. [paper]: hidden features, an assistant that
@@ -85,6 +103,12 @@ class ResidualKDDistiller(BaseDistiller):
         student_weight: Weight of L_S. 1 is [inference]. 0 where other
             distillers train the student (source 'backbone.adapter').
         assistant_weight: Weight of L_A. 1 is [inference].
+        cuts: Further cuts where the assistant learns what the student lacks,
+            for an assistant in the image form: modules of the backbone of the
+            given model and of the teacher, as ['layer1', 'layer2', 'layer3'],
+            or dict(student=[...], teacher=[...]). That features are taken at
+            the end of each stage is the same author's arXiv 1812.01819;
+            here [inference].
         phases: Length of each phase in iterations, the last one None. Give
             multiples of the optimiser wrapper's ``accumulative_counts``.
         norm_cfg: Norm of the student's adapter. None: BN.
@@ -97,8 +121,9 @@ class ResidualKDDistiller(BaseDistiller):
 
     Raises:
         ValueError: Unknown phases or lengths that are no lengths, a pair
-            that does not fit the teacher, no term to train the shared
-            convolution; and see ``pair_config``.
+            that does not fit the teacher, no term to train a convolution,
+            further cuts without an assistant of stages; and see
+            ``pair_config``.
     """
 
     def __init__(
@@ -108,6 +133,7 @@ class ResidualKDDistiller(BaseDistiller):
         assistant: dict | None = None,
         student_weight: float = 1.0,
         assistant_weight: float = 1.0,
+        cuts: Sequence[str] | Mapping[str, Sequence[str]] = (),
         phases: Mapping[str, int | None] | None = None,
         norm_cfg: dict | None = None,
         teacher: str = 'teacher',
@@ -122,6 +148,10 @@ class ResidualKDDistiller(BaseDistiller):
             )
         self.cut = self.student_sources[0]
         self.student_sources = (STUDENT[-1], ASSISTANT)
+        self.cuts = self._cuts_of(cuts, (assistant or {}).get('form'))
+        for *own, theirs in self.cuts:
+            self.student_sources += tuple(own)
+            self.teacher_sources += (theirs,)
         if self.cut != 'backbone':
             # The pair outputs the sum in the backbone's place.
             self.moved_sources = {self.cut: 'backbone'}
@@ -135,6 +165,33 @@ class ResidualKDDistiller(BaseDistiller):
         self.has_phases = set(self.phases) != {'joint'}
         self._frozen: dict[str, tuple[str, ...]] = {}
         self.connectors: nn.ModuleList | None = None
+        self.cut_convs: nn.ModuleList | None = None
+
+    @staticmethod
+    def _cuts_of(
+        cuts: Sequence[str] | Mapping[str, Sequence[str]], form: str | None
+    ) -> list[tuple[str, str, str]]:
+        """Sources of student, assistant and teacher at each further cut."""
+        both = (
+            cuts
+            if isinstance(cuts, Mapping)
+            else dict(student=cuts, teacher=cuts)
+        )
+        own, theirs = both.get('student', ()), both.get('teacher', ())
+        if len(own) != len(theirs) or set(both) - {'student', 'teacher'}:
+            raise ValueError(
+                '`cuts` must be a list of names, or dict(student=[...], '
+                f'teacher=[...]) of two that are as long, but got {cuts}.'
+            )
+        if own and form != 'image':
+            raise ValueError(
+                f'At the further `cuts` {list(own)} the assistant needs '
+                "stages of its own: set assistant=dict(form='image', ...)."
+            )
+        return [
+            (f'{STAGES[0]}.{name}', f'{STAGES[1]}.{name}', f'backbone.{other}')
+            for name, other in zip(own, theirs, strict=True)
+        ]
 
     def _check_phases(self) -> None:
         *lengths, last = self.phases.values()
@@ -210,12 +267,12 @@ class ResidualKDDistiller(BaseDistiller):
                     f'{channels}. Give it a weight, or a teacher with the '
                     'same channels at the source.'
                 )
-            layer: Any = nn.Linear if maps[0].dim() == 2 else nn.Conv2d
-            size = () if maps[0].dim() == 2 else (1,)
             self.connectors = nn.ModuleList(
-                layer(own, theirs, *size, bias=False)
-                for own, theirs in channels
+                _to_channels(own, theirs)
+                for own, (_, theirs) in zip(maps, channels, strict=True)
             )
+        if self.cuts:
+            self._prepare_cuts(student_feats, teacher_feats)
         behind = tuple(
             name
             for name, _ in student.named_children()
@@ -227,6 +284,52 @@ class ResidualKDDistiller(BaseDistiller):
             'head': ('backbone',),
             'joint': (),
         }
+
+    def _prepare_cuts(
+        self, student_feats: Features, teacher_feats: Features
+    ) -> None:
+        """Build the convolutions of the further cuts."""
+        if not (self.student_weight and self.assistant_weight):
+            raise ValueError(
+                'At the further `cuts` student and assistant have a '
+                'convolution each, which their own terms train, but got '
+                f'student_weight={self.student_weight} and '
+                f'assistant_weight={self.assistant_weight}. Give both a '
+                'weight, or leave `cuts` out.'
+            )
+        convs = []
+        for *names, other in self.cuts:
+            target = teacher_feats[other][-1]
+            for name in names:
+                feat = student_feats[name][-1]
+                check_alike(
+                    [tuple(feat.shape)],
+                    [tuple(target.shape)],
+                    names=('The pair', 'the teacher'),
+                    at=(name, other),
+                    advice='Choose `cuts` of one stride.',
+                )
+                convs.append(_to_channels(feat, target.shape[1]))
+        self.cut_convs = nn.ModuleList(convs)
+
+    def _at_cuts(
+        self, student_feats: Features, teacher_feats: Features
+    ) -> list[dict[str, Tensor]]:
+        """F_S, F_A and F_T at each further cut, in the teacher's channels."""
+        found = []
+        for index, (own, theirs, teacher) in enumerate(self.cuts):
+            assert self.cut_convs is not None
+            student, assistant = self.cut_convs[2 * index : 2 * index + 2]
+            found.append(
+                dict(
+                    student_feat=_through(student, student_feats[own][-1]),
+                    assistant_feat=_through(
+                        assistant, student_feats[theirs][-1]
+                    ),
+                    teacher_feat=teacher_feats[teacher][-1],
+                )
+            )
+        return found
 
     def _check_maps(
         self, maps: tuple[Tensor, ...], teacher_maps: tuple[Tensor, ...]
@@ -274,7 +377,7 @@ class ResidualKDDistiller(BaseDistiller):
         maps = student_feats[STUDENT[-1]]
         targets = teacher_feats[self.teacher_sources[0]]
         self._check_maps(maps, targets)
-        errors: dict[str, list[Tensor]] = {'student': [], 'pair': []}
+        triples = self._at_cuts(student_feats, teacher_feats)
         for level, (student_feat, assistant_feat, teacher_feat) in enumerate(
             zip(maps, student_feats[ASSISTANT], targets, strict=True)
         ):
@@ -286,28 +389,21 @@ class ResidualKDDistiller(BaseDistiller):
                 }
                 # Frozen together with the student: else the residual would
                 # drift while the assistant learns it.
-                student_feat = (
-                    connector(student_feat)
-                    if student_feat.requires_grad
-                    else connector(student_feat).detach()
-                )
+                student_feat = _through(connector, student_feat)
                 assistant_feat = torch.func.functional_call(
                     connector, weights, (assistant_feat,)
                 )
-            errors['student'].append(
-                student_loss(
-                    student_feat=student_feat, teacher_feat=teacher_feat
-                )
-            )
-            errors['pair'].append(
-                assistant_loss(
+            triples.append(
+                dict(
                     student_feat=student_feat,
                     assistant_feat=assistant_feat,
                     teacher_feat=teacher_feat,
                 )
             )
-        student = torch.stack(errors['student']).sum()
-        pair = torch.stack(errors['pair']).sum()
+        pair = torch.stack([assistant_loss(**each) for each in triples]).sum()
+        for each in triples:
+            each.pop('assistant_feat')
+        student = torch.stack([student_loss(**each) for each in triples]).sum()
         return {
             'loss_residual_kd_student': _weighted(
                 student, self.student_weight

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.analysis import FlopAnalyzer
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ...core.utils import evaluating, preserve_rng
@@ -55,7 +56,7 @@ def split_by_flops(
     share: float,
     *,
     source: str = 'neck',
-    divisor: int = 8,
+    divisor: int | None = None,
     input_size: int | tuple[int, int] = 224,
 ) -> Split:
     """Separate a model into a student and an assistant of its kind.
@@ -76,8 +77,10 @@ def split_by_flops(
             it has a small signal to model.
         source: The cut, 'backbone' or 'neck'.
         divisor: Channels are rounded down to its multiples, before a group
-            norm to multiples of its groups as well. Where a factor says the
-            width, the host rounds.
+            norm to multiples of its groups as well. None: of the channels of
+            the first stage a sixteenth, as the power of two below, at most 8;
+            so a step of width is at most an eighth of the model's FLOPs.
+            Where a factor says the width, the backbone rounds.
         input_size: Height and width at which FLOPs are measured, in pixels.
 
     Raises:
@@ -86,7 +89,7 @@ def split_by_flops(
     """
     if not 0 <= share < 1:
         raise ValueError(f'`share` must be in [0, 1), but got {share}.')
-    if divisor < 1:
+    if divisor is not None and divisor < 1:
         raise ValueError(f'`divisor` must be 1 or more, but got {divisor}.')
     size = (
         (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -118,9 +121,9 @@ def split_by_flops(
         least = costs_of({}, assistants[0])['assistant'].flops / whole.flops
         raise ValueError(
             f'No assistant cut from this model costs as little as '
-            f'{share:.3f} of it; the narrowest one of channels that divide '
-            f'by {divisor} takes {least:.3f}. Give a larger share or a '
-            'smaller divisor.'
+            f'{share:.3f} of it; the narrowest one'
+            + (f' of channels that divide by {divisor}' if divisor else '')
+            + f' takes {least:.3f}. Give a larger share or a smaller divisor.'
         )
     student = _widest(
         widths(given, divisor, with_neck=False),
@@ -150,7 +153,9 @@ def _widest(
     return candidates[low - 1] if low else None
 
 
-def widths(parts: Mapping, divisor: int, *, with_neck: bool) -> list[dict]:
+def widths(
+    parts: Mapping, divisor: int | None, *, with_neck: bool
+) -> list[dict]:
     """Changes that make parts narrower, from the narrowest to unchanged.
 
     Args:
@@ -160,8 +165,10 @@ def widths(parts: Mapping, divisor: int, *, with_neck: bool) -> list[dict]:
             them, for they are what the head gets.
     """
     found: list[dict] = []
+    backbone = parts['backbone']
+    known = _width_of(backbone)
     for step in range(1, STEPS + 1):
-        changes = dict(backbone=_narrow(parts['backbone'], step, divisor))
+        changes = dict(backbone=_narrow(backbone, known, step, divisor))
         neck = parts.get('neck')
         if with_neck and isinstance(neck, (list, tuple)):
             raise ValueError(
@@ -170,11 +177,9 @@ def widths(parts: Mapping, divisor: int, *, with_neck: bool) -> list[dict]:
                 "assistant's neck yourself."
             )
         if with_neck and neck and 'out_channels' in neck:
-            changes['neck'] = dict(
-                out_channels=_round(
-                    neck['out_channels'], step, _with_groups(neck, divisor)
-                )
-            )
+            channels = neck['out_channels']
+            own = _with_groups(neck, divisor or _divisor_for(channels))
+            changes['neck'] = dict(out_channels=_round(channels, step, own))
         if changes not in found:
             found.append(changes)
     return found
@@ -191,42 +196,95 @@ def _with_groups(settings: Mapping, divisor: int) -> int:
     return math.lcm(divisor, groups)
 
 
-def _narrow(backbone: Mapping, step: int, divisor: int) -> dict:
-    """Changes to a backbone's width.
+def _width_of(backbone: Mapping) -> dict[str, Any]:
+    """What says a backbone's width, by the name of the argument.
 
-    Known are the three ways in which backbones of the hosts say it: a factor
-    (MobileNetV2, ShuffleNetV2, CSPDarknet), the first stage's channels, which
-    the others double (ResNet and its kin; ResNeXt has its groups besides), or
-    an ``arch`` with a list of channels (ConvNeXt).
+    Known are the ways in which backbones of the hosts and of the project say
+    it: a factor (MobileNet, ShuffleNetV2, CSPDarknet; ``width`` of a wide
+    ResNet), the first stage's channels, which the others double (ResNet and
+    its kin; ResNeXt has its groups besides), or an ``arch`` with a list of
+    channels (ConvNeXt) or with the first stage's and the heads of attention
+    (CSWin).
     """
     settings = arguments_of(backbone) | dict(backbone)
-    divisor = _with_groups(settings, divisor)
     if 'widen_factor' in settings:
-        return dict(widen_factor=settings['widen_factor'] * step / STEPS)
+        return dict(widen_factor=settings['widen_factor'])
     if 'base_channels' in settings:
+        if settings['base_channels'] is None:
+            # Another argument decides (CIFARResNet's `width`).
+            with preserve_rng():
+                built = MODELS.build(copy.deepcopy(dict(backbone)))
+            settings['base_channels'] = built.base_channels
+            settings['stem_channels'] = built.stem_channels
         base = settings['base_channels']
-        changes = dict(base_channels=_round(base, step, divisor))
+        found = dict(base_channels=base)
         if 'stem_channels' in settings:
-            stem = settings['stem_channels'] or base
-            changes['stem_channels'] = _round(stem, step, divisor)
-        groups = settings.get('groups', 1)
-        if groups > 1:
-            # Their own width stays, so their number decides.
-            changes['groups'] = max(
-                1, groups * changes['base_channels'] // base
-            )
-        return changes
+            found['stem_channels'] = settings['stem_channels'] or base
+        if settings.get('groups', 1) > 1:
+            found['groups'] = settings['groups']
+        return found
     arch = settings.get('arch')
     if isinstance(arch, str):
-        arch = getattr(class_of(backbone), 'arch_settings', {}).get(arch)
-    if isinstance(arch, Mapping) and 'channels' in arch:
-        channels = [_round(c, step, divisor) for c in arch['channels']]
-        return dict(arch=dict(arch, channels=channels, _delete_=True))
+        known = class_of(backbone)
+        zoo = getattr(known, 'arch_settings', getattr(known, 'arch_zoo', {}))
+        arch = zoo.get(arch)
+    if isinstance(arch, Mapping) and {'channels', 'embed_dims'} & set(arch):
+        return dict(arch=dict(arch))
+    if isinstance(settings.get('width'), (int, float)):
+        return dict(width=settings['width'])
     raise ValueError(
         f'How to narrow a {backbone["type"]} is not known: it has none of '
-        '`widen_factor`, `base_channels` and `arch.channels`. Write '
-        '`student` and `assistant` of ResidualKDDistiller yourself.'
+        '`widen_factor`, `width`, `base_channels`, `arch.channels` and '
+        '`arch.embed_dims`. Write `student` and `assistant` of '
+        'ResidualKDDistiller yourself.'
     )
+
+
+def _narrow(
+    backbone: Mapping, known: Mapping, step: int, divisor: int | None
+) -> dict:
+    """Changes to a backbone's width.
+
+    Args:
+        backbone: Host config.
+        known: See :func:`_width_of`.
+        step: Of ``STEPS``.
+        divisor: See :func:`split_by_flops`.
+    """
+    for factor in ('widen_factor', 'width'):
+        if factor in known:
+            return {factor: known[factor] * step / STEPS}
+    if 'arch' in known:
+        arch = known['arch']
+        channels = arch.get('channels', arch.get('embed_dims'))
+        first = channels if isinstance(channels, int) else channels[0]
+        divisor = _with_groups(backbone, divisor or _divisor_for(first))
+        if 'channels' in arch:
+            narrow: Any = [_round(c, step, divisor) for c in channels]
+            changed = dict(arch, channels=narrow)
+        else:
+            # Channels double from stage to stage; the heads stay.
+            for index, heads in enumerate(arch['num_heads']):
+                divisor = math.lcm(divisor, heads // math.gcd(heads, 2**index))
+            changed = dict(arch, embed_dims=_round(first, step, divisor))
+        return dict(arch=dict(changed, _delete_=True))
+    base = known['base_channels']
+    changes = {}
+    for key in ('base_channels', 'stem_channels'):
+        if key in known:
+            own = _with_groups(backbone, divisor or _divisor_for(known[key]))
+            changes[key] = _round(known[key], step, own)
+    if 'groups' in known:
+        # Their own width stays, so their number decides.
+        changes['groups'] = max(
+            1, known['groups'] * changes['base_channels'] // base
+        )
+    return changes
+
+
+def _divisor_for(channels: int) -> int:
+    """The power of two next to a sixteenth of the channels, 8 at most."""
+    return min(8, 2 ** max(0, (channels // 16).bit_length() - 1))
 
 
 def measure(module: nn.Module, size: tuple[int, int]) -> dict[str, Cost]:

@@ -24,11 +24,13 @@ class CIFARResNet(ResNet_CIFAR):
     Args:
         depth: 8, 14, 20, 32, 44, 56 or 110.
         width: 1 or 4.
+        base_channels: Channels of the first stage. None: 16 * width.
+        stem_channels: Of the stem. None: 16, or 32 at width 4.
         kwargs: As in mmpretrain's ``ResNet_CIFAR``.
 
     Shape:
         - input: ``(N, 3, H, W)``
-        - output: one of ``(N, 64 * width, H / 4, W / 4)``
+        - output: one of ``(N, 4 * base_channels, H / 4, W / 4)``
 
     Raises:
         KeyError: Another depth.
@@ -41,15 +43,22 @@ class CIFARResNet(ResNet_CIFAR):
     }
     STEMS: ClassVar[dict[int, int]] = {1: 16, 4: 32}
 
-    def __init__(self, depth: int, width: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        depth: int,
+        width: int = 1,
+        base_channels: int | None = None,
+        stem_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         if width not in self.STEMS:
             raise ValueError(
                 f'`width` must be one of {sorted(self.STEMS)}, but got '
                 f'{width}.'
             )
         layout = dict(
-            stem_channels=self.STEMS[width],
-            base_channels=16 * width,
+            stem_channels=stem_channels or self.STEMS[width],
+            base_channels=base_channels or 16 * width,
             num_stages=3,
             strides=(1, 2, 2),
             dilations=(1, 1, 1),

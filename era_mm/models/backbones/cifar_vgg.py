@@ -1,5 +1,6 @@
 """VGGs for 32 x 32 images."""
 
+import math
 from typing import ClassVar
 
 from mmengine.model import BaseModule
@@ -24,15 +25,17 @@ class CIFARVGG(BaseModule):
     Args:
         depth: 8, 11, 13, 16 or 19.
         init_cfg: As in mmengine. None: He's.
+        widen_factor: Of all widths, which are rounded down.
 
     Shape:
         - input: ``(N, 3, H, W)``
-        - output: one of ``(N, 512, H / 8, W / 8)``
+        - output: one of ``(N, 512 * widen_factor, H / 8, W / 8)``
 
     Raises:
         ValueError: Another depth.
     """
 
+    RANGES: ClassVar[dict] = {'widen_factor': (1 / 64, math.inf)}
     BLOCKS: ClassVar[dict[int, tuple[int, ...]]] = {
         8: (1, 1, 1, 1, 1),
         11: (1, 1, 2, 2, 2),
@@ -41,7 +44,12 @@ class CIFARVGG(BaseModule):
         19: (2, 2, 4, 4, 4),
     }
 
-    def __init__(self, depth: int, init_cfg: dict | None = None) -> None:
+    def __init__(
+        self,
+        depth: int,
+        init_cfg: dict | None = None,
+        widen_factor: float = 1.0,
+    ) -> None:
         super().__init__(init_cfg or he_init())
         if depth not in self.BLOCKS:
             raise ValueError(
@@ -50,9 +58,10 @@ class CIFARVGG(BaseModule):
             )
         self.stages = nn.ModuleList()
         channels = 3
-        for num_blocks, out_channels in zip(
+        for num_blocks, width in zip(
             self.BLOCKS[depth], (64, 128, 256, 512, 512), strict=True
         ):
+            out_channels = int(width * widen_factor)
             layers: list[nn.Module] = []
             for _ in range(num_blocks):
                 # Not a ConvModule: it warns of the biases, which the field's

@@ -1,5 +1,8 @@
 """Wide ResNets for 32 x 32 images."""
 
+import math
+from typing import ClassVar
+
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -53,7 +56,7 @@ class CIFARWideResNet(BaseModule):
 
     Args:
         depth: 6n + 4, with n at least 1: 16 and 40 in the field's pairs.
-        width: k.
+        width: k, a whole number in the field; widths are rounded down.
         init_cfg: As in mmengine. None: He's.
 
     Shape:
@@ -64,8 +67,10 @@ class CIFARWideResNet(BaseModule):
         ValueError: Another depth.
     """
 
+    RANGES: ClassVar[dict] = {'width': (1 / 16, math.inf)}
+
     def __init__(
-        self, depth: int, width: int = 1, init_cfg: dict | None = None
+        self, depth: int, width: float = 1, init_cfg: dict | None = None
     ) -> None:
         super().__init__(init_cfg or he_init())
         if depth < 10 or (depth - 4) % 6:
@@ -80,7 +85,7 @@ class CIFARWideResNet(BaseModule):
             blocks = []
             for index in range((depth - 4) // 6):
                 stride = 2 if stage > 0 and index == 0 else 1
-                out_channels = 16 * width * 2**stage
+                out_channels = int(16 * width * 2**stage)
                 blocks.append(PreActBlock(channels, out_channels, stride))
                 channels = out_channels
             self.stages.append(nn.Sequential(*blocks))

@@ -1,5 +1,8 @@
 """MobileNet, which mmpretrain and mmdet lack."""
 
+import math
+from typing import ClassVar
+
 from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from .initial_weights import he_init
 
 @MODELS.register_module()
 class MobileNetV1(BaseModule):
-    """A 3x3 convolution and 13 depthwise separable ones, at width 1.
+    """A 3x3 convolution and 13 depthwise separable ones.
 
     Every convolution is followed by a norm and a ReLU.
 
@@ -19,11 +22,14 @@ class MobileNetV1(BaseModule):
 
     Args:
         init_cfg: As in mmengine. None: He's.
+        widen_factor: The paper's width multiplier; widths are rounded down.
 
     Shape:
         - input: ``(N, 3, H, W)``
-        - output: one of ``(N, 1024, H / 32, W / 32)``
+        - output: one of ``(N, 1024 * widen_factor, H / 32, W / 32)``
     """
+
+    RANGES: ClassVar[dict] = {'widen_factor': (1 / 32, math.inf)}
 
     # Channels and stride of the separable convolutions.
     LAYERS = (
@@ -38,14 +44,17 @@ class MobileNetV1(BaseModule):
         (1024, 1),
     )
 
-    def __init__(self, init_cfg: dict | None = None) -> None:
+    def __init__(
+        self, init_cfg: dict | None = None, widen_factor: float = 1.0
+    ) -> None:
         super().__init__(init_cfg or he_init())
         norm_cfg = dict(type='BN')
+        channels = int(32 * widen_factor)
         layers: list[nn.Module] = [
-            ConvModule(3, 32, 3, stride=2, padding=1, norm_cfg=norm_cfg)
+            ConvModule(3, channels, 3, stride=2, padding=1, norm_cfg=norm_cfg)
         ]
-        channels = 32
-        for out_channels, stride in self.LAYERS:
+        for width, stride in self.LAYERS:
+            out_channels = int(width * widen_factor)
             layers.append(
                 DepthwiseSeparableConvModule(
                     channels,
