@@ -26,7 +26,8 @@ def explain_unknown_keys(cls: type) -> type:
     """Let a class say what it takes when a config has something else.
 
     Python's own message names the unknown key alone; a user needs the nearest
-    known one. Values are checked by :mod:`era_mm.validation`. Classes whose
+    known one. What a class names in ``CUT``, options of before, it explains.
+    Values are checked by :mod:`era_mm.validation`. Classes whose
     ``__init__`` takes ``**kwargs`` stay as they are.
     """
     init = cls.__dict__.get('__init__')
@@ -42,6 +43,12 @@ def explain_unknown_keys(cls: type) -> type:
         for key in kwargs:
             if key in known:
                 continue
+            cut = getattr(cls, 'CUT', {}).get(key)
+            if cut is not None:
+                raise TypeError(
+                    f'{cls.__name__} has no {key!r} any more: {cut}. Remove '
+                    'the key.'
+                )
             near = difflib.get_close_matches(key, known, n=3)
             hint = (
                 f'Did you mean {" or ".join(map(repr, near))}?'

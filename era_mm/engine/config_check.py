@@ -122,6 +122,13 @@ def _of_class(cls: type, node: Mapping, key: str) -> Iterator[str]:
     for name in arguments:
         if name in names or open_ended or name in ('_scope_', '_delete_'):
             continue
+        cut = getattr(cls, 'CUT', {}).get(name)
+        if cut is not None:
+            yield (
+                f'{key}.{name}: {cls.__name__} has it no more: {cut}; remove '
+                'the key'
+            )
+            continue
         near = difflib.get_close_matches(name, names, n=1)
         yield f'{key}.{name}: {cls.__name__} has no such key' + (
             f', did you mean {near[0]!r}?'

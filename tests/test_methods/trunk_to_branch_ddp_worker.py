@@ -11,10 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from era_mm.cli import leave_group
 from era_mm.engine.launch import prepare_launch
-from era_mm.methods.trunk_to_branch import (
-    mean_squared_correlation,
-    mean_squared_cosine,
-)
+from era_mm.methods.trunk_to_branch import mean_squared_correlation
 from era_mm.testing import detector_config, run_config
 
 
@@ -51,7 +48,6 @@ def measure(net, batch, loss):
 def measures(net, batch, shares):
     return {
         'correlation': measure(net, batch, mean_squared_correlation),
-        'cosine': measure(net, batch, mean_squared_cosine),
         # Ranks may hold different numbers of samples.
         'uneven': measure(net, shares, mean_squared_correlation),
     }
@@ -72,9 +68,7 @@ def main(coco: str, out: str) -> None:
             dict(
                 type='era_mm.Distillation',
                 student=detector_config(),
-                distiller=dict(
-                    type='era_mm.TrunkToBranchDistiller', branch_weight=1.0
-                ),
+                distiller=dict(type='era_mm.TrunkToBranchDistiller'),
             ),
             coco,
             f'{out}/run',

@@ -8,11 +8,7 @@ ramp), ``heads`` (what classifiers and dense detectors do differently),
 
 from .distiller import TrunkToBranchDistiller
 from .heads import ClassifierPeers, DensePeers
-from .losses import (
-    mean_squared_correlation,
-    mean_squared_cosine,
-    ramp_factor,
-)
+from .losses import mean_squared_correlation, ramp_factor
 from .peers import DensePeerBranch, PeerBranch, SemanticPermeation
 from .stages import stage_names
 
@@ -24,7 +20,6 @@ __all__ = [
     'SemanticPermeation',
     'TrunkToBranchDistiller',
     'mean_squared_correlation',
-    'mean_squared_cosine',
     'ramp_factor',
     'stage_names',
 ]

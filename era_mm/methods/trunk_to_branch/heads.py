@@ -7,7 +7,6 @@ anchors.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,42 +23,35 @@ from .stages import as_feature
 
 
 class _Peers(nn.Module):
-    """The branches, and which taps each of them sees."""
+    """The branches, and the taps that they see."""
 
     #: What is recorded of the trunk beside the taps.
     SOURCES: tuple[str, ...]
     branches: nn.ModuleList
 
-    def __init__(
-        self, tap_sources: Sequence[str], num_peers: int, tap_mode: str
-    ) -> None:
+    def __init__(self, tap_sources: Sequence[str]) -> None:
         super().__init__()
         self.tap_sources = tuple(tap_sources)
-        self.num_peers = num_peers
-        self.tap_mode = tap_mode
 
-    def taps(self, feats: Features, detach: bool = False) -> list[Tensor]:
-        """The tapped features, from the first stage to the last."""
+    def taps(self, feats: Features) -> list[Tensor]:
+        """The tapped maps, from the first stage to the last.
+
+        Raises:
+            ValueError: A tap that is no map.
+        """
         found = [
             as_feature(feat, source=source)
             for source in self.tap_sources
             for feat in feats[source]
         ]
-        return [tap.detach() for tap in found] if detach else found
-
-    def _share(self, peer: int, taps: Sequence[Any]) -> list[Any]:
-        """What of the taps a peer sees."""
-        if self.tap_mode == 'concat' or not taps:
-            return list(taps)
-        return [taps[peer % len(taps)]]
-
-    def _check_share(self, num_taps: int) -> None:
-        if self.tap_mode == 'per_branch' and self.num_peers < num_taps:
+        if any(tap.dim() != 4 for tap in found):
             raise ValueError(
-                "tap_mode='per_branch' gives each peer one tap, so it needs "
-                f'as many peers as taps, but got num_peers={self.num_peers} '
-                f'and {num_taps} taps.'
+                f'The taps must be maps (N, C, H, W), but {self.tap_sources} '
+                f'output {[tuple(tap.shape) for tap in found]}. Name stages '
+                'that output maps, or let the backbone do so (ConvNeXt: '
+                'gap_before_final_norm=False).'
             )
+        return found
 
 
 class ClassifierPeers(_Peers):
@@ -67,31 +59,27 @@ class ClassifierPeers(_Peers):
 
         L_peer     = sum_k CE(z_k, y)
         L_ensemble = T^2 KL(softmax(mean_k z_k / T) || softmax(z_0 / T))
-        L_branch   = mean_k T^2 KL(softmax(z_k / T) || softmax(z_0 / T))
 
-    with the targets of both KLs detached. CE is the loss of the trunk's own
-    head, so label smoothing, class weights and the soft labels of mixup and
-    cutmix are the trunk's.
+    with T = 3 and the target of the KL detached. CE is the loss of the
+    trunk's own head, so label smoothing, class weights and the soft labels of
+    mixup and cutmix are the trunk's.
 
-    Source: Trunk-to-Branch [paper: peers, ensemble and branch-wise
-    distillation]; the formulas are [inference], after ONE and OKDDip.
+    Source: Trunk-to-Branch [paper: peers, distillation of their ensemble]; the
+    formulas are [inference], after ONE and OKDDip, whose T is 3.
 
     Args:
         feats: Of a dry run.
         head: The trunk's.
         tap_sources: Where the taps are recorded.
-        num_peers: K.
-        tap_mode: 'concat' or 'per_branch'.
-        kind: See ``PeerBranch``.
-        embed_channels: D. None: the last tap's channels.
-        detach: See ``SemanticPermeation``.
+        num_peers: K. The embeddings have the last tap's channels.
 
     Raises:
-        ValueError: A head without softmax scores, taps that are not all maps
-            or all vectors, maps asked of vectors.
+        ValueError: A head without softmax scores, taps that are no maps.
     """
 
     SOURCES = ('head',)
+    #: T of the distillation.
+    TEMPERATURE = 3.0
 
     def __init__(
         self,
@@ -99,31 +87,15 @@ class ClassifierPeers(_Peers):
         head: nn.Module,
         tap_sources: Sequence[str],
         num_peers: int,
-        tap_mode: str,
-        kind: str,
-        embed_channels: int | None,
-        detach: bool,
     ) -> None:
-        super().__init__(tap_sources, num_peers, tap_mode)
+        super().__init__(tap_sources)
         self._check_head(head, feats['head'])
         self._head = Unregistered(head)
-        self.kind = kind
-        taps = self.taps(feats)
-        self._check_taps(taps)
-        self._check_share(len(taps))
-        channels = [tap.shape[1] for tap in taps]
-        width = embed_channels or channels[-1]
-        self.permeation = SemanticPermeation(
-            channels, is_map=kind != 'linear', detach=detach
-        )
+        channels = [tap.shape[1] for tap in self.taps(feats)]
+        self.permeation = SemanticPermeation(channels)
         self.branches = nn.ModuleList(
-            PeerBranch(
-                sum(self._share(k, channels)),
-                width,
-                feats['head'][-1].shape[1],
-                kind,
-            )
-            for k in range(num_peers)
+            PeerBranch(sum(channels), channels[-1], feats['head'][-1].shape[1])
+            for _ in range(num_peers)
         )
 
     @staticmethod
@@ -144,35 +116,10 @@ class ClassifierPeers(_Peers):
                 'CrossEntropyLoss or LabelSmoothLoss.'
             )
 
-    def _check_taps(self, taps: Sequence[Tensor]) -> None:
-        shapes = [tuple(tap.shape) for tap in taps]
-        if len({len(shape) for shape in shapes}) > 1:
-            raise ValueError(
-                'The taps must be maps (N, C, H, W) or all of them vectors '
-                f'(N, C), but {self.tap_sources} output {shapes}.'
-            )
-        if self.kind != 'linear' and len(shapes[0]) == 2:
-            raise ValueError(
-                f'kind={self.kind!r} convolves maps (N, C, H, W), but '
-                f'{self.tap_sources} output vectors {shapes}. Set '
-                "kind='linear', or let the backbone output maps (ConvNeXt: "
-                'gap_before_final_norm=False).'
-            )
-
-    def embed(self, feats: Features, detach: bool = False) -> list[Tensor]:
-        """One embedding ``(N, D)`` per peer; without graph to the trunk's."""
-        taps = self.taps(feats)
-        if self.kind == 'linear':
-            taps = [
-                tap.mean(dim=(2, 3)) if tap.dim() == 4 else tap for tap in taps
-            ]
-        normed = self.permeation(taps)
-        if detach:
-            normed = [feat.detach() for feat in normed]
-        return [
-            branch.embed(joined(self._share(k, normed)))
-            for k, branch in enumerate(self.branches)
-        ]
+    def embed(self, feats: Features) -> list[Tensor]:
+        """One embedding ``(N, D)`` per peer."""
+        joint = joined(self.permeation(self.taps(feats)))
+        return [branch.embed(joint) for branch in self.branches]
 
     def classify(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
         """One ``(N, classes)`` of logits per peer."""
@@ -204,24 +151,14 @@ class ClassifierPeers(_Peers):
             [loss(scores, labels, avg_factor=len(scores)) for scores in logits]
         ).sum()
 
-    def distil(
-        self, logits: Sequence[Tensor], feats: Features, temperature: float
-    ) -> dict[str, Tensor]:
-        """L_ensemble and L_branch."""
-        trunk = feats['head'][-1].float()
+    def distil(self, logits: Sequence[Tensor], feats: Features) -> Tensor:
+        """L_ensemble."""
         peers = torch.stack([scores.detach().float() for scores in logits])
-
-        def divergence(target: Tensor) -> Tensor:
-            return kl_loss(
-                student_logits=trunk,
-                teacher_logits=target,
-                temperature=temperature,
-            )
-
-        return {
-            'ensemble': divergence(peers.mean(dim=0)),
-            'branch': torch.stack([divergence(z) for z in peers]).mean(),
-        }
+        return kl_loss(
+            student_logits=feats['head'][-1].float(),
+            teacher_logits=peers.mean(dim=0),
+            temperature=self.TEMPERATURE,
+        )
 
     @torch.no_grad()
     def measure(
@@ -246,13 +183,12 @@ class ClassifierPeers(_Peers):
 class DensePeers(_Peers):
     """Branches of a dense detector, on every level of its pyramid.
 
-        q_k        = sigmoid(z_k / T),      q = mean_k q_k
+        q          = mean_k sigmoid(z_k)
         L_peer     = sum_k loss_cls(z_k)    of the trunk's head
-        L_ensemble = T^2 KL(q || sigmoid(z_0 / T))
-        L_branch   = mean_k T^2 KL(q_k || sigmoid(z_0 / T))
+        L_ensemble = KL(q || sigmoid(z_0))
 
-    The KLs are summed over classes and averaged over the ``topk`` places of
-    each image with the highest q, targets detached: what an image mostly has
+    The KL is summed over classes and averaged over the 100 places of each
+    image with the highest q, the target detached: what an image mostly has
     is background, on which all agree. The classification loss is computed by
     the trunk's head, with its assigner; where that looks at boxes, at the
     trunk's, detached. Every place of every level is one sample of the
@@ -264,19 +200,16 @@ class DensePeers(_Peers):
         feats: Of a dry run.
         head: The trunk's.
         tap_sources: Where the taps are recorded.
-        num_peers: K.
-        tap_mode: 'concat' or 'per_branch'.
-        kind: 'conv1x1'.
-        embed_channels: D. None: the pyramid's channels.
-        detach: See ``SemanticPermeation``; holds for the pyramid too.
-        topk: Places per image.
+        num_peers: K. The embeddings have the pyramid's channels.
 
     Raises:
-        ValueError: Another ``kind``; a head that does not score each level
-            of the neck by sigmoid.
+        ValueError: A head that does not score each level of the neck by
+            sigmoid, taps that are no maps.
     """
 
     SOURCES = ('neck', 'bbox_head')
+    #: Places per image that are distilled.
+    TOPK = 100
 
     def __init__(
         self,
@@ -284,42 +217,20 @@ class DensePeers(_Peers):
         head: nn.Module,
         tap_sources: Sequence[str],
         num_peers: int,
-        tap_mode: str,
-        kind: str,
-        embed_channels: int | None,
-        detach: bool,
-        topk: int = 100,
     ) -> None:
-        super().__init__(tap_sources, num_peers, tap_mode)
-        if kind != 'conv1x1':
-            raise ValueError(
-                f"A detector's peers are 1x1 convolutions, but kind={kind!r}. "
-                'Leave it out.'
-            )
+        super().__init__(tap_sources)
         self._head = Unregistered(head)
         self._check_head(head, feats)
-        self.topk = topk
-        taps = self.taps(feats)
-        if any(tap.dim() != 4 for tap in taps):
-            raise ValueError(
-                "A detector's taps must be maps (N, C, H, W), but "
-                f'{self.tap_sources} output '
-                f'{[tuple(tap.shape) for tap in taps]}.'
-            )
-        self._check_share(len(taps))
-        channels = [tap.shape[1] for tap in taps]
-        level = feats['neck'][0]
-        self.permeation = SemanticPermeation(channels, True, detach)
-        self.level_permeation = SemanticPermeation(
-            [level.shape[1]], True, detach
-        )
+        self.topk = self.TOPK
+        channels = [tap.shape[1] for tap in self.taps(feats)]
+        width = feats['neck'][0].shape[1]
+        self.permeation = SemanticPermeation(channels)
+        self.level_permeation = SemanticPermeation([width])
         self.branches = nn.ModuleList(
             DensePeerBranch(
-                [level.shape[1], *self._share(k, channels)],
-                embed_channels or level.shape[1],
-                feats['bbox_head'][0].shape[1],
+                [width, *channels], width, feats['bbox_head'][0].shape[1]
             )
-            for k in range(num_peers)
+            for _ in range(num_peers)
         )
 
     @staticmethod
@@ -342,19 +253,11 @@ class DensePeers(_Peers):
                 'FCOS, ATSS and GFL have such heads.'
             )
 
-    def embed(
-        self, feats: Features, detach: bool = False
-    ) -> list[list[Tensor]]:
+    def embed(self, feats: Features) -> list[list[Tensor]]:
         """The embedding of every level, per peer."""
         taps = self.permeation(self.taps(feats), resize=False)
         levels = [self.level_permeation([f])[0] for f in feats['neck']]
-        if detach:
-            taps = [feat.detach() for feat in taps]
-            levels = [feat.detach() for feat in levels]
-        return [
-            branch.embed(levels, self._share(k, taps))
-            for k, branch in enumerate(self.branches)
-        ]
+        return [branch.embed(levels, taps) for branch in self.branches]
 
     def classify(
         self, embeddings: Sequence[Sequence[Tensor]]
@@ -406,7 +309,6 @@ class DensePeers(_Peers):
         self,
         logits: Sequence[Sequence[Tensor]],
         feats: Features,
-        temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """The trunk's logits and the peers' scores where those are highest.
 
@@ -416,10 +318,7 @@ class DensePeers(_Peers):
         """
         trunk = self._rows(feats['bbox_head'][: len(feats['neck'])])
         peers = torch.stack(
-            [
-                (self._rows(scores).detach() / temperature).sigmoid()
-                for scores in logits
-            ]
+            [self._rows(scores).detach().sigmoid() for scores in logits]
         )
         rows, index = top_rows(peers.mean(dim=0), self.topk)
         return trunk[rows, index].flatten(0, 1), peers[:, rows, index].flatten(
@@ -427,23 +326,13 @@ class DensePeers(_Peers):
         )
 
     def distil(
-        self,
-        logits: Sequence[Sequence[Tensor]],
-        feats: Features,
-        temperature: float,
-    ) -> dict[str, Tensor]:
-        """L_ensemble and L_branch."""
-        trunk, peers = self._top(logits, feats, temperature)
-
-        def divergence(target: Tensor) -> Tensor:
-            return bernoulli_kl_loss(
-                student_logits=trunk, target=target, temperature=temperature
-            )
-
-        return {
-            'ensemble': divergence(peers.mean(dim=0)),
-            'branch': torch.stack([divergence(q) for q in peers]).mean(),
-        }
+        self, logits: Sequence[Sequence[Tensor]], feats: Features
+    ) -> Tensor:
+        """L_ensemble."""
+        trunk, peers = self._top(logits, feats)
+        return bernoulli_kl_loss(
+            student_logits=trunk, target=peers.mean(dim=0)
+        )
 
     @torch.no_grad()
     def measure(
@@ -453,7 +342,7 @@ class DensePeers(_Peers):
         data_samples: list,
     ) -> dict[str, Tensor]:
         """Mean highest score at the distilled places: trunk, mean of peers."""
-        trunk, peers = self._top(logits, feats, 1.0)
+        trunk, peers = self._top(logits, feats)
         return {
             't2b_score_trunk': trunk.sigmoid().amax(dim=1).mean(),
             't2b_score_ensemble': peers.mean(dim=0).amax(dim=1).mean(),

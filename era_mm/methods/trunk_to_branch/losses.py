@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from ...layers import full_precision
 
@@ -81,7 +80,7 @@ def mean_squared_correlation(
         raise ValueError(
             'The correlation of the peers needs two samples, but the batch '
             'has one. Use a larger batch (drop_last=True for a last one that '
-            "is smaller), or measure='cosine'."
+            'is smaller).'
         )
     # Products in half precision would lose small correlations.
     with torch.autocast(embeddings[0].device.type, enabled=False):
@@ -101,37 +100,6 @@ def mean_squared_correlation(
             [torch.outer(deviations[k], deviations[j]) for k, j in pairs]
         )
         return (products / scales).square().mean()
-
-
-def mean_squared_cosine(embeddings: Sequence[Tensor]) -> Tensor:
-    """Mean squared cosine between the embeddings of different peers.
-
-        2 / (K (K - 1)) * sum_{k < j} mean_n cos(e_k[n], e_j[n])^2
-
-    For tiny batches: it needs no statistics. 0 for a single peer. Under DDP
-    each rank's mean is its own; the averaged gradients are those of the joint
-    batch where ranks hold equally many samples.
-
-    Source: [inference].
-
-    Shape:
-        - embeddings: K of ``(N, D)``
-        - out: scalar
-    """
-    if len(embeddings) < 2:
-        return embeddings[0].new_zeros(())
-    full = [full_precision(embedding) for embedding in embeddings]
-    squares = [
-        cosine_similarity(full[k], full[j], dim=1).square().mean()
-        for k, j in _pairs(embeddings)
-    ]
-    return torch.stack(squares).mean()
-
-
-MEASURES = {
-    'correlation': mean_squared_correlation,
-    'cosine': mean_squared_cosine,
-}
 
 
 def ramp_factor(step: float, length: float) -> float:

@@ -19,7 +19,7 @@ class SemanticPermeation(nn.Module):
 
         g_l = BN_l(AdaptiveAvgPool(f_l)),     F_cat = concat_c(g_l)
 
-    The grid is the last tap's; vectors ``(N, C)`` need none. The features
+    The grid is the last tap's. The features
     keep their graph: a loss of any branch reaches each tapped stage through
     one layer, so early stages learn what classes need.
 
@@ -29,31 +29,25 @@ class SemanticPermeation(nn.Module):
 
     Args:
         channels: One value per tap.
-        is_map: Whether taps are maps.
-        detach: Cut the graph: no permeation. For ablations.
 
     Shape:
-        - in: ``(N, C_l, H_l, W_l)`` or ``(N, C_l)`` per tap
-        - out: ``(N, C_l, H, W)`` or ``(N, C_l)`` per tap
+        - in: ``(N, C_l, H_l, W_l)`` per tap
+        - out: ``(N, C_l, H, W)`` per tap
     """
 
-    def __init__(
-        self, channels: Sequence[int], is_map: bool, detach: bool = False
-    ) -> None:
+    def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
-        norm = nn.BatchNorm2d if is_map else nn.BatchNorm1d
-        self.norms = nn.ModuleList(norm(number) for number in channels)
-        self.is_map = is_map
-        self.detach = detach
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(number) for number in channels
+        )
 
     def forward(
         self, taps: Sequence[Tensor], resize: bool = True
     ) -> list[Tensor]:
         """The taps, normalised; on the last one's grid if ``resize``."""
-        grid = taps[-1].shape[2:] if self.is_map and resize else None
+        grid = taps[-1].shape[2:] if taps and resize else None
         found = []
         for tap, norm in zip(taps, self.norms, strict=True):
-            tap = tap.detach() if self.detach else tap
             if grid is not None and tap.shape[2:] != grid:
                 tap = adaptive_avg_pool2d(tap, (grid[0], grid[1]))
             found.append(norm(tap))
@@ -70,8 +64,7 @@ class PeerBranch(nn.Module):
 
         e = GAP(ReLU(BN(W F_cat))),   z = Linear(e)
 
-    W is a 1x1 convolution; with ``kind='linear'`` it is a matrix on pooled
-    features, and there is no GAP.
+    W is a 1x1 convolution.
 
     Source: Trunk-to-Branch [paper]: one lightweight layer. Which one is
     [inference]; the orthogonal start is Angular-KD's.
@@ -80,30 +73,19 @@ class PeerBranch(nn.Module):
         in_channels: C.
         embed_channels: D.
         num_classes: Of the trunk's head.
-        kind: 'conv1x1' or 'linear'.
 
     Shape:
-        - in: ``(N, C, H, W)``, or ``(N, C)`` for 'linear'
+        - in: ``(N, C, H, W)``
         - embedding: ``(N, D)``
         - logits: ``(N, classes)``
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        embed_channels: int,
-        num_classes: int,
-        kind: str = 'conv1x1',
+        self, in_channels: int, embed_channels: int, num_classes: int
     ) -> None:
         super().__init__()
-        self.layer: nn.Module
-        self.norm: nn.Module
-        if kind == 'linear':
-            self.layer = nn.Linear(in_channels, embed_channels, bias=False)
-            self.norm = nn.BatchNorm1d(embed_channels)
-        else:
-            self.layer = nn.Conv2d(in_channels, embed_channels, 1, bias=False)
-            self.norm = nn.BatchNorm2d(embed_channels)
+        self.layer = nn.Conv2d(in_channels, embed_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(embed_channels)
         self.act = nn.ReLU(inplace=True)
         self.classifier = nn.Linear(embed_channels, num_classes)
         _draw(self.layer)
@@ -112,8 +94,7 @@ class PeerBranch(nn.Module):
 
     def embed(self, feat: Tensor) -> Tensor:
         """The embedding e."""
-        feat = self.act(self.norm(self.layer(feat)))
-        return feat.mean(dim=(2, 3)) if feat.dim() == 4 else feat
+        return self.act(self.norm(self.layer(feat))).mean(dim=(2, 3))
 
 
 class DensePeerBranch(nn.Module):
