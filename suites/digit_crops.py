@@ -92,6 +92,13 @@ methods = dict(
             ],
         },
     ),
+    ie_dml=dict(
+        config='ie_dml_{self}_digit_crops', title='IE-DML, two students'
+    ),
+    residual_kd=dict(
+        config='residual_kd_{pair}_digit_crops',
+        title='Residual KD, student and assistant at the FLOPs of plain',
+    ),
     sokd=dict(
         config='era_{pair}_digit_crops',
         title='SoKD around FitNet, without DAM',

@@ -18,8 +18,15 @@ pairs = dict(
         student='plain_retinanet_r18w16_digits',
         words=dict(self='r18w16_r18w16'),
     ),
+    r18w32_gfl_r18w16=dict(
+        title='RetinaNet of width 32 to GFL of width 16: unlike heads',
+        teacher='plain_retinanet_r18w32_digits',
+        student='plain_gfl_r18w16_digits',
+    ),
 )
 
+# For the first pair alone: what unlike heads cannot have, what has no teacher,
+# and parts that say nothing of heads.
 methods = dict(
     plain=dict(config='{student}', role='plain'),
     plain_x2=dict(
@@ -37,6 +44,7 @@ methods = dict(
         config='logit_retinanet_{pair}_digits',
         role='baseline',
         title='scores and boxes',
+        pairs=['r18w32_r18w16'],
     ),
     cwd=dict(
         config='cwd_retinanet_{pair}_digits', role='baseline', title='CWD'
@@ -62,10 +70,13 @@ methods = dict(
         config='dml_retinanet_{self}_digits',
         role='baseline',
         title='DML, two students',
+        pairs=['r18w32_r18w16'],
     ),
     ie_kd=dict(config='ie_kd_retinanet_{pair}_digits', title='IE-KD'),
     ie_dml=dict(
-        config='ie_dml_retinanet_{self}_digits', title='IE-DML, two students'
+        config='ie_dml_retinanet_{self}_digits',
+        title='IE-DML, two students',
+        pairs=['r18w32_r18w16'],
     ),
     residual_kd=dict(
         config='residual_kd_retinanet_{pair}_digits',
@@ -77,6 +88,7 @@ methods = dict(
     t2b=dict(
         config='t2b_retinanet_r18w16_digits',
         title='Trunk-to-Branch, no teacher',
+        pairs=['r18w32_r18w16'],
     ),
     era=dict(config='era_retinanet_{pair}_digits', title='ERA'),
     era_no_twi=dict(
@@ -94,6 +106,7 @@ methods = dict(
                 loss_era_logit=dict(scale=0.0), loss_era_box=dict(scale=0.0)
             )
         },
+        pairs=['r18w32_r18w16'],
     ),
     # One branch, of which nobody hears: it stays at zero, where it begins.
     era_no_branches=dict(
@@ -104,20 +117,24 @@ methods = dict(
             'model.distiller.loss.residual_weight': 0.0,
             'model.distiller.loss.twi_scales': (1.0, 0.0),
         },
+        pairs=['r18w32_r18w16'],
     ),
     era_no_space=dict(
         part_of='era',
         title='without the normalised space',
         options={'model.distiller.mbrnet.normalize': False},
+        pairs=['r18w32_r18w16'],
     ),
     era_released=dict(
         part_of='era',
         title='released form',
         options={'model.distiller.form': 'released'},
+        pairs=['r18w32_r18w16'],
     ),
     era_inherit=dict(
         part_of='era',
         title="neck and head start as the teacher's",
         options={'model.inherit': ['neck', 'bbox_head']},
+        pairs=['r18w32_r18w16'],
     ),
 )

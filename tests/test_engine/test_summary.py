@@ -6,9 +6,11 @@ import re
 import pytest
 import torch
 from mmengine.analysis import get_model_complexity_info
-from mmengine.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 
 from era_mm.engine import summary
+from era_mm.engine.preflight import find_config
 from era_mm.engine.summary import summary_of
 from era_mm.testing import (
     classifier_config,
@@ -39,18 +41,25 @@ def test_summary__leaves_the_model_as_it_was(teacher_file):
 
 
 @pytest.mark.parametrize(
-    ('form', 'sources', 'weights', 'others'),
+    ('form', 'sources', 'weights', 'others', 'uses'),
     [
-        ('released', [], (5, 1), []),
+        (
+            'released',
+            [],
+            (5, 1),
+            [],
+            ('the labels', 'no terms (released form)'),
+        ),
         (
             'auto',
             ['3x8x8 3x4x4 4x8x8 4x4x4'],
             (1, 4),
             ['logit', 'box'],
+            ("the teacher's own outputs", 'loss_era_logit, loss_era_box'),
         ),
     ],
 )
-def test_summary__of_a_detector(form, sources, weights, others):
+def test_summary__of_a_detector(form, sources, weights, others, uses):
     schedules = {'loss_era_twi_*': dict(start=300, ramp=450)}
     config = distillation_config(dict(ERA, form=form, schedules=schedules))
     model = MODELS.build(config)
@@ -70,12 +79,16 @@ def test_summary__of_a_detector(form, sources, weights, others):
     assert lines[1].split()[:2] == ['teacher', 'RetinaNet']
     count = sum(p.numel() for p in model.distillers.parameters())
     assert f'{count / 1e6:.2f} M parameters in training only' in lines[2]
+    assert lines[3:5] == [
+        f"  TWI: the teacher's RetinaHead judges estimates by {uses[0]}",
+        f"  the student's own head: {uses[1]}",
+    ]
     assert re.fullmatch(
         r'a step costs about \d\.\d\d times the plain one \(FLOPs at 256 x '
         r'256\)',
-        lines[3],
+        lines[5],
     )
-    assert lines[4:] == [
+    assert lines[6:] == [
         'sources, for an image of 64 x 64',
         f'  {"student neck":<30} 16x8x8 16x4x4',
         *(f'  {"student bbox_head":<30} {shapes}' for shapes in sources),
@@ -90,6 +103,49 @@ def test_summary__of_a_detector(form, sources, weights, others):
         *(f'  {f"loss_era_{term}":<30} 1' for term in others),
     ]
     assert all(len(line) < 100 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ('options', 'twi', 'own'),
+    [
+        (
+            dict(twi_steps='none', logit=None),
+            "off (twi_steps='none')",
+            'no terms (logit=None)',
+        ),
+        (
+            dict(logit=None),
+            "the teacher's RetinaHead judges estimates by the labels",
+            'no terms (logit=None)',
+        ),
+        (
+            dict(twi_targets='both'),
+            "the teacher's RetinaHead judges estimates by the labels and the "
+            "teacher's own outputs",
+            'loss_era_logit, loss_era_box',
+        ),
+    ],
+)
+def test_summary__says_what_era_uses(options, twi, own):
+    model = MODELS.build(distillation_config(dict(ERA, **options)))
+    lines = summary_of(model).splitlines()
+    assert lines[3:5] == [f'  TWI: {twi}', f"  the student's own head: {own}"]
+
+
+def test_summary__of_unlike_heads():
+    config = Config.fromfile(
+        find_config('era_retinanet_r18w32_gfl_r18w16_digits')
+    )
+    config.model.teacher.checkpoint = 'random'
+    init_default_scope(config.default_scope)
+    lines = summary_of(MODELS.build(config.model)).splitlines()
+    assert lines[3] == (
+        "  TWI: the teacher's RetinaHead judges estimates by the labels"
+    )
+    assert lines[4].startswith("  the student's own head: no terms (the ")
+    assert lines[4].endswith('anchors and classes must agree)')
+    # Its outputs were recorded in the dry run alone.
+    assert not [line for line in lines if line.startswith('  student bbox')]
 
 
 def test_summary__says_why_flops_are_not_counted(monkeypatch):

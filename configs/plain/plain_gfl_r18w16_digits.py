@@ -1,0 +1,14 @@
+# The student of the pair with unlike heads alone: GFL on a ResNet-18 of width
+# 16. Digit scenes, 15 epochs:
+#   python tools/train.py configs/plain/plain_gfl_r18w16_digits.py
+_base_ = [
+    'mmdet::_base_/default_runtime.py',
+    '../_base_/digit_scenes.py',
+    '../_base_/gfl_digits.py',
+    '../_base_/schedule_digits.py',
+]
+model = dict(
+    backbone=dict(base_channels=16, stem_channels=16),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=64),
+    bbox_head=dict(in_channels=64, feat_channels=64),
+)
