@@ -170,6 +170,7 @@ IMAGENET = Data(
 DATA = {
     '_digits': COCO._replace(name='digit scenes'),
     '_digit_crops': IMAGENET._replace(name='digit crops'),
+    '_cifar10': IMAGENET._replace(name='CIFAR-10'),
     '_cifar100': IMAGENET._replace(name='CIFAR-100'),
     '_imagenet': IMAGENET,
 }

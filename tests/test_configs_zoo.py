@@ -152,8 +152,12 @@ def test_rtmdet__keeps_its_hooks_beside_ours():
 
 @pytest.mark.parametrize(
     'stem',
-    # A transformer has a schedule of its own.
-    [s for s in PLAIN if s.endswith('imagenet') and 'cswin' not in s],
+    # Transformers and ConvNeXts have a schedule of their own.
+    [
+        s
+        for s in PLAIN
+        if s.endswith('imagenet') and not re.search('cswin|convnext', s)
+    ],
 )
 def test_imagenet__schedule_is_the_released_scripts(stem):
     cfg = load(stem)
@@ -224,6 +228,20 @@ def test_cifar__schedule_is_the_fields(stem):
     ):
         fractions = [value / 255 for value in found]
         assert fractions == pytest.approx(published, abs=3e-4)
+
+
+@pytest.mark.parametrize(
+    'stem', [stem for stem in PLAIN if stem.endswith('cifar10')]
+)
+def test_cifar10__schedule_is_ie_kds(stem):
+    cfg = load(stem)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay) == (0.1, 5e-4)
+    assert (optimizer.momentum, optimizer.nesterov) == (0.9, True)
+    assert cfg.param_scheduler.milestones == [80, 120]
+    assert cfg.param_scheduler.gamma == 0.1
+    assert cfg.train_cfg.max_epochs == 160
+    assert cfg.train_dataloader.batch_size == 128
 
 
 @pytest.mark.parametrize('stem', sorted(IMAGENET | CIFAR))
@@ -398,7 +416,7 @@ def batch_of(cfg, size):
 
 
 def size_of(stem):
-    if stem.endswith('cifar100'):
+    if '_cifar10' in stem:
         return 32
     return 224 if 'swin' in stem else 64
 

@@ -30,6 +30,12 @@ DATA = {
         1281167,
         256,
     ),
+    'ie_kd_resnet56_resnet20_cifar10': ('plain_resnet20_cifar10', 50000, 128),
+    'ie_kd_retinanet_r18w32_gfl_r18w16_digits': (
+        'plain_gfl_r18w16_digits',
+        1200,
+        8,
+    ),
     'ie_kd_retinanet_r18w32_r18w16_digits': (
         'plain_retinanet_r18w16_digits',
         1200,
@@ -87,7 +93,9 @@ def test_phase__takes_whole_epochs_before_the_twins_schedule(stem):
 def test_configs__are_all_there():
     assert set(DATA) < set(STEMS)
     assert [stem for stem in STEMS if stem.startswith('ie_dml_')] == [
+        'ie_dml_resnet18w8_resnet18w8_digit_crops',
         'ie_dml_resnet34_resnet18_imagenet',
+        'ie_dml_resnet56_resnet20_cifar100',
         'ie_dml_retinanet_r18w16_r18w16_digits',
         'ie_dml_retinanet_r50_r50',
     ]
@@ -99,7 +107,10 @@ def narrow(config):
     if scope is not None:
         config.type = f'{scope}.{config.type}'
     config.backbone.pop('init_cfg', None)
-    if config.backbone.get('base_channels', 64) < 64:
+    if (
+        config.backbone.get('base_channels', 64) < 64
+        or 'CIFAR' in config.backbone.type
+    ):
         return config
     config.backbone.update(base_channels=8, stem_channels=8)
     if 'in_channels' in config.get('neck', {}):
@@ -113,8 +124,11 @@ def narrow(config):
 def batch_of(cfg):
     if cfg.default_scope == 'mmdet':
         return detection_batch(2, size=128)
+    side = 64 if 'imagenet' in cfg.filename else 32
     return dict(
-        inputs=[torch.randint(0, 256, (3, 64, 64)).byte() for _ in range(2)],
+        inputs=[
+            torch.randint(0, 256, (3, side, side)).byte() for _ in range(2)
+        ],
         data_samples=[DataSample().set_gt_label(label) for label in (1, 7)],
     )
 

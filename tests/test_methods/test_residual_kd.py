@@ -395,6 +395,145 @@ def test_loss__of_equal_channels_needs_no_connector():
     assert not list(model.distillers.parameters())
 
 
+def with_cuts(cuts=('layer1', 'layer2'), **kwargs):
+    """A pair of classifiers with further cuts."""
+    init_default_scope('mmpretrain')
+    return MODELS.build(
+        ConfigDict(
+            type='era_mm.Distillation',
+            student=classifier_config(),
+            teacher=dict(
+                config=classifier_config(width=16), checkpoint='random'
+            ),
+            distiller=dict(
+                RKD,
+                source='backbone',
+                student=dict(backbone=dict(base_channels=6)),
+                assistant=dict(
+                    form='image',
+                    backbone=dict(base_channels=4, stem_channels=4),
+                ),
+                cuts=cuts,
+                **kwargs,
+            ),
+        )
+    )
+
+
+def random_images():
+    from mmpretrain.structures import DataSample
+
+    return dict(
+        inputs=torch.randn(4, 3, 64, 64),
+        data_samples=[DataSample().set_gt_label(i % 3) for i in range(4)],
+    )
+
+
+def test_cuts__add_their_terms():
+    model = with_cuts()
+    wake(model)
+    distiller = model.distillers['distiller']
+    feats = {}
+    loss = distiller.loss
+
+    def spy(**found):
+        feats.update(found)
+        return loss(**found)
+
+    distiller.loss = spy
+    losses = model(**random_images(), mode='loss')
+    student, teacher = feats['student_feats'], feats['teacher_feats']
+    assert list(teacher) == ['backbone', 'backbone.layer1', 'backbone.layer2']
+    student_error, pair_error = 0, 0
+    for index, name in enumerate(('layer1', 'layer2')):
+        own, assistant = (
+            torch.einsum(
+                'oc,nchw->nohw',
+                distiller.cut_convs[2 * index + which].weight[:, :, 0, 0],
+                student[f'backbone.{place}.{name}'][0],
+            )
+            for which, place in enumerate(
+                ('student.backbone', 'assistant.extractor.backbone')
+            )
+        )
+        target = teacher[f'backbone.{name}'][0]
+        student_error += (target - own).square().mean()
+        pair_error += (target - own - assistant).square().mean()
+    # Of the last cut, as without the others.
+    distiller.cuts = []
+    last = loss(**feats)
+    for key, error in (('student', student_error), ('pair', pair_error)):
+        key = f'residual_kd_mse_{key}'
+        torch.testing.assert_close(losses[key] - last[key], error.detach())
+
+
+def test_cuts__gradients_reach_whom_they_are_for():
+    model = with_cuts()
+    pair, extras = model.student.backbone, model.distillers['distiller']
+    losses = model(**random_images(), mode='loss')
+    losses['loss_residual_kd_assistant'].backward(retain_graph=True)
+    assert no_gradient(pair.student)
+    # The last adapter starts at 0: what reaches the stages is the cuts'.
+    first = pair.assistant.extractor.backbone.layer1
+    assert all(g is not None for g in grads(first))
+    assert not no_gradient(first)
+    assert [no_gradient(conv) for conv in extras.cut_convs] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    model.zero_grad()
+    losses['loss_residual_kd_student'].backward()
+    assert no_gradient(pair.assistant)
+    assert not no_gradient(pair.student.backbone.layer1)
+    assert [no_gradient(conv) for conv in extras.cut_convs] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_cuts__rest_with_their_phase():
+    model = with_cuts(phases=PHASES)
+    model.train()
+    convs = model.distillers['distiller'].cut_convs
+    for step, moves in ((0, [True, False]), (2, [False, True])):
+        MessageHub.get_current_instance().update_info('iter', step)
+        model.zero_grad()
+        losses = model(**random_images(), mode='loss')
+        model.parse_losses(losses)[0].backward()
+        assert [not no_gradient(conv) for conv in convs] == 2 * moves
+
+
+def test_cuts__are_named_apart_where_the_models_differ():
+    model = with_cuts(dict(student=['layer2'], teacher=['layer2']))
+    assert model.distillers['distiller'].cuts == [
+        (
+            'backbone.student.backbone.layer2',
+            'backbone.assistant.extractor.backbone.layer2',
+            'backbone.layer2',
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(cuts=dict(student=['layer1'])), 'two that are as long'),
+        (dict(cuts=['layer1'], assistant_weight=0.0), 'Give both a weight'),
+        (
+            dict(cuts=dict(student=['layer1'], teacher=['layer2'])),
+            'Choose `cuts` of one stride',
+        ),
+    ],
+)
+def test_cuts__that_cannot_be_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        with_cuts(**kwargs)
+
+
 # -- phases -----------------------------------------------------------------
 
 
@@ -852,13 +991,16 @@ def test_ddp__two_ranks_resumed_in_a_phase_end_as_the_whole_run(ranks, epoch):
 
 
 @pytest.mark.parametrize(
-    'name',
+    ('name', 'size', 'expected'),
     [
-        'residual_kd_resnet34_resnet18_imagenet',
-        'residual_kd_progressive_resnet34_resnet18_imagenet',
+        ('resnet34_resnet18_imagenet', 64, (0.883, 0.077, 0.967)),
+        ('progressive_resnet34_resnet18_imagenet', 64, (0.883, 0.077, 0.967)),
+        ('resnet56_resnet20_cifar100', 32, (0.88, 0.068, 0.954)),
+        ('resnet18w16_resnet18w8_digit_crops', 32, (0.778, 0.168, 0.947)),
     ],
 )
-def test_config__pair_costs_less_than_the_given_model(name):
+def test_config__pair_costs_less_than_the_given_model(name, size, expected):
+    name = f'residual_kd_{name}'
     cfg = Config.fromfile(find_config(name))
     distiller = cfg.model.distiller
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -867,11 +1009,12 @@ def test_config__pair_costs_less_than_the_given_model(name):
             **{k: distiller[k] for k in ('source', 'student', 'assistant')},
         )
         given = FeatureExtractor(cfg.model.student.backbone)
-        whole = measure(given, (64, 64))[''].flops
-        costs = measure_pair(pair, (64, 64))
+        whole = measure(given, (size, size))[''].flops
+        costs = measure_pair(pair, (size, size))
     # As the config's comment has it.
     shares = {k: round(c.flops / whole, 3) for k, c in costs.items()}
-    assert shares == dict(student=0.883, assistant=0.077, pair=0.967)
+    keys = ('student', 'assistant', 'pair')
+    assert shares == dict(zip(keys, expected, strict=True))
     assert ('phases' in distiller) == ('progressive' in name)
 
 
@@ -897,9 +1040,37 @@ def test_progressive_config__gives_each_phase_its_own_cycle_of_rates():
     assert all(rates[epoch - 1] < 0.001 for epoch in (50, 70, 100))
 
 
-def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant():
+@pytest.mark.parametrize(
+    'name',
+    [
+        'resnet56_resnet20_cifar100',
+        'resnet18w16_resnet18w8_digit_crops',
+    ],
+)
+def test_classifiers_config__trains_two_steps(name):
+    cfg = Config.fromfile(find_config(f'residual_kd_{name}'))
+    cfg.model.teacher.checkpoint = 'random'
+    if 'data_preprocessor' in cfg:
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    batch = random_images()
+    batch['inputs'] = list((255 * torch.rand(4, 3, 32, 32)).byte())
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        model.train()
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        for _ in range(2):
+            losses = model.train_step(batch, wrapper)
+    assert all(torch.as_tensor(v).isfinite() for v in losses.values())
+    assert losses['residual_kd_mse_pair'] != losses['residual_kd_mse_student']
+
+
+@pytest.mark.parametrize('student', ['r18w16', 'gfl_r18w16'])
+def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant(
+    student,
+):
     cfg = Config.fromfile(
-        find_config('residual_kd_retinanet_r18w32_r18w16_digits')
+        find_config(f'residual_kd_retinanet_r18w32_{student}_digits')
     )
     cfg.model.teacher.checkpoint = 'random'
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -932,6 +1103,7 @@ def test_digits_config__trains_a_step_and_begins_with_an_idle_assistant():
         (dict(student=dict(head={})), r"changes \['head'\]"),
         (dict(student=dict(neck=dict(num_outs=3))), 'all but the channels'),
         (dict(student_weight=0), 'nothing trains the convolution'),
+        (dict(cuts=['layer1']), 'the assistant needs stages of its own'),
         (
             dict(source=dict(student='neck', teacher='backbone.layer1')),
             "the teacher .* at 'backbone.layer1'",

@@ -75,7 +75,8 @@ def test_config__trains_a_step(stem):
     built.train()
     wrapper = build_optim_wrapper(built, cfg.optim_wrapper)
     logged = built.train_step(batch_of(cfg), wrapper)
-    assert 'loss_imitation' in logged
+    base = 'reviewkd' if 'reviewkd' in stem else 'imitation'
+    assert f'loss_{base}' in logged
     own = {key for key in logged if key.startswith('loss_sokd_')}
     expected = {'adapter', 'agree', 'anchor', 'area'}
     assert own == (
@@ -88,17 +89,23 @@ def test_config__trains_a_step(stem):
 
 def test_configs__are_all_there():
     assert STEMS == [
+        'fitnet_retinanet_r18w32_gfl_r18w16_digits',
         'fitnet_retinanet_r18w32_r18w16_digits',
+        'sokd_faster_rcnn_r101_r50',
         'sokd_resnet32x4_resnet8x4_cifar100',
         'sokd_resnet34_resnet18_imagenet',
         'sokd_retinanet_r101_r50',
+        'sokd_retinanet_r18w32_gfl_r18w16_digits',
         'sokd_retinanet_r18w32_r18w16_digits',
+        'sokd_reviewkd_resnet34_resnet18_imagenet',
+        'sokd_reviewkd_resnet50_mobilenet_v2_cifar100',
     ]
 
 
-def test_digits__wraps_what_it_is_compared_with():
-    sokd = load('sokd_retinanet_r18w32_r18w16_digits')
-    fitnet = load('fitnet_retinanet_r18w32_r18w16_digits')
+@pytest.mark.parametrize('student', ['r18w16', 'gfl_r18w16'])
+def test_digits__wraps_what_it_is_compared_with(student):
+    sokd = load(f'sokd_retinanet_r18w32_{student}_digits')
+    fitnet = load(f'fitnet_retinanet_r18w32_{student}_digits')
     assert sokd.model.distiller.base == fitnet.model.distiller
     assert sokd.model.teacher == fitnet.model.teacher
     assert sokd.model.distiller.dam.anchor == 'boxes'

@@ -24,7 +24,10 @@ def narrow(student):
     backbone = student.backbone
     # Nothing is fetched.
     backbone.pop('init_cfg', None)
-    if backbone.get('arch') == 'tiny':
+    if backbone.type == 'ConvNeXt':
+        backbone.arch = dict(depths=[1, 1, 1, 1], channels=[8, 8, 16, 16])
+        student.head.in_channels = 16
+    elif backbone.get('arch') == 'tiny':
         backbone.arch = dict(
             embed_dims=8, depths=[1, 1, 2, 1], num_heads=[2, 2, 4, 8]
         )
