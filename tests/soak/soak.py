@@ -19,6 +19,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,20 +65,15 @@ Ending = tuple[str, str]
 # -- kills -------------------------------------------------------------------
 
 
-def _go_on(toy: Toy, folder: Path, config: dict, *flags: str) -> Ending:
-    begun = any(checkpoints_in(folder))
-    status, said = toy.train(
-        folder, *flags, *(['--resume'] if begun else []), config=config
-    )
-    return ('', '') if status == 0 else ('lost', f'{status}: {said[:300]}')
-
-
-def _compare(folder: Path, whole: Path, what: str) -> Ending:
+def _compare(folder: Path, whole: Path, begun: bool, what: str) -> Ending:
+    """How a run came out that was killed and gone on with."""
     parts = list(whole_files.parts_in(folder))
     name = 'epoch_2.pth'
     if parts or not same_state(folder / name, whole / name):
         return 'differs', f'{what}: {parts}'
-    return 'resumed bit-identically', ''
+    if begun:
+        return 'resumed bit-identically', ''
+    return 'killed before the first file and begun anew bit-identically', ''
 
 
 def count_moments(toy: Toy) -> int:
@@ -97,10 +93,11 @@ def at_a_write(toy: Toy, index: int, chance: random.Random) -> Ending:
         count_moments(toy)
     with killing(index), contextlib.suppress(Killed):
         toy.train(folder)
-    ending, failure = _go_on(toy, folder, toy.config)
-    if not ending:
-        ending, failure = _compare(folder, toy.folder / 'whole', 'weights')
-    return ending, failure and f'moment {index}: {failure}'
+    begun = any(checkpoints_in(folder))
+    status, said = toy.train(folder, *(['--resume'] if begun else []))
+    if status != 0:
+        return 'lost', f'moment {index}: {status} {said[:300]}'
+    return _compare(folder, toy.folder / 'whole', begun, f'moment {index}')
 
 
 def variants(toy: Toy) -> list[tuple[str, dict, list[str]]]:
@@ -141,15 +138,23 @@ def _killed(
 ) -> Ending:
     whole, spent = toy.whole(name, config, ranks, *flags)
     folder = toy.folder / 'killed'
-    when = chance.uniform(0.3, 1) * spent
-    ended(toy.start(folder, *flags, config=config, ranks=ranks), when)
+    status = [0]
+    # A run may take less time than the whole one did.
+    while -signal.SIGKILL not in status:
+        shutil.rmtree(folder, ignore_errors=True)
+        when = chance.uniform(0.3, 1) * spent
+        spent *= 0.9
+        status = ended(
+            toy.start(folder, *flags, config=config, ranks=ranks), when
+        )
     begun = any(checkpoints_in(folder))
     flags = [*flags, *(['--resume'] if begun else [])]
     status = ended(toy.start(folder, *flags, config=config, ranks=ranks))
+    what = f'{name}, after {when:.1f} s'
     if any(status):
         said = Path(f'{folder}.said0').read_text()
-        return 'lost', f'{name}, after {when:.1f} s: {status} {said[:300]}'
-    return _compare(folder, whole, f'{name}, after {when:.1f} s')
+        return 'lost', f'{what}: {status} {said[:300]}'
+    return _compare(folder, whole, begun, what)
 
 
 # -- what must be refused ----------------------------------------------------
