@@ -207,7 +207,7 @@ class CrossKDDistiller(BaseDistiller):
         grids = [[tuple(f.shape[2:]) for f in one] for one in (*own, theirs)]
         if not grids[0] == grids[1] == grids[2]:
             raise ValueError(
-                f"CrossKD needs levels in pairs, but the student's towers "
+                f"CrossKD needs pairs of levels, but the student's towers "
                 f"have {grids[0]} and {grids[1]} and the teacher's head reads "
                 f'{grids[2]}. Give both necks the same levels.'
             )

@@ -93,7 +93,7 @@ def test_distiller__on_the_stages_of_a_classifier(classifiers, image_batch):
 def test_distiller__refuses_vectors_and_other_numbers(classifiers):
     with pytest.raises(ValueError, match='needs feature maps'):
         classifiers(dict(type='era_mm.ATDistiller'))
-    with pytest.raises(ValueError, match='in pairs'):
+    with pytest.raises(ValueError, match='pairs of levels'):
         classifiers(
             dict(
                 type='era_mm.ATDistiller',

@@ -84,7 +84,7 @@ def test_distiller__has_no_convolution_where_channels_agree():
         (dict(temperature=0), 'above 0'),
         (
             dict(source=dict(student='neck', teacher='backbone.layer3')),
-            'in pairs',
+            'pairs of levels',
         ),
     ],
 )

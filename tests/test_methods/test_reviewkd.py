@@ -143,7 +143,7 @@ def test_distiller__maps_of_two_sizes(classifiers, image_batch):
         )
     )
     assert model(**image_batch(), mode='loss')['loss_reviewkd'].isfinite()
-    with pytest.raises(ValueError, match='in pairs'):
+    with pytest.raises(ValueError, match='pairs of levels'):
         classifiers(
             dict(
                 type='era_mm.ReviewKDDistiller',

@@ -62,7 +62,7 @@ def test_suite__is_what_the_file_says(tmp_path):
         ("part_of='era'", "part_of='era', role='method'", 'with role='),
         ("pairs=['a_b']", "pairs=['b_a']", 'names b_a, but the suite has'),
         ('half=', 'teacher=', "not 'teacher'"),
-        ("student='d'", "checkpoint='x.pth', student='d'", '`teacher` beside'),
+        ("student='d'", "checkpoint='x.pth', student='d'", '`teacher` with'),
         ("config='era_{pair}', ", '', 'config is missing'),
         ("dict(student='d')", "'d'", "expected a dict, but got 'd'"),
     ],
