@@ -73,7 +73,7 @@ def test_hook__lets_loss_scaling_leave_steps_out():
     feed(hook, 0, loss=NAN, runner=amp)
     feed(hook, 1, loss=1.0, runner=amp)
     feed(hook, 2, loss=NAN, runner=amp)
-    with pytest.raises(UserError, match='no number'):
+    with pytest.raises(UserError, match='no longer finite'):
         feed(hook, 3, loss=NAN, runner=amp)
 
 
