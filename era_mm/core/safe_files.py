@@ -145,7 +145,7 @@ def allowed_types() -> list[Any]:
     numpy 2 moved its functions, and files know them by either name.
     """
     # What this numpy writes itself for an array and for a number.
-    functions = {
+    functions: dict[str, Any] = {
         '_reconstruct': np.empty(0).__reduce__()[0],
         'scalar': np.float64(0).__reduce__()[0],
     }
@@ -216,8 +216,8 @@ def _allowed_names() -> dict[str, Any]:
     from torch import _weights_only_unpickler as reader
 
     # torch before 2.5 does not list these, later ones do.
-    plain = [codecs.encode, bytearray, complex, set, Counter, torch.device]
-    plain.append(torch._utils._rebuild_parameter_with_state)
+    plain: list[Any] = [codecs.encode, bytearray, complex, set, Counter]
+    plain += [torch.device, torch._utils._rebuild_parameter_with_state]
     kinds = [x for x in vars(torch).values() if isinstance(x, torch.dtype)]
     return {
         **{str(kind): kind for kind in kinds},
