@@ -216,15 +216,8 @@ def _allowed_names() -> dict[str, Any]:
     from torch import _weights_only_unpickler as reader
 
     # torch before 2.5 does not list these, later ones do.
-    plain: list[Any] = [
-        codecs.encode,
-        bytearray,
-        complex,
-        set,
-        Counter,
-        torch.device,
-    ]
-    plain.append(torch._utils._rebuild_parameter_with_state)
+    plain: list[Any] = [codecs.encode, bytearray, complex, set, Counter]
+    plain += [torch.device, torch._utils._rebuild_parameter_with_state]
     kinds = [x for x in vars(torch).values() if isinstance(x, torch.dtype)]
     return {
         **{str(kind): kind for kind in kinds},
