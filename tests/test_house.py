@@ -27,11 +27,15 @@ def test_pre_commit__has_the_linter_of_make_lint():
 def test_workflow__runs_ci_on_every_python_that_is_supported():
     job = read('.github/workflows/test.yml')['jobs']['test']
     setup = runpy.run_path(str(ROOT / 'tools/setup_env.py'))
-    oldest, newest = setup['OLDEST_PYTHON'], setup['NEWEST_PYTHON']
-    assert job['strategy']['matrix']['python'] == [
-        f'3.{minor}' for minor in range(oldest[1], newest[1] + 1)
+    oldest = setup['OLDEST_PYTHON']
+    assert job['strategy']['matrix']['include'] == [
+        dict(profile=profile, python=f'3.{minor}')
+        for profile, newest in setup['NEWEST_PYTHON'].items()
+        for minor in range(oldest[1], newest[1] + 1)
     ]
-    assert '.ci/run' in [step.get('run') for step in job['steps']]
+    assert '.ci/run PROFILE=${{ matrix.profile }}' in [
+        step.get('run') for step in job['steps']
+    ]
 
 
 def test_citation__is_of_this_version():

@@ -262,7 +262,7 @@ def _not_finite(steps: Sequence[_Step]) -> list[tuple[_Step, dict]]:
 
 def _describe(step: _Step, values: Mapping[str, float]) -> str:
     wrong = [name for name, v in values.items() if not math.isfinite(v)]
-    # The sum of all says nothing where a term of it is wrong.
+    # The total says nothing if one of its terms is wrong.
     named = [name for name in wrong if name != 'loss'] or wrong
     beside = {k: v for k, v in values.items() if k not in wrong}
     return (
@@ -270,7 +270,7 @@ def _describe(step: _Step, values: Mapping[str, float]) -> str:
         + ', '.join(f'{name} is {values[name]}' for name in named[:4])
         + (', ...' if len(named) > 4 else '')
         + (
-            ' (beside it '
+            ' (other terms: '
             + ', '.join(f'{k} {v:.4g}' for k, v in beside.items())
             + ')'
             if beside

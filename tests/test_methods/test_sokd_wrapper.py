@@ -65,7 +65,7 @@ def _answer(name):
     return answer
 
 
-for _name in (*ARGUMENTS, 'inference_modes', 'phase'):
+for _name in (*ARGUMENTS, 'inference_modes', 'phase', 'uses'):
     setattr(Told, _name, _answer(_name))
 
 

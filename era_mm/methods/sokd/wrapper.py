@@ -88,6 +88,10 @@ class WrappingDistiller(BaseDistiller):
         """The wrapped distiller's."""
         return self.base.min_iters
 
+    def uses(self) -> tuple[str, ...]:
+        """The wrapped distiller's."""
+        return self.base.uses()
+
     def is_complete(self, step: int) -> bool:
         """The wrapped distiller's."""
         return self.base.is_complete(step)
