@@ -705,7 +705,12 @@ def test_signal__to_the_whole_group_ends_run_and_workers(
 
 
 def test_ctrl_c__is_said_in_one_line(at_iteration, tmp_path, capsys):
-    assert train(at_iteration('SIGINT'), tmp_path / 'run') == 130
+    # Shells let jobs in the background ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert train(at_iteration('SIGINT'), tmp_path / 'run') == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     printed = capsys.readouterr().err
     assert 'stopped by Ctrl-C; --resume goes on' in printed
     assert 'Traceback' not in printed
