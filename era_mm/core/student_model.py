@@ -262,3 +262,8 @@ class StudentModel(BaseModel):
             unexpected_keys,
             error_msgs,
         )
+        # In torch 2.1 a norm whose counter is missing would start from 0.
+        own = self.distillers.state_dict(prefix=f'{prefix}distillers.')
+        for key, value in own.items():
+            if key.endswith('num_batches_tracked'):
+                state_dict.setdefault(key, value)

@@ -3,12 +3,14 @@
 import copy
 import re
 
+import mmdet
 import numpy as np
 import pytest
 import torch
 from mmdet.structures.mask import BitmapMasks
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
+from mmengine.utils import digit_version
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from era_mm.heads.two_stage import StudentProposals
@@ -578,6 +580,8 @@ def build(student, teacher, **kwargs):
 @pytest.mark.parametrize('source', ['neck', 'encoder'])
 @pytest.mark.parametrize('family', DETR_LIKE)
 def test_detr__gets_era_without_twi_and_says_so(family, source, said):
+    if family == 'dino' and digit_version(mmdet.__version__) < (3, 4):
+        pytest.skip('DINO of mmdet 3.3 has position embeddings for 256 alone')
     student, teacher = host_config(family), host_config(family, 12)
     model = build(student, teacher, source=source)
     model.init_weights()
