@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import MODELS
 
 from era_mm.core import extras_of
-from era_mm.testing import distillation_config
+from era_mm.testing import distillation_config, era_model
 
 ERA = dict(type='era_mm.ERADistiller')
 
@@ -60,3 +60,31 @@ def test_load__extras_of_other_settings_are_refused(form, reason):
     state = with_branches(3).state_dict()
     with pytest.raises(ValueError, match=f"extras of 'distiller'.*{reason}"):
         with_branches(4).load_state_dict(state)
+
+
+def test_load__counters_of_norms_in_extras_are_those_of_the_file(monkeypatch):
+    load = torch.nn.BatchNorm2d._load_from_state_dict
+
+    def like_torch_2_1(self, state_dict, prefix, *args):
+        state_dict.setdefault(f'{prefix}num_batches_tracked', torch.tensor(0))
+        load(self, state_dict, prefix, *args)
+
+    monkeypatch.setattr(
+        torch.nn.BatchNorm2d, '_load_from_state_dict', like_torch_2_1
+    )
+    model, again = (
+        era_model(form='released', mbrnet=dict(num_branches=1))
+        for _ in range(2)
+    )
+
+    def counters(of):
+        state = of.distillers.state_dict()
+        return [v for k, v in state.items() if k.endswith('batches_tracked')]
+
+    assert counters(model)
+    for counter in counters(model):
+        counter.fill_(7)
+    again.load_state_dict(model.state_dict())
+    assert [int(counter) for counter in counters(again)] == [7] * len(
+        counters(model)
+    )
