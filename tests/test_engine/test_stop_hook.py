@@ -150,7 +150,8 @@ class Ranks:
             ),
             300,
         )
-        assert len(self.alive()) == 2, self.log.read_text()
+        # A program that a rank starts bears its words until it is loaded.
+        self.wait_for(lambda: len(self.alive()) == 2, 10)
 
 
 @pytest.fixture
