@@ -173,6 +173,19 @@ class Cell:
             return None
         return self.teacher.weights()
 
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 of the weights of a teacher.
+
+        Of weights trained here without their file, which has times: a teacher
+        that is trained again gives the same.
+        """
+        if self.pair.checkpoint:
+            return checksum(self.pair.checkpoint)
+        found = read_json(self.folder / 'train.json')
+        assert found is not None
+        return found['weights']
+
     def is_done(self, phase: str) -> bool:
         """Whether a phase has completed."""
         found = read_json(self.folder / f'{phase}.json')
@@ -201,16 +214,23 @@ class Cell:
 
 
 def all_cells(suite: Suite, work_dir: Path) -> list[Cell]:
-    """The matrix, by pairs and seeds; a pair's teacher before its students."""
+    """The matrix, by pairs and seeds; a pair's teacher before its students.
+
+    Pairs whose teachers are trained with the same config share its folder:
+    it is trained once.
+    """
     return list(_cells(suite, work_dir))
 
 
 def _cells(suite: Suite, work_dir: Path) -> Iterator[Cell]:
     sources: dict[str, Config] = {}
+    trained: dict[str, Path] = {}
     for pair in suite.pairs.values():
         teacher = None
         if pair.teacher is not None:
             folder = work_dir / pair.name / TEACHER
+            if not pair.checkpoint:
+                folder = trained.setdefault(pair.teacher, folder)
             teacher = Cell(suite, pair, None, None, folder, None, sources)
             yield teacher
         for seed in suite.seeds:

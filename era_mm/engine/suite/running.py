@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from . import logs
-from .cells import Cell, checksum, read_json, write_json
+from .cells import Cell, read_json, write_json
 from .rows import Key, Row, failed_row, is_current, key_of, row_of
 
 #: Seconds between two checks of the runs.
@@ -111,8 +111,6 @@ class Matrix:
         self.commit = commit
         self.command = command
         self.gpus = gpus
-        #: Checksums of teachers' weights, by pair.
-        self._teachers: dict[str, str] = {}
         self._runs: list[_Run] = []
 
     # -- what is to be done ------------------------------------------------
@@ -142,11 +140,8 @@ class Matrix:
         """Checksum of the weights of a cell's teacher."""
         if not cell.has_teacher:
             return None
-        weights = cell.teacher_weights()
-        assert weights is not None
-        if cell.pair.name not in self._teachers:
-            self._teachers[cell.pair.name] = checksum(weights)
-        return self._teachers[cell.pair.name]
+        assert cell.teacher is not None
+        return cell.teacher.checksum
 
     # -- running -----------------------------------------------------------
 
@@ -184,6 +179,9 @@ class Matrix:
                 self.watcher.left(cell, 'its teacher failed')
                 return True
             if cell.has_teacher and cell.teacher in [*waiting, *under_way]:
+                continue
+            if cell.folder in [other.folder for other in under_way]:
+                # The same teacher of another pair.
                 continue
             waiting.remove(cell)
             teacher = self._checksum(cell)

@@ -6,6 +6,7 @@ test.json there.
 """
 
 import argparse
+import hashlib
 import os
 import resource
 import shutil
@@ -68,7 +69,23 @@ def _train(folder: Path) -> tuple[int, dict[str, Any]]:
     status = run_train(argv)
     if status:
         return status, {}
-    return 0, dict(checkpoint=last.read_text().strip())
+    file = last.read_text().strip()
+    return 0, dict(checkpoint=file, weights=_checksum(file))
+
+
+def _checksum(file: str) -> str:
+    """SHA-256 of the names and values of the weights in a file."""
+    import torch
+
+    from era_mm.core.safe_files import load_file
+
+    found = hashlib.sha256()
+    for name, value in sorted(load_file(file)['state_dict'].items()):
+        found.update(f'{name} {value.dtype} {tuple(value.shape)} '.encode())
+        found.update(
+            value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
+    return found.hexdigest()
 
 
 def _test(folder: Path) -> tuple[int, dict[str, Any]]:

@@ -44,7 +44,7 @@ def train(folder, seed):
         # What a checkpoint begins with.
         file.write_bytes(b'\x80' + str(folder).encode() + b'%d' % seed)
         last.write_text(str(file))
-    return dict(checkpoint=str(file))
+    return dict(checkpoint=str(file), weights=f'{folder.name} {seed}')
 
 
 def test(folder, seed):

@@ -222,6 +222,29 @@ def test_run__rows_of_another_machine_count_and_another_teacher_does_not():
     )
 
 
+def test_run__a_teacher_of_two_pairs_is_trained_once():
+    pair = '  big_small: {teacher: big, student: small, title: Big to small}\n'
+    other = '  again: {teacher: big, student: small, words: {}}\n'
+    Path('toys.yaml').write_text(
+        SUITE.replace(pair, pair + other).replace(
+            'era_{pair}', 'era_big_small'
+        )
+    )
+    done, _ = run(only=['*/era/s0'])
+    assert done
+    found = [call for call in calls() if 'teacher' in call]
+    # Its test is cheap, and gives the second pair a row of its own.
+    assert found == ['test teacher', 'test teacher', 'train teacher']
+    _, all_rows = rows.read_rows(Path('results/toys.jsonl'))
+    assert [(row['pair'], row['method']) for row in all_rows] == [
+        ('big_small', 'teacher'),
+        ('big_small', 'era'),
+        ('again', 'teacher'),
+        ('again', 'era'),
+    ]
+    assert {row['teacher'] for row in all_rows} == {None, 'teacher 0'}
+
+
 def test_run__a_failed_cell_has_no_number_and_is_tried_again():
     Path('broken').write_text('era/seed0')
     done, printed = run()

@@ -1,6 +1,8 @@
 """A real matrix: a teacher, a plain and a distilled student, tiny."""
 
+import hashlib
 import io
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from mmengine.config import Config
 from rich.console import Console
 
 from era_mm import testing
+from era_mm.core.safe_files import load_file
 from era_mm.engine.suite import rows
 from era_mm.engine.suite.command import run_suite
 
@@ -87,6 +90,15 @@ def test_suite__trains_and_tests_real_models(coco, tmp_path, monkeypatch):
     folder = Path('work_dirs/suites/toys/toy')
     cfg = Config.fromfile(folder / 'era/seed3/config.py')
     assert cfg.randomness.seed == 3
+    # The checksum is of the weights alone, in the order of their names.
+    left = json.loads((folder / 'teacher/train.json').read_text())
+    weights = load_file(left['checkpoint'])['state_dict']
+    expected = hashlib.sha256()
+    for key in sorted(weights):
+        shape = tuple(weights[key].shape)
+        expected.update(f'{key} {weights[key].dtype} {shape} '.encode())
+        expected.update(weights[key].numpy().tobytes())
+    assert era['teacher'] == left['weights'] == expected.hexdigest()
     # Those weights are the teacher's, and no other's.
     weights = folder / 'teacher/train/epoch_2.pth'
     assert Path(cfg.model.teacher.checkpoint).samefile(weights)
