@@ -107,7 +107,9 @@ class DetectorTerm(nn.Module, ABC):
     outputs are pixels (RTMDet, VFNet), large boxes weigh more than small ones.
 
     The units are measured on the first 20 batches of all ranks, then fixed;
-    they are saved and resumed.
+    they are saved and resumed. Of a teacher that trains as well (``moves``)
+    they stay 1: its first outputs tell nothing of the later ones, and two
+    students that are measured by each other agree on constant boxes.
 
     Source: ours. Boxes of a dense head weighted by the teacher's score:
     CrossKD (arXiv 2306.11369).
@@ -126,6 +128,8 @@ class DetectorTerm(nn.Module, ABC):
     #: Number of bins if a coordinate is predicted as a distribution; 1 if it
     #: is predicted directly.
     bins = 1
+    #: Whether the teacher trains as well.
+    moves = False
 
     def __init__(self, weight: float, box_weight: float, topk: int) -> None:
         super().__init__()
@@ -221,7 +225,7 @@ class DetectorTerm(nn.Module, ABC):
     @torch.no_grad()
     def measure(self, said: Said) -> None:
         """Add a batch to the units; no effect once they are fixed."""
-        if not self.first_batches.take():
+        if self.moves or not self.first_batches.take():
             return
         number = said.sure.new_tensor(len(said.sure))
         scores, sure = said.scores.double(), said.sure.double()

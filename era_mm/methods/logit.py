@@ -178,6 +178,11 @@ class LogitDistiller(BaseDistiller):
             )
         else:
             self.student_sources = self.term.sources
+        if isinstance(self.term, DetectorTerm):
+            # Of MutualDistillation.
+            self.term.moves = any(
+                value.requires_grad for value in teacher.parameters()
+            )
 
     def _term(self, head: TWIHead) -> LogitTerm | DetectorTerm:
         settings = dict(self._settings)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 
+from era_mm.core.utils import evaluating
 from era_mm.layers import dist_loss, dkd_loss, kl_loss, standardise_logits
 from era_mm.methods.logit import LogitDistiller
 from era_mm.testing import (
@@ -195,6 +196,52 @@ def test_peers__hear_each_other_in_eval_mode():
     for key, value in peer.student.state_dict().items():
         assert torch.equal(before[key], value), key
     assert all(module.training for module in peer.student.bbox_head.modules())
+
+
+def test_peers__are_compared_without_units():
+    """What a peer says at the start is no measure of its later outputs."""
+    student = detector_config()
+    model = MODELS.build(
+        dict(
+            type='era_mm.MutualDistillation',
+            students=dict(first=student, second=student),
+            distiller=dict(type='era_mm.LogitDistiller', logit=dict(topk=5)),
+        )
+    )
+    model.init_weights()
+    model.train()
+    half, peer = model.students['first'], model.students['second'].student
+    term = half.distillers['distiller'].term
+    data = half.data_preprocessor(detection_batch(2), True)
+    for _ in range(2):
+        losses = half(**data, mode='loss')
+    assert int(term.first_batches.seen) == 0
+    with torch.no_grad(), evaluating(peer):
+        told = peer(data['inputs'], mode='tensor')
+        own = half.student(data['inputs'], mode='tensor')
+
+    def rows(outs, width):
+        return torch.cat(
+            [
+                level.permute(0, 2, 3, 1).reshape(2, -1, width)
+                for level in outs
+            ],
+            dim=1,
+        )
+
+    q = rows(told[0], 3).sigmoid()
+    sure, index = q.max(dim=2)[0].topk(5, dim=1)
+    pick = index[..., None].expand(-1, -1, 3)
+    q, p = q.gather(1, pick), rows(own[0], 3).sigmoid().gather(1, pick)
+    gap = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    torch.testing.assert_close(
+        losses['loss_logit_score'], gap.sum(dim=2).mean(), rtol=1e-3, atol=1e-6
+    )
+    pick = index[..., None].expand(-1, -1, 4)
+    apart = (rows(told[1], 4) - rows(own[1], 4)).gather(1, pick).abs()
+    torch.testing.assert_close(
+        losses['loss_logit_box'], (sure * apart.mean(dim=2)).mean()
+    )
 
 
 def test_dml__each_student_hears_the_other_as_it_is_now(image_batch):
