@@ -3,4 +3,7 @@
 #   python tools/train.py \
 #       configs/baselines/at_retinanet_r18w32_gfl_r18w16_digits.py
 _base_ = '../feature_imitation/fitnet_retinanet_r18w32_gfl_r18w16_digits.py'
-model = dict(distiller=dict(_delete_=True, type='era_mm.ATDistiller'))
+model = dict(
+    # The same weight on each level, whatever its size. [ours]
+    distiller=dict(_delete_=True, type='era_mm.ATDistiller', num_positions=256)
+)

@@ -13,5 +13,6 @@ model = dict(
         config='{{ fileDirname }}/../plain/plain_retinanet_r18w32_digits.py',
         checkpoint='work_dirs/plain_retinanet_r18w32_digits/epoch_15.pth',
     ),
-    distiller=dict(type='era_mm.ATDistiller'),
+    # The same weight on each level, whatever its size. [ours]
+    distiller=dict(type='era_mm.ATDistiller', num_positions=256),
 )

@@ -11,6 +11,9 @@ from ..core import BaseDistiller, Features, MeasuredPair, Plan
 from ..layers import check_maps, full_precision, levels_of
 from ..registry import MODELS
 
+#: Of the middle stage of the paper's networks on CIFAR.
+POSITIONS = 16 * 16
+
 
 def attention(feat: Tensor, power: float = 2.0) -> Tensor:
     """Attention maps, each as a vector of length 1.
@@ -29,16 +32,26 @@ def attention(feat: Tensor, power: float = 2.0) -> Tensor:
 
 
 def attention_loss(
-    *, student_feat: Tensor, teacher_feat: Tensor, power: float = 2.0
+    *,
+    student_feat: Tensor,
+    teacher_feat: Tensor,
+    power: float = 2.0,
+    num_positions: int | None = None,
 ) -> Tensor:
     """Mean squared difference of the attention maps.
 
-        mean_n mean_hw (Q_s / ||Q_s|| - Q_t / ||Q_t||)^2
+        mean_n sum_hw (Q_s / ||Q_s|| - Q_t / ||Q_t||)^2 / num_positions
 
     If the sizes differ, the larger map is pooled to the smaller.
 
     Source: AT, arXiv 1612.03928; the mean of squares instead of the norm of
     eq. 2 is [official code]. Pooling is that of mdistiller.
+
+    Args:
+        student_feat: The student's.
+        teacher_feat: The teacher's.
+        power: p.
+        num_positions: Divisor of the sum. None: H * W, a mean.
 
     Shape:
         - student_feat, teacher_feat: ``(N, C, H, W)``, channels may differ
@@ -56,7 +69,8 @@ def attention_loss(
         )
         for one in maps
     )
-    return (student - teacher).square().mean()
+    distance = (student - teacher).square().sum(dim=1).mean()
+    return distance / (num_positions or height * width)
 
 
 @MODELS.register_module()
@@ -68,8 +82,11 @@ class ATDistiller(BaseDistiller):
     It has no trainable parameters, and channels may differ.
 
     Source: AT, arXiv 1612.03928, on the stages of a classifier. Weight 1000
-    and power 2 are [official code]'s. Levels of a pyramid are [ours]: the
-    mean over positions makes the loss of large maps small.
+    and power 2 are [official code]'s. As a map Q has length 1, the mean over
+    positions makes the loss of small maps large: 250 times the squared
+    distance on a map of 2x2. A pyramid's sizes depend on the images, so
+    there, as ``plan_for`` writes, the sum is divided by the same number on
+    each level [ours].
 
     Args:
         source: Module whose output is distilled, maps ``(N, C, H, W)``; of
@@ -77,13 +94,16 @@ class ATDistiller(BaseDistiller):
             backbone.
         power: p.
         loss_weight: Weight of each level.
+        num_positions: Divisor of the sum over positions. None: the number of
+            positions of each map, as released. 256 is the middle stage of the
+            paper's networks on CIFAR, 16x16.
         teacher: Name of the teacher.
         schedules: Schedules of ``loss_at``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Features that are not maps, or different numbers of
-            levels.
+        ValueError: Features that are not maps, different numbers of levels,
+            or ``num_positions`` below 1.
     """
 
     def __init__(
@@ -91,20 +111,28 @@ class ATDistiller(BaseDistiller):
         source: str | list | dict = 'neck',
         power: float = 2.0,
         loss_weight: float = 1000.0,
+        num_positions: int | None = None,
         teacher: str = 'teacher',
         schedules: dict[str, dict] | None = None,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(source, teacher, schedules, init_cfg)
+        if num_positions is not None and num_positions < 1:
+            raise ValueError(
+                '`num_positions` must be None or at least 1, but got '
+                f'{num_positions}.'
+            )
         self.power, self.loss_weight = power, loss_weight
+        self.num_positions = num_positions
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
         """On the levels of a neck; in a classifier on the stages."""
         match = pair.match() if pair.is_detector else pair.match_stages()
-        return Plan(
-            dict(type=f'era_mm.{cls.__name__}', **match.config()), match
-        )
+        config = dict(type=f'era_mm.{cls.__name__}', **match.config())
+        if pair.is_detector:
+            config['num_positions'] = POSITIONS
+        return Plan(config, match)
 
     def prepare(
         self,
@@ -131,7 +159,12 @@ class ATDistiller(BaseDistiller):
     ) -> dict[str, Tensor]:
         """``loss_at``."""
         terms = [
-            attention_loss(student_feat=s, teacher_feat=t, power=self.power)
+            attention_loss(
+                student_feat=s,
+                teacher_feat=t,
+                power=self.power,
+                num_positions=self.num_positions,
+            )
             for s, t in zip(
                 levels_of(student_feats, self.student_sources),
                 levels_of(teacher_feats, self.teacher_sources),

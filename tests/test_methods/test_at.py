@@ -5,7 +5,7 @@ import torch
 from mmengine.registry import MODELS
 from torch.nn.functional import adaptive_avg_pool2d
 
-from era_mm.methods.at import attention, attention_loss
+from era_mm.methods.at import ATDistiller, attention, attention_loss
 from era_mm.testing import detection_batch, distillation_config, noise
 
 STAGES = [f'backbone.layer{index}' for index in range(1, 5)]
@@ -78,6 +78,36 @@ def test_distiller__adds_the_levels_of_a_pyramid_up(teacher_file):
     assert model.student.backbone.conv1.weight.grad.abs().max() > 0
     assert model.student.bbox_head.retina_cls.weight.grad is None
     assert not list(model.distillers.parameters())
+
+
+def test_distiller__levels_of_a_pyramid_count_alike(teacher_file):
+    """A loop over levels, images and positions."""
+    model = MODELS.build(
+        distillation_config(
+            dict(type='era_mm.ATDistiller', num_positions=256),
+            checkpoint=teacher_file,
+        )
+    )
+    model.load_teachers()
+    data = model.data_preprocessor(detection_batch(2), True)
+    found = model(**data, mode='loss')['loss_at']
+    targets = model.teachers['teacher'].extract(data['inputs'])['neck']
+    maps = model.student.extract_feat(data['inputs'])
+    assert len({m.shape[2:] for m in maps}) > 1
+    total = 0.0
+    for pair in zip(maps, targets, strict=True):
+        for image in range(2):
+            one, other = (
+                m[image].double().square().sum(dim=0).flatten() for m in pair
+            )
+            one, other = one / one.norm(), other / other.norm()
+            total += float(((one - other) ** 2).sum()) / 2
+    assert found.item() == pytest.approx(1000 / 256 * total, rel=1e-5)
+
+
+def test_distiller__refuses_a_wrong_number_of_positions():
+    with pytest.raises(ValueError, match='`num_positions` must be None'):
+        ATDistiller(num_positions=0)
 
 
 def test_distiller__on_the_stages_of_a_classifier(classifiers, image_batch):
