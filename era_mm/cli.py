@@ -194,8 +194,19 @@ def _read_config(name: str, options: Sequence[str] | None) -> 'Config':
         # arguments are parsed would make -h slow.
         parser = argparse.ArgumentParser()
         parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-        parsed = parser.parse_args(['--cfg-options', *options])
-        cfg.merge_from_dict(parsed.cfg_options)
+        found: dict = {}
+        for option in options:
+            try:
+                parsed = parser.parse_args(['--cfg-options', option])
+            except (AssertionError, RecursionError):
+                raise UserError(
+                    f'--cfg-options: cannot read {option!r}. Expected a '
+                    'number, a text, a list [a,b] or a tuple (a,b); set the '
+                    'keys of a dict one by one: KEY.NAME=VALUE.'
+                ) from None
+            found |= parsed.cfg_options
+        # In one piece: keys of one dict may belong together (_delete_).
+        cfg.merge_from_dict(found)
     return cfg
 
 

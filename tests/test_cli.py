@@ -101,6 +101,24 @@ def test_train__refuses_auto_scale_lr_without_a_base(capsys) -> None:
     assert 'base_batch_size' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    'option', ["a.b={'c': dict(d=1, e=2)}", 'a=[1,(2]', 'a=(1,2']
+)
+def test_train__refuses_an_option_that_cannot_be_read(option, capsys) -> None:
+    Path('toy.py').write_text(CONFIG)
+    assert cli.run_train(['toy.py', '--cfg-options', option]) == 1
+    printed = capsys.readouterr().err
+    assert f'cannot read {option!r}' in printed
+    assert 'one by one: KEY.NAME=VALUE' in printed
+
+
+def test_train__takes_options_of_one_dict_together() -> None:
+    Path('toy.py').write_text(CONFIG)
+    options = ['optim_wrapper._delete_=True', 'optim_wrapper.a=[3,(4,5)]']
+    cfg = cli._read_config('toy.py', options)
+    assert cfg.optim_wrapper == dict(a=[3, (4, 5)])
+
+
 def test_train__refuses_an_option_without_a_value(capsys) -> None:
     Path('toy.py').write_text(CONFIG)
     assert cli.run_train(['toy.py', '--cfg-options', 'a.b', '3']) == 1

@@ -243,10 +243,14 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _verdicts(pair: PairResults) -> Iterator[str]:
-    """The methods that are better than plain here, and those that are not."""
+    """The methods that are better than plain here, and those that are not.
+
+    Without the seeds of collapsed runs, one of which makes every interval
+    useless.
+    """
     better, worse, same = [], [], []
     for method in _by_mean(pair, pair.methods('baseline', 'method')):
-        more = pair.more_than(pair.plain, method)
+        more = pair.more_than_sound(pair.plain, method)
         if more is None or more.half is None:
             continue
         title = pair.title_of(method)
@@ -256,13 +260,16 @@ def _verdicts(pair: PairResults) -> Iterator[str]:
             worse.append(title)
         else:
             same.append(title)
+    seeds = ''
+    if any(map(pair.collapsed, pair.methods('plain', 'baseline', 'method'))):
+        seeds = ', without the seeds of collapsed runs'
     for names, text in (
         (better, 'Better than plain here (the whole interval is above 0)'),
         (same, 'Not distinguishable from plain by these runs'),
         (worse, 'Worse than plain here'),
     ):
         if names:
-            yield f'- {text}: {", ".join(names)}.'
+            yield f'- {text}{seeds}: {"; ".join(names)}.'
     if better or worse or same:
         yield ''
 

@@ -145,7 +145,7 @@ def test_page__numbers_are_those_computed_by_hand(tmp_path):
     # Sorted: the best first, what was not run last.
     assert list(table)[-4:] == ['cwd', 'era', 'fitnet', 'at']
     assert (
-        '- Better than plain here (the whole interval is above 0): era, '
+        '- Better than plain here (the whole interval is above 0): era; '
         'fitnet.' in text
     )
     # 1 teacher, 3 x 4, 1: 14 runs; seconds 10 + 30 + 60 + 31.2 + 60 + 30
@@ -199,6 +199,10 @@ def test_page__collapsed_runs_count_and_are_told_of(tmp_path):
     # Without seed 1: era 8 and 10, fitnet 5 and 5, twice the schedule 1 and 3.
     # The interval of two values a and b is 12.7 * |a - b| / 2.
     assert 'counted above: plain, seed 1 (1.0).' in text
+    assert (
+        '- Better than plain here (the whole interval is above 0), without '
+        'the seeds of collapsed runs: fitnet.'
+    ) in text
     assert (
         '- More than plain without the seeds of collapsed runs: '
         'era 9.0 +- 12.7; fitnet 5.0 +- 0.0; plain_x2 2.0 +- 12.7.'
