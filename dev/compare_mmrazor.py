@@ -36,7 +36,6 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-import era_mm
 from era_mm.core.utils import errors_only
 from era_mm.engine.benchmark import Rounds, Row
 from era_mm.engine.benchmark_models import Distilled, Student, Trained
@@ -122,7 +121,7 @@ def import_mmrazor() -> None:
     sys.modules.update({name: _Empty(name) for name in names})
     try:
         import mmrazor
-        import mmrazor.models  # noqa: F401
+        import mmrazor.models
     except ImportError as error:
         raise UserError(
             f'mmrazor: it does not import ({error}). See the first lines of '
@@ -151,9 +150,7 @@ def mmrazor_config(
     """Config of PKD on the neck, without student and teacher."""
 
     def feature(index: int, from_student: bool) -> dict[str, Any]:
-        return dict(
-            recorder='neck', data_idx=index, from_student=from_student
-        )
+        return dict(recorder='neck', data_idx=index, from_student=from_student)
 
     names = {f'loss_pkd_{index}': index for index in range(levels)}
     recorders = dict(neck=dict(type='ModuleOutputs', source='neck'))
