@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import math
 import sys
 import time
@@ -49,7 +50,7 @@ from era_mm.engine.benchmark_report import (
 )
 from era_mm.engine.random_batch import random_batch
 from era_mm.errors import UserError
-from era_mm.hosts import versions
+from era_mm.hosts import installed_version, versions
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 VERSION = '1.0.0'
@@ -117,21 +118,15 @@ def import_mmrazor() -> None:
     Raises:
         UserError: It is not there, or is another version.
     """
+    found = installed_version('mmrazor')
+    if str(found) != VERSION:
+        raise UserError(
+            f'mmrazor: expected version {VERSION}, but found {found}. The '
+            f'first lines of {__file__} say how to install it.'
+        )
     names = [f'mmrazor.{name}' for name in QUANTISATION]
     sys.modules.update({name: _Empty(name) for name in names})
-    try:
-        import mmrazor
-        import mmrazor.models
-    except ImportError as error:
-        raise UserError(
-            f'mmrazor: it does not import ({error}). See the first lines of '
-            f'{__file__}.'
-        ) from error
-    if mmrazor.__version__ != VERSION:
-        raise UserError(
-            f'mmrazor: expected {VERSION}, but {mmrazor.__version__} is '
-            'installed.'
-        )
+    importlib.import_module('mmrazor.models')
 
 
 def own_config(pair: Pair) -> Config:
@@ -309,28 +304,41 @@ def measure(pair: Pair, threads: int) -> dict[str, Any]:
     )
 
 
-def show(name: str, found: dict[str, Any]) -> None:
-    """Print the medians."""
-    print(
-        f'{name}: plain {found["plain_ms"]["median"]:.1f} ms, teacher '
-        f'{found["era_mm"]["teacher_ms"]["median"]:.1f}, era_mm '
-        f'{found["era_mm"]["step_ms"]["median"]:.1f} '
-        f'({found["era_mm"]["ratio"]["median"]:.3f} of the floor)'
-    )
-    for algorithm, key in ALGORITHMS.items():
-        entry = found[key]
-        low, mid, high = (
-            f'{entry["ratio"][part]:.3f}' for part in ('p10', 'median', 'p90')
-        )
-        print(
-            f'  {algorithm}: {entry["step_ms"]["median"]:.1f} ms '
-            f'({entry["ratio_to_floor"]["median"]:.3f} of the floor); era_mm '
-            f'/ mmrazor {mid} ({low}..{high})'
-        )
+def table(record: dict[str, Any]) -> list[str]:
+    """A record as the rows of the table in docs/benchmark.md.
+
+    Medians; of the ratio to mmrazor's step also the 10th and 90th percentile.
+    """
+    rows = [
+        '| pair | step | ms | to `a + b` | step of era_mm to it |',
+        '| --- | --- | --- | --- | --- |',
+    ]
+    for name, found in record['pairs'].items():
+        own = found['era_mm']
+        height, width = found['setting']['size']
+        rows += [
+            f'| {name}, {found["setting"]["batch_size"]} x {height} x {width} '
+            f'| `a`, plain | {found["plain_ms"]["median"]:.1f} | | |',
+            f'| | `b`, teacher | {own["teacher_ms"]["median"]:.1f} | | |',
+            f'| | era_mm | {own["step_ms"]["median"]:.1f} '
+            f'| {own["ratio"]["median"]:.3f} | |',
+        ]
+        for algorithm, key in ALGORITHMS.items():
+            low, mid, high = (
+                f'{found[key]["ratio"][part]:.3f}'
+                for part in ('p10', 'median', 'p90')
+            )
+            rows.append(
+                f'| | mmrazor, `{algorithm}` '
+                f'| {found[key]["step_ms"]["median"]:.1f} '
+                f'| {found[key]["ratio_to_floor"]["median"]:.3f} '
+                f'| {mid} ({low} to {high}) |'
+            )
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the pairs, print the medians and write everything."""
+    """Measure the pairs, write everything and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         '--pairs', nargs='+', choices=PAIRS, default=list(PAIRS)
@@ -340,18 +348,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_out(args.out)
     import_mmrazor()
-    pairs = {}
-    for name in args.pairs:
-        pairs[name] = measure(PAIRS[name], args.threads)
-        show(name, pairs[name])
-    write(
-        dict(
-            versions=versions() | dict(mmrazor=VERSION),
-            machine=machine(torch.device('cpu')),
-            pairs=pairs,
-        ),
-        args.out,
+    pairs = {name: measure(PAIRS[name], args.threads) for name in args.pairs}
+    record = dict(
+        versions=versions() | dict(mmrazor=VERSION),
+        machine=machine(torch.device('cpu')),
+        pairs=pairs,
     )
+    write(record, args.out)
+    print('\n'.join(table(record)))
 
 
 if __name__ == '__main__':
