@@ -6,7 +6,8 @@
 # make soak                  kills, wrong configs and files by the hundred;
 #                            writes docs/reliability.md
 # Each sets up what it needs first. Other goals: setup lint clean.
-# PROFILE=openmmlab: with the original OpenMMLab packages (docs/installation.md)
+# PROFILE=openmmlab: with the original OpenMMLab packages; PROFILE=newest: with
+# the newest torch (docs/installation.md)
 
 PYTHON ?= python3
 PROFILE ?= onedl

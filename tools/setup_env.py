@@ -7,9 +7,10 @@ environment is made anew (downloads and the built mmcv are kept).
     python3 tools/setup_env.py            # make .venv, or see that it is right
     python3 tools/setup_env.py --venv X   # somewhere else
     python3 tools/setup_env.py --profile openmmlab    # .venv-openmmlab
+    python3 tools/setup_env.py --profile newest       # .venv-newest
 
 What to install is in `requirements/`. A file in `requirements/<profile>/`
-stands in for the one of the same name; constraints add up.
+stands in for the one of the same name; of constraints, line by line.
 
 The mmcv wheel is kept in $ERA_MM_CACHE, by default
 ${XDG_CACHE_HOME:-~/.cache}/era_mm, by all that it was built for: the versions
@@ -39,11 +40,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / 'requirements'
 OLDEST_PYTHON = (3, 11)
-#: Profile (see era_mm/hosts.py) -> the newest Python that its torch is for.
-NEWEST_PYTHON = {'onedl': (3, 12), 'openmmlab': (3, 11)}
-#: Profiles whose mmcv is built for a GPU, with the compiler in cuda.txt. PyPI
-#: has no nvcc of the CUDA 12.1 that torch 2.1.2 was built with.
+#: Profile -> the newest Python that its torch is for. `newest` has the hosts
+#: of onedl (era_mm/hosts.py) with the newest torch for which mmcv builds.
+NEWEST_PYTHON = {'onedl': (3, 12), 'openmmlab': (3, 11), 'newest': (3, 12)}
+#: Profiles whose mmcv is built for a GPU, with the compiler in cuda.txt. The
+#: reasons of the others are in docs/installation.md.
 FOR_GPUS = ('onedl',)
+#: Profiles whose torch has headers in C++20, which mmcv does not ask for.
+FOR_CXX20 = ('newest',)
 # torch with its CUDA libraries unpacked and packed, and room to build mmcv.
 FREE_BYTES = 10 * 1024**3
 LOG_LINES = 20
@@ -72,6 +76,17 @@ usable = [f'{major}.{minor}' for major, minor in sorted(found)
           if 10 * major + minor >= min(kernels)]
 print(torch.__version__, sysconfig.get_config_var('SOABI'),
       ';'.join(usable) or 'none')
+"""
+
+# A compiler that takes C++20 where it is asked for C++17.
+COMPILER = """\
+#!/bin/sh
+for argument; do
+    shift
+    [ "$argument" != -std=c++17 ] || argument=-std=c++20
+    set -- "$@" "$argument"
+done
+exec {compiler} "$@"
 """
 
 # Log pattern -> what to do. The first that matches is shown.
@@ -332,18 +347,28 @@ class Setup:
 
     def install(self, name: str, file: str, *options: str) -> None:
         """Install a file of `requirements/`, nothing in it left to chance."""
-        common = REQUIREMENTS / 'constraints.txt'
-        # In this order, and once where the profile has none of its own.
-        constraints = dict.fromkeys([common, self.requirements(common.name)])
         self.step(
             name,
             [
                 *self.pip('install'),
                 *options,
                 f'--requirement={self.requirements(file)}',
-                *(f'--constraint={path}' for path in constraints),
+                f'--constraint={self.constraints()}',
             ],
         )
+
+    def constraints(self) -> Path:
+        """The common constraints, the profile's own in place of theirs."""
+        common = REQUIREMENTS / 'constraints.txt'
+        pins = {
+            line.partition('==')[0]: line
+            for path in (common, self.requirements(common.name))
+            for line in path.read_text().splitlines()
+            if line and not line.startswith('#')
+        }
+        merged = self.state / 'constraints.txt'
+        write_whole(merged, '\n'.join(pins.values()) + '\n')
+        return merged
 
     def install_mmcv(self) -> None:
         """Install the cached wheel of mmcv, built first where there is none.
@@ -391,6 +416,8 @@ class Setup:
             PATH=f'{self.venv / "bin"}:{os.environ["PATH"]}',
         )
         flags['FORCE_CUDA'] = '1' if self.for_gpu else '0'
+        if self.profile in FOR_CXX20:
+            flags['CXX'] = str(self.make_compiler())
         minutes = '5 to 20'
         if self.for_gpu:
             flags['CUDA_HOME'] = str(self.install_cuda_compiler())
@@ -420,6 +447,15 @@ class Setup:
                 )
             folder.mkdir(exist_ok=True)
             return Path(shutil.move(built, folder / built.name))
+
+    def make_compiler(self) -> Path:
+        """Write the compiler for C++20, around the one of the machine."""
+        compiler = self.state / 'c++'
+        write_whole(
+            compiler, COMPILER.format(compiler=os.environ.get('CXX', 'c++'))
+        )
+        compiler.chmod(0o755)
+        return compiler
 
     def install_cuda_compiler(self) -> Path:
         """Put nvcc beside torch's own CUDA headers and libraries.
@@ -460,8 +496,7 @@ class Setup:
         if self.for_gpu and self.profile not in FOR_GPUS:
             print(
                 f'set-up: the {self.profile} profile is set up for the CPU '
-                'alone: PyPI has no compiler of the CUDA that its torch was '
-                'built with.'
+                'alone; docs/installation.md says why.'
             )
             self.gpus = 'none'
         is_hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')

@@ -47,6 +47,30 @@ def test_pearson__is_one_minus_the_correlation():
     )
 
 
+def test_pearson__of_constant_channels_and_lone_values_is_finite():
+    """One image with a 1x1 map, or a dead channel, has no deviation."""
+    student = noise(2, 3, 4, 4)
+    student[:, 1] = 0.1
+    for feat in (student, noise(1, 3, 1, 1), noise(1, 3)):
+        feat = feat.requires_grad_()
+        teacher = noise(*feat.shape, seed=1)
+        imitation_loss(
+            student_feat=feat, teacher_feat=teacher, measure='pearson'
+        ).backward()
+        assert feat.grad.isfinite().all()
+        assert standardise(feat).isfinite().all()
+    assert standardise(noise(1, 3, 1, 1)).abs().max() == 0
+    # The student's share of the dead channel is 0: what is left is the
+    # teacher's variance, 1 as (M - 1) / M of M = 32.
+    teacher = noise(2, 1, 4, 4)
+    found = imitation_loss(
+        student_feat=torch.zeros(2, 1, 4, 4),
+        teacher_feat=teacher,
+        measure='pearson',
+    )
+    assert found.item() == pytest.approx(31 / 32 / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize('measure', ['mse', 'pearson'])
 def test_distiller__is_the_mean_or_the_sum_over_levels(teacher_file, measure):
     """FitNet's mean [ours]; PKD's sum, as published."""

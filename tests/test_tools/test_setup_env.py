@@ -191,44 +191,68 @@ def test_build__for_the_cpu_has_none(setup, steps, tmp_path):
     assert 'TORCH_CUDA_ARCH_LIST' not in build['environment']
 
 
+def test_build__for_newest_takes_cxx20(setup, steps, tmp_path, monkeypatch):
+    """A stand-in for a compiler prints what it gets."""
+    monkeypatch.setenv('CXX', 'printf "%s\\n"')
+    found = setup('none', 'newest')
+    found.mmcv_key('onedl-mmcv==2.3.6')
+    found.build_mmcv('onedl-mmcv==2.3.6', tmp_path / 'wheel')
+    compiler = steps['build of mmcv']['environment']['CXX']
+    given = ['-O2', '-std=c++17', "-DNAME='a b'", '-std=c++17x', 'a b.cpp']
+    told = subprocess.run(
+        [compiler, *given], capture_output=True, text=True, check=True
+    ).stdout
+    assert told.splitlines() == [given[0], '-std=c++20', *given[2:]]
+
+
 def files_in(command):
-    """The requirement and constraint files of a command, below theirs."""
+    """The requirement and constraint files of a command."""
     return [
-        str(Path(argument.partition('=')[2]).relative_to(tool.REQUIREMENTS))
+        Path(argument.partition('=')[2])
         for argument in command
         if argument.startswith(('--requirement=', '--constraint='))
     ]
 
 
-def test_profile__has_its_own_files_before_the_common_ones(steps, tmp_path):
-    wanted = {
-        'onedl': [
-            ['torch.txt', 'constraints.txt'],
-            ['runtime.txt', 'constraints.txt'],
-            'onedl-mmcv==2.3.6',
-        ],
-        'openmmlab': [
-            [
-                'openmmlab/torch.txt',
-                'constraints.txt',
-                'openmmlab/constraints.txt',
-            ],
-            ['runtime.txt', 'constraints.txt', 'openmmlab/constraints.txt'],
+@pytest.mark.parametrize(
+    ('profile', 'torch', 'mmcv', 'cudnn'),
+    [
+        ('onedl', 'torch.txt', 'onedl-mmcv==2.3.6', ['cu13==9.20.0.48']),
+        (
+            'openmmlab',
+            'openmmlab/torch.txt',
             'mmcv==2.1.0',
-        ],
-    }
-    for profile, expected in wanted.items():
-        found = tool.Setup(tmp_path, profile)
-        found.install('torch', 'torch.txt')
-        found.install('libraries', 'runtime.txt')
-        assert [
-            files_in(steps['torch']['command']),
-            files_in(steps['libraries']['command']),
-            tool.read_requirement(found.requirements('mmcv.txt')),
-        ] == expected
+            ['cu12==8.9.2.26', 'cu13==9.20.0.48'],
+        ),
+        (
+            'newest',
+            'newest/torch.txt',
+            'onedl-mmcv==2.3.6',
+            ['cu13==9.24.0.43'],
+        ),
+    ],
+)
+def test_profile__has_its_own_files_and_pins_before_the_common_ones(
+    profile, torch, mmcv, cudnn, setup, steps
+):
+    found = setup('none', profile)
+    for file, expected in (
+        ('torch.txt', torch),
+        ('runtime.txt', 'runtime.txt'),
+    ):
+        found.install('x', file)
+        requirement, constraint = files_in(steps['x']['command'])
+        assert requirement == tool.REQUIREMENTS / expected
+        pins = constraint.read_text().splitlines()
+        assert 'mpmath==1.3.0' in pins
+        name = 'nvidia-cudnn-'
+        assert sorted(x for x in pins if x.startswith(name)) == [
+            name + pin for pin in cudnn
+        ]
+    assert tool.read_requirement(found.requirements('mmcv.txt')) == mmcv
 
 
-@pytest.mark.parametrize('profile', PROFILES)
+@pytest.mark.parametrize('profile', tool.NEWEST_PYTHON)
 def test_profile__pins_what_the_package_takes(profile, tmp_path):
     found = tool.Setup(tmp_path, profile)
     pins = {}
@@ -239,7 +263,7 @@ def test_profile__pins_what_the_package_takes(profile, tmp_path):
                 (pin,) = requirement.specifier
                 assert pin.operator == '=='
                 pins[requirement.name] = pin.version
-    for host in PROFILES[profile]:
+    for host in PROFILES.get(profile, PROFILES['onedl']):
         assert pins[host.distribution] in SpecifierSet(host.specifier)
 
 
@@ -254,21 +278,25 @@ def test_profile__is_not_installed_over_another(setup):
     assert other.fingerprint() != setup('none').fingerprint()
 
 
-def test_profile__openmmlab_is_for_the_cpu(setup, capfd):
-    found = setup('9.0', 'openmmlab')
+@pytest.mark.parametrize('profile', ['openmmlab', 'newest'])
+def test_profile__is_for_the_cpu(profile, setup, capfd):
+    found = setup('9.0', profile)
     assert found.mmcv_key('mmcv==2.1.0').endswith('_cpu')
     assert not found.for_gpu
     assert (found.state / 'environment').read_text() == HIDDEN
-    assert 'the openmmlab profile is set up for the CPU' in (
-        capfd.readouterr().out
-    )
+    told = capfd.readouterr().out
+    assert f'the {profile} profile is set up for the CPU' in told
 
 
 def test_profile__has_an_environment_of_its_own(monkeypatch):
     # What `make test` was called with.
     for name in ('MAKEFLAGS', 'PROFILE', 'VENV'):
         monkeypatch.delenv(name, raising=False)
-    for profile, folder in (('onedl', ''), ('openmmlab', '-openmmlab')):
+    for profile, folder in (
+        ('onedl', ''),
+        ('openmmlab', '-openmmlab'),
+        ('newest', '-newest'),
+    ):
         done = subprocess.run(
             ['make', '-n', 'setup', f'PROFILE={profile}'],
             cwd=ROOT,
