@@ -291,6 +291,16 @@ def _test(args: argparse.Namespace) -> None:
         add_show(cfg, args.show, args.show_dir, args.wait_time)
     if args.tta:
         use_tta(cfg)
+    lacking = [
+        key
+        for key in ('test_dataloader', 'test_cfg', 'test_evaluator')
+        if cfg.get(key) is None
+    ]
+    if lacking:
+        raise UserError(
+            f'{args.config} has no {", ".join(lacking)}, so there is nothing '
+            'to test on. Add them, as in the configs of the hosts.'
+        )
     preflight.check_checkpoints(cfg, training=False)
     preflight.check_data(cfg, ('test',))
     runner = _build_runner(cfg, TestingRunner)

@@ -62,6 +62,11 @@ def check_config(cfg: Config) -> None:
                 f'{key}: expected True, False, or a dict with arguments of '
                 f'era_mm.{hook.__name__}, but got {value!r}'
             )
+    strict = cfg.get('strict_load', True)
+    if not isinstance(strict, bool):
+        problems.append(
+            f'strict_load: expected True or False, but got {strict!r}'
+        )
     if problems:
         raise UserError(
             'the config has values that cannot be used:\n'
@@ -84,8 +89,9 @@ def _misspelt(cfg: Config) -> Iterator[str]:
         if key in known:
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.87)
-        # Beside the right key it is another name; of ours there is none.
-        if near and (near[0] in OURS or near[0] not in cfg):
+        # Names such as train_pipeline_1e are parts of hosts' configs.
+        is_longer = bool(near) and near[0] in key and near[0] in cfg
+        if near and (near[0] in OURS or not is_longer):
             yield f'{key}: no such key, did you mean {near[0]}?'
 
 
@@ -173,15 +179,41 @@ def remarks_on(cfg: Config) -> list[str]:
         )
     for key, node in _preprocessors(cfg.to_dict()):
         std = node.get('std')
-        if isinstance(std, list | tuple) and any(
+        if std is not None and any(
             not isinstance(value, numbers.Real) or not float(value) > 0
-            for value in std
+            for value in (std if isinstance(std, list | tuple) else [std])
         ):
             found.append(
-                f'{key}.std is {list(std)}: images are divided by it. '
+                f'{key}.std is {std}: images are divided by it. '
                 'Expected positive numbers.'
             )
-    return found
+    return found + list(_idle_schedules(cfg))
+
+
+def _idle_schedules(cfg: Config) -> Iterator[str]:
+    """Learning-rate schedules of which nothing lies inside the run."""
+    train = cfg.get('train_cfg') or {}
+    schedules = cfg.get('param_scheduler') or []
+    if isinstance(schedules, Mapping):
+        schedules = [schedules]
+    for index, schedule in enumerate(schedules):
+        if not isinstance(schedule, Mapping):
+            continue
+        unit = 'epochs' if schedule.get('by_epoch', True) else 'iters'
+        last = train.get(f'max_{unit}')
+        if not isinstance(last, int) or last < 1:
+            continue
+        milestones = schedule.get('milestones') or []
+        for key, start in (
+            ('begin', schedule.get('begin', 0)),
+            ('milestones', min(milestones, default=0)),
+        ):
+            if isinstance(start, int) and start >= last:
+                yield (
+                    f'param_scheduler[{index}].{key} is '
+                    f'{schedule[key]}, but the run has {last} {unit}: '
+                    'that schedule never changes anything.'
+                )
 
 
 def _preprocessors(node: Any, key: str = '') -> Iterator[tuple[str, Mapping]]:

@@ -235,6 +235,39 @@ def test_checkpoints__are_those_of_mmengines_hook(whole):
     assert names == {'epoch_3.pth', 'best_score_epoch_3.pth'}
 
 
+def test_save_best__of_an_unknown_name_is_said_and_nothing_is_lost(
+    config, whole, tmp_path, capsys
+):
+    folder = tmp_path / 'run'
+    options = {'default_hooks.checkpoint.save_best': 'scroe'}
+    assert train(config, folder, **options) == 1
+    printed = capsys.readouterr().err
+    assert "save_best: expected a metric of the validation, but 'scroe'" in (
+        printed
+    )
+    assert 'it gave score.' in printed
+    assert f'{folder}/epoch_1.pth is whole' in printed
+    assert 'Traceback' not in printed
+    assert train(config, folder, '--resume') == 0
+    check_same(folder, whole)
+
+
+def test_save_best__is_left_out_where_its_metric_was_not_given(
+    config, tmp_path
+):
+    """COCO's gives none for a student that finds nothing yet."""
+    folder = tmp_path / 'run'
+    options = {'default_hooks.checkpoint.save_best': 'coco/bbox_mAP'}
+    assert train(config, folder, **options) == 0
+    assert (folder / 'epoch_3.pth').is_file()
+    assert not list(folder.glob('best_*'))
+    (log,) = folder.glob('*/*.log')
+    # mmengine logs a warning once.
+    assert "'coco/bbox_mAP' is none; it gave score. No best file" in (
+        log.read_text()
+    )
+
+
 def test_write_whole__leaves_the_old_content_on_an_error(
     tmp_path, monkeypatch
 ):
@@ -282,6 +315,16 @@ def test_read_only_disk__is_said_before_the_first_step(
     printed = capsys.readouterr().err.rpartition('\nerror: ')[2]
     assert 'Read-only file system. There is no checkpoint' in printed
     assert str(tmp_path / 'run') in printed
+
+
+def test_work_dir__that_is_a_file_is_refused(config, tmp_path, capsys):
+    file = tmp_path / 'run'
+    file.write_text('')
+    assert train(config, file) == 1
+    printed = capsys.readouterr().err
+    assert f'nothing can be written into {file} (File exists)' in printed
+    assert 'Traceback' not in printed
+    assert 'whole traceback' not in printed
 
 
 # -- what --resume takes -----------------------------------------------------
