@@ -160,6 +160,7 @@ def test_check_config__names_all_keys_at_once():
             custom_hooks=[dict(type='era_mm.TWIHook', modes='ST')],
             check_finite=3,
             strict_load='no',
+            report=dict(plian='x'),
             preflight=dict(num_images=-1),
             my_own_variable=3,
         )
@@ -177,6 +178,7 @@ def test_check_config__names_all_keys_at_once():
         'preflight.num_images: expected at least 0, but got -1',
         'check_finite: expected True, False, or a dict',
         "strict_load: expected True or False, but got 'no'",
+        "report.plian: RunTableHook has no such key, did you mean 'plain'?",
     ):
         assert part in text
     assert 'my_own_variable' not in text
@@ -186,6 +188,7 @@ def test_check_config__names_all_keys_at_once():
     ('key', 'meant'),
     [
         ('preflihgt', 'preflight'),
+        ('reprot', 'report'),
         ('custom_hoosk', 'custom_hooks'),
         ('trian_cfg', 'train_cfg'),
         ('custom_hook', 'custom_hooks'),

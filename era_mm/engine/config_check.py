@@ -13,11 +13,12 @@ from mmengine.runner import Runner
 
 from era_mm.engine.finite_hook import FiniteHook
 from era_mm.engine.preflight_hook import PreflightHook
+from era_mm.engine.run_table_hook import RunTableHook
 from era_mm.errors import UserError
 from era_mm.validation import problems_of
 
 #: Top-level keys of era_mm, and those of the hosts that mmengine lacks.
-OURS = ('preflight', 'check_finite', 'strict_load')
+OURS = ('preflight', 'check_finite', 'report', 'strict_load')
 HOSTS = (
     'auto_scale_lr',
     'find_unused_parameters',
@@ -41,7 +42,7 @@ def check_config(cfg: Config) -> None:
     """Refuse invalid arguments of our classes, and misspelt top-level keys.
 
     Every dict whose ``type`` is one of era_mm is compared with the signature
-    of its class, as are ``preflight`` and ``check_finite``.
+    of its class, as are ``preflight``, ``check_finite`` and ``report``.
 
     Args:
         cfg: A whole config.
@@ -53,6 +54,7 @@ def check_config(cfg: Config) -> None:
     for key, hook in (
         ('preflight', PreflightHook),
         ('check_finite', FiniteHook),
+        ('report', RunTableHook),
     ):
         value = cfg.get(key, True)
         if isinstance(value, Mapping):
@@ -88,7 +90,10 @@ def _misspelt(cfg: Config) -> Iterator[str]:
     for key in cfg:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.87)
+        # Two letters that changed places weigh too much in a short name.
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.87) or [
+            name for name in known if sorted(name) == sorted(key)
+        ]
         # Names such as train_pipeline_1e are parts of hosts' configs.
         is_longer = bool(near) and near[0] in key and near[0] in cfg
         if near and (near[0] in OURS or not is_longer):
