@@ -19,14 +19,20 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS, METRICS, MODELS
+from mmengine.visualization import LocalVisBackend
 
 from era_mm import cli
 from era_mm.core import extras_of
 from era_mm.core.safe_files import load_file
 from era_mm.core.utils import run_seed
 from era_mm.engine import whole_files, work_dir
-from era_mm.engine.whole_files import WholeFileBackend, write_whole
+from era_mm.engine.whole_files import (
+    WholeFileBackend,
+    write_or_tell,
+    write_whole,
+)
 from era_mm.engine.work_dir import held, newest_whole
+from era_mm.errors import UserError
 from era_mm.testing import (
     classifier_config,
     classifier_loader,
@@ -302,6 +308,38 @@ def test_full_disk__names_the_file_and_what_is_left(
     assert 'epoch_4.pth' in printed
     assert 'No space left' in printed
     assert f'{folder}/epoch_3.pth is whole' in printed
+
+
+def test_full_disk__is_said_of_what_hosts_write(
+    config, whole, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(whole, tmp_path / 'run')
+
+    def full(backend, scalars, *args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(LocalVisBackend, 'add_scalars', full)
+    options = {'train_cfg.max_epochs': 4}
+    assert train(config, folder, '--resume', **options) == 1
+    printed = capsys.readouterr().err.rpartition('\nerror: ')[2]
+    assert 'a file of the run cannot be written: No space left' in printed
+    assert f'{folder}/epoch_3.pth is whole: make room' in printed
+    assert 'whole traceback' not in printed
+
+
+def test_full_disk__of_a_file_that_is_written_again_says_it_is_the_former(
+    tmp_path, whole, monkeypatch
+):
+    file = shutil.copy(whole / 'epoch_3.pth', tmp_path / 'epoch_3.pth')
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(whole_files.os, 'fsync', full)
+    said = rf'{file} \(.*\. {file} is whole, as it was written before: make'
+    with pytest.raises(UserError, match=said):
+        write_or_tell(file, b'new')
+    assert load_file(file)['meta']['iter'] == 9
 
 
 def test_read_only_disk__is_said_before_the_first_step(
