@@ -243,7 +243,7 @@ def _train(args: argparse.Namespace) -> int:
     from era_mm.engine.run_table_hook import add_run_table
     from era_mm.engine.runner import TrainingRunner
     from era_mm.engine.stop_hook import StopHook, Stopped, shielded_workers
-    from era_mm.engine.whole_files import guard_writing
+    from era_mm.engine.whole_files import full_disk_said, guard_writing
     from era_mm.engine.work_dir import check_work_dir, held
 
     cfg = _load_config(args)
@@ -268,7 +268,7 @@ def _train(args: argparse.Namespace) -> int:
     preflight.check_data(cfg, ('train', 'val'))
     check_work_dir(cfg)
     guard_writing()
-    with held(cfg.work_dir):
+    with held(cfg.work_dir), full_disk_said(cfg.work_dir):
         runner = _build_runner(cfg, TrainingRunner)
         for remark in remarks_on(cfg):
             runner.logger.warning(remark)
@@ -302,6 +302,16 @@ def _test(args: argparse.Namespace) -> None:
         add_show(cfg, args.show, args.show_dir, args.wait_time)
     if args.tta:
         use_tta(cfg)
+    lacking = [
+        key
+        for key in ('test_dataloader', 'test_cfg', 'test_evaluator')
+        if cfg.get(key) is None
+    ]
+    if lacking:
+        raise UserError(
+            f'{args.config} has no {", ".join(lacking)}, so there is nothing '
+            'to test on. Add them, as in the configs of the hosts.'
+        )
     preflight.check_checkpoints(cfg, training=False)
     preflight.check_data(cfg, ('test',))
     runner = _build_runner(cfg, TestingRunner)

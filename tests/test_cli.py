@@ -137,6 +137,13 @@ def test_test__refuses_an_output_that_is_no_pickle(capsys) -> None:
     assert "got 'x.json'" in capsys.readouterr().err
 
 
+def test_test__says_what_a_config_without_a_test_lacks(capsys) -> None:
+    Path('toy.py').write_text(CONFIG)
+    assert cli.run_test(['toy.py', 'x.pth']) == 1
+    said = 'toy.py has no test_dataloader, test_cfg, test_evaluator, so'
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('spelling', ['--local_rank=3', '--local-rank=3'])
 def test_train__takes_both_spellings_of_the_rank(spelling: str) -> None:
     args = train_parser().parse_args(['x.py', spelling])

@@ -159,6 +159,8 @@ def test_check_config__names_all_keys_at_once():
             ),
             custom_hooks=[dict(type='era_mm.TWIHook', modes='ST')],
             check_finite=3,
+            strict_load='no',
+            report=dict(plian='x'),
             preflight=dict(num_images=-1),
             my_own_variable=3,
         )
@@ -175,6 +177,8 @@ def test_check_config__names_all_keys_at_once():
         "custom_hooks[0].modes: expected a list, but got 'ST'",
         'preflight.num_images: expected at least 0, but got -1',
         'check_finite: expected True, False, or a dict',
+        "strict_load: expected True or False, but got 'no'",
+        "report.plian: RunTableHook has no such key, did you mean 'plain'?",
     ):
         assert part in text
     assert 'my_own_variable' not in text
@@ -182,11 +186,22 @@ def test_check_config__names_all_keys_at_once():
 
 @pytest.mark.parametrize(
     ('key', 'meant'),
-    [('preflihgt', 'preflight'), ('custom_hoosk', 'custom_hooks')],
+    [
+        ('preflihgt', 'preflight'),
+        ('reprot', 'report'),
+        ('custom_hoosk', 'custom_hooks'),
+        ('trian_cfg', 'train_cfg'),
+        ('custom_hook', 'custom_hooks'),
+        ('val_dataloder', 'val_dataloader'),
+    ],
 )
 def test_check_config__refuses_misspelt_top_level_keys(key, meant):
-    with pytest.raises(UserError, match=f'{key}: .* did you mean {meant}'):
+    said = f'{key}: .* did you mean {meant}'
+    with pytest.raises(UserError, match=said):
         check_config(Config({key: []}))
+    # A base may have the right one.
+    with pytest.raises(UserError, match=said):
+        check_config(Config({key: [], meant: False}))
 
 
 def test_check_config__names_the_nearest_class_and_own_key():
@@ -219,6 +234,9 @@ def test_check_config__leaves_the_hosts_words_alone():
             dict(
                 train_pipeline=[],
                 test_pipeline=[],
+                train_pipeline_1e=[],
+                val_evaluator=[],
+                val_evaluator_abs=[],
                 data_root='',
                 img_scales=[1],
                 optim_wrapper=dict(type='OptimWrapper'),
@@ -245,6 +263,29 @@ def test_check_config__leaves_the_hosts_words_alone():
             dict(model=dict(data_preprocessor=dict(std=[0, 0, 0]))),
             'model.data_preprocessor.std is [0, 0, 0]',
         ),
+        (
+            dict(model=dict(data_preprocessor=dict(std=0))),
+            'model.data_preprocessor.std is 0:',
+        ),
+        (
+            dict(
+                train_cfg=dict(max_epochs=3),
+                param_scheduler=[
+                    dict(type='LinearLR', by_epoch=False, end=500),
+                    dict(type='CosineAnnealingLR', begin=3, end=12),
+                ],
+            ),
+            'param_scheduler[1].begin is 3, but the run has 3 epochs',
+        ),
+        (
+            dict(
+                train_cfg=dict(max_iters=100),
+                param_scheduler=dict(
+                    type='MultiStepLR', by_epoch=False, milestones=[100, 200]
+                ),
+            ),
+            'param_scheduler[0].milestones is [100, 200], but the run has 100',
+        ),
     ],
 )
 def test_remarks_on__name_what_makes_a_run_pointless(config, said):
@@ -257,6 +298,10 @@ def test_remarks_on__have_nothing_to_say_of_a_sound_config():
         Config(
             dict(
                 train_cfg=dict(max_epochs=1),
+                param_scheduler=[
+                    dict(type='LinearLR', by_epoch=False, begin=5, end=50),
+                    dict(type='MultiStepLR', begin=0, milestones=[]),
+                ],
                 optim_wrapper=dict(clip_grad=dict(max_norm=1)),
                 model=dict(data_preprocessor=dict(std=[58.0, 57.0, 57.0])),
             )

@@ -41,8 +41,8 @@ class Distillation(DistilledStudent):
         data_preprocessor: The student's, where the host keeps it outside the
             model (mmpretrain).
         input_size: Height and width of the image of the dry run, in pixels.
-        inference_mode: The predictions that :meth:`predict` returns: None for
-            the student's own, or one of the distillers' modes.
+        inference_mode: The predictions that :meth:`predict` returns: None or
+            'S' for the student's own, or one of the distillers' modes.
         inherit: Modules of the student that start from the teacher's weights
             where names and shapes match, such as ``['neck', 'bbox_head']``;
             a list or, with several teachers, a dict from module to teacher.
@@ -81,6 +81,6 @@ class Distillation(DistilledStudent):
             ),
             input_size=input_size,
         )
-        if inference_mode is not None:
+        if inference_mode not in (None, 'S'):
             self.check_modes([inference_mode])
             self.inference_mode = inference_mode

@@ -13,6 +13,7 @@ from mmengine.runner import CheckpointLoader, Runner, save_checkpoint
 
 from era_mm.core.checkpoint import drop_extras
 from era_mm.engine.whole_files import parts_in, write_or_tell
+from era_mm.errors import UserError
 from era_mm.registry import HOOKS
 
 
@@ -54,6 +55,11 @@ class WholeCheckpointHook(CheckpointHook):
     Source: ours.
 
     Args: As of ``mmengine.hooks.CheckpointHook``.
+
+    Raises:
+        UserError: The validation gives no metric of the name ``save_best``.
+            If it gives none of its group (``coco/``) either, as where nothing
+            was found, that is logged instead.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -125,6 +131,22 @@ class WholeCheckpointHook(CheckpointHook):
             self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        for key in self.key_indicators if self.save_best else ():
+            if key == 'auto' or key in metrics:
+                continue
+            said = (
+                f'default_hooks.checkpoint.save_best: expected a metric of '
+                f'the validation, but {key!r} is none; it gave '
+                f'{", ".join(metrics)}.'
+            )
+            if any(_group_of(other) == _group_of(key) for other in metrics):
+                raise UserError(
+                    f'{said} Correct the name, then go on with --resume: '
+                    f'{self.last_ckpt} is whole.'
+                )
+            # COCO's metric gives none for a model or mode that finds nothing.
+            runner.logger.warning(f'{said} No best file is written this time.')
+            return
         super()._save_best_checkpoint(runner, metrics)
         if is_main_process():
             self._remove_outdated()
@@ -154,6 +176,10 @@ class WholeCheckpointHook(CheckpointHook):
             *getattr(self, 'best_ckpt_path_dict', {}).values(),
         )
         self.file_backend.remove_now((self.last_ckpt, *best))
+
+
+def _group_of(metric: str) -> str:
+    return metric.rpartition('/')[0]
 
 
 def lost_gradients(hook: CheckpointHook, runner: Runner) -> str:

@@ -13,11 +13,12 @@ from mmengine.runner import Runner
 
 from era_mm.engine.finite_hook import FiniteHook
 from era_mm.engine.preflight_hook import PreflightHook
+from era_mm.engine.run_table_hook import RunTableHook
 from era_mm.errors import UserError
 from era_mm.validation import problems_of
 
 #: Top-level keys of era_mm, and those of the hosts that mmengine lacks.
-OURS = ('preflight', 'check_finite', 'strict_load')
+OURS = ('preflight', 'check_finite', 'report', 'strict_load')
 HOSTS = (
     'auto_scale_lr',
     'find_unused_parameters',
@@ -41,7 +42,7 @@ def check_config(cfg: Config) -> None:
     """Refuse invalid arguments of our classes, and misspelt top-level keys.
 
     Every dict whose ``type`` is one of era_mm is compared with the signature
-    of its class, as are ``preflight`` and ``check_finite``.
+    of its class, as are ``preflight``, ``check_finite`` and ``report``.
 
     Args:
         cfg: A whole config.
@@ -53,6 +54,7 @@ def check_config(cfg: Config) -> None:
     for key, hook in (
         ('preflight', PreflightHook),
         ('check_finite', FiniteHook),
+        ('report', RunTableHook),
     ):
         value = cfg.get(key, True)
         if isinstance(value, Mapping):
@@ -62,6 +64,11 @@ def check_config(cfg: Config) -> None:
                 f'{key}: expected True, False, or a dict with arguments of '
                 f'era_mm.{hook.__name__}, but got {value!r}'
             )
+    strict = cfg.get('strict_load', True)
+    if not isinstance(strict, bool):
+        problems.append(
+            f'strict_load: expected True or False, but got {strict!r}'
+        )
     if problems:
         raise UserError(
             'the config has values that cannot be used:\n'
@@ -83,9 +90,13 @@ def _misspelt(cfg: Config) -> Iterator[str]:
     for key in cfg:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.87)
-        # Beside the right key it is another name; of ours there is none.
-        if near and (near[0] in OURS or near[0] not in cfg):
+        # Two letters that changed places weigh too much in a short name.
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.87) or [
+            name for name in known if sorted(name) == sorted(key)
+        ]
+        # Names such as train_pipeline_1e are parts of hosts' configs.
+        is_longer = bool(near) and near[0] in key and near[0] in cfg
+        if near and (near[0] in OURS or not is_longer):
             yield f'{key}: no such key, did you mean {near[0]}?'
 
 
@@ -173,15 +184,41 @@ def remarks_on(cfg: Config) -> list[str]:
         )
     for key, node in _preprocessors(cfg.to_dict()):
         std = node.get('std')
-        if isinstance(std, list | tuple) and any(
+        if std is not None and any(
             not isinstance(value, numbers.Real) or not float(value) > 0
-            for value in std
+            for value in (std if isinstance(std, list | tuple) else [std])
         ):
             found.append(
-                f'{key}.std is {list(std)}: images are divided by it. '
+                f'{key}.std is {std}: images are divided by it. '
                 'Expected positive numbers.'
             )
-    return found
+    return found + list(_idle_schedules(cfg))
+
+
+def _idle_schedules(cfg: Config) -> Iterator[str]:
+    """Learning-rate schedules of which nothing lies inside the run."""
+    train = cfg.get('train_cfg') or {}
+    schedules = cfg.get('param_scheduler') or []
+    if isinstance(schedules, Mapping):
+        schedules = [schedules]
+    for index, schedule in enumerate(schedules):
+        if not isinstance(schedule, Mapping):
+            continue
+        unit = 'epochs' if schedule.get('by_epoch', True) else 'iters'
+        last = train.get(f'max_{unit}')
+        if not isinstance(last, int) or last < 1:
+            continue
+        milestones = schedule.get('milestones') or []
+        for key, start in (
+            ('begin', schedule.get('begin', 0)),
+            ('milestones', min(milestones, default=0)),
+        ):
+            if isinstance(start, int) and start >= last:
+                yield (
+                    f'param_scheduler[{index}].{key} is '
+                    f'{schedule[key]}, but the run has {last} {unit}: '
+                    'that schedule never changes anything.'
+                )
 
 
 def _preprocessors(node: Any, key: str = '') -> Iterator[tuple[str, Mapping]]:

@@ -126,7 +126,7 @@ def check_checkpoints(cfg: Config, training: bool = True) -> None:
 
 def _asks_for_modes(cfg: Config) -> bool:
     """Whether predictions other than the student's own are asked for."""
-    if _as_dict(cfg.get('model')).get('inference_mode'):
+    if _as_dict(cfg.get('model')).get('inference_mode') not in (None, 'S'):
         return True
     for hook in map(_as_dict, cfg.get('custom_hooks') or []):
         kind = str(hook.get('type')).rpartition('.')[2]

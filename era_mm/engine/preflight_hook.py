@@ -116,7 +116,7 @@ def _judges(model: Distillation, teacher: Teacher) -> bool:
 
 
 def unknown_classes(dataset: Any) -> str:
-    """Whether a COCO-like data set has class names that no annotation has.
+    """Whether a COCO-like data set has classes that no annotation has.
 
     Args:
         dataset: Of mmdet, in wrappers or not.
@@ -128,8 +128,22 @@ def unknown_classes(dataset: Any) -> str:
         dataset = dataset.dataset
     classes = classes_of(getattr(dataset, 'metainfo', {})) or ()
     found = getattr(dataset, 'cat_ids', None)
-    if found is None or len(found) >= len(classes):
+    if found is None:
         return ''
+    images = getattr(dataset, 'cat_img_map', None)
+    if len(found) >= len(classes):
+        unseen = [
+            name
+            for name, number in zip(classes, found, strict=False)
+            if images is not None and not images.get(number)
+        ]
+        if not unseen:
+            return ''
+        return (
+            f'{len(unseen)} of the {len(classes)} classes '
+            f'({", ".join(unseen[:5])}{", ..." if len(unseen) > 5 else ""}) '
+            'have no training annotation, so the student cannot learn them.'
+        )
     return (
         f'Only {len(found)} of the {len(classes)} classes '
         f'({", ".join(classes[:5])}{", ..." if len(classes) > 5 else ""}) '

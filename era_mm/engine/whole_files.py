@@ -1,5 +1,7 @@
 """Atomic writing of files: to a temporary file, which is then renamed."""
 
+import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,15 +63,43 @@ def write_or_tell(path: str | Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
     except OSError as error:
-        left, _ = newest_whole(path.parent)
         raise UserError(
             f'{path} ({len(content) / 1e6:.1f} MB) cannot be written: '
-            f'{error.strerror or error}. '
-            + (
-                f'{left} is whole: make room, then go on with --resume.'
-                if left
-                else 'There is no checkpoint to resume from.'
-            )
+            f'{error.strerror or error}. {_left_in(path.parent, path)}'
+        ) from error
+
+
+def _left_in(folder: Path, path: Path | None = None) -> str:
+    """What a run can go on from after ``path`` could not be written."""
+    left, _ = newest_whole(folder)
+    if left is None:
+        return 'There is no checkpoint to resume from.'
+    return (
+        f'{left} is whole'
+        + (', as it was written before' if left == path else '')
+        + ': make room, then go on with --resume.'
+    )
+
+
+@contextlib.contextmanager
+def full_disk_said(folder: str | Path) -> Iterator[None]:
+    """Explain that a disk is full where a host writes, such as logged values.
+
+    Args:
+        folder: Of the run's checkpoints.
+
+    Raises:
+        UserError: The disk is full, or a quota is used up; the message says
+            what is left to resume from.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f'{error.filename or "a file of the run"} cannot be written: '
+            f'{error.strerror}. {_left_in(Path(folder))}'
         ) from error
 
 

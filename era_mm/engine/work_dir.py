@@ -181,7 +181,7 @@ def held(work_dir: str | Path) -> Iterator[None]:
     Where a file system knows no locks, nothing is kept out.
 
     Raises:
-        UserError: Another run is in it.
+        UserError: Another run is in it, or nothing can be written into it.
     """
     if not _is_first():
         yield
@@ -191,8 +191,16 @@ def held(work_dir: str | Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    Path(work_dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(work_dir, LOCK), 'a') as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            Path(work_dir).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(Path(work_dir, LOCK), 'a'))
+        except OSError as error:
+            raise UserError(
+                f'work_dir: nothing can be written into '
+                f'{Path(work_dir).absolute()} ({error.strerror or error}). '
+                'Give another --work-dir, or make that one writable.'
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

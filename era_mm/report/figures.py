@@ -324,7 +324,7 @@ def _metric_at_end(
         f'{comparison.metric_name} at the end of the runs, a mark for each '
         f'seed. Means: {said}.',
         'A mark is one seed. These runs were validated once, at their end; '
-        'with a smaller `train_cfg.val_interval` this becomes a curve.',
+        'with a smaller train_cfg.val_interval this becomes a curve.',
         table,
     )
 

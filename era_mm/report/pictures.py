@@ -104,23 +104,13 @@ class Panels(ABC):
         up = sum(gain > 1e-9 for gain in gains)
         down = sum(gain < -1e-9 for gain in gains)
         self.found.summary = (
-            f'Of {number} images of val {self.taught.title} does better than '
+            f'Of {number} images of val, {self.taught.title} does better than '
             f'{self.plain.title} on {up} and worse on {down}, by '
             f'{self.unit}. Shown are the most improved and the most degraded.'
         )
         best = order[: (shown + 1) // 2]
         worst = [i for i in order[::-1][: shown // 2] if i not in best]
-        return [
-            *((i, f'improved by {gains[i]:+.2g}') for i in best),
-            *(
-                (
-                    i,
-                    f'{"degraded" if gains[i] < 0 else "changed"} by '
-                    f'{gains[i]:+.2g}',
-                )
-                for i in worst
-            ),
-        ]
+        return [(i, _change(gains[i])) for i in best + worst]
 
     def _draw(self, index: int) -> tuple[Picture, float]:
         from PIL import Image
@@ -377,6 +367,13 @@ class DetectionPanels(Panels):
             if own.size:
                 values[self.class_name(label)] = 100 * float(own.mean())
         return values
+
+
+def _change(gain: float) -> str:
+    """What is said of an image by the difference to plain on it."""
+    if abs(gain) < 1e-9:
+        return 'unchanged'
+    return f'{"improved" if gain > 0 else "degraded"} by {abs(gain):.2g}'
 
 
 def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import cv2
 import pytest
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
@@ -49,6 +50,25 @@ def dataset(tmp_path):
     data = write_class_folders(tmp_path / 'data')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         return DATASETS.build(classifier_loader(data)['dataset'])
+
+
+@pytest.mark.parametrize('share', [0.3, 0.9, 1])
+@pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+def test_jpeg__that_is_cut_off_is_named(share, backend, dataset):
+    """Else the decoder could fill the rest with grey."""
+    name_image_files(dataset)
+    dataset.pipeline.transforms[0].transform.imdecode_backend = backend
+    path = dataset.get_data_info(3)['img_path']
+    content = cv2.imencode('.jpg', cv2.imread(path))[1].tobytes()
+    # What a file holds is told by its content, not by its name.
+    Path(path).write_bytes(content)
+    assert dataset[3]['inputs'].shape == (3, 32, 32)
+    Path(path).write_bytes(content[: int(share * len(content)) - 1])
+    with pytest.raises(
+        UserError, match='cannot be read as an image'
+    ) as caught:
+        dataset[3]
+    assert path in str(caught.value)
 
 
 @pytest.mark.parametrize('spoil', [cut, empty, text, folder])

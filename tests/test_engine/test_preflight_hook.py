@@ -268,12 +268,17 @@ def test_length__must_exceed_the_start_of_every_schedule():
 
 
 def test_unknown_classes__are_counted_through_wrappers():
-    def data(found):
+    def data(found, **images):
         return SimpleNamespace(
-            metainfo=dict(classes=('a', 'b', 'c')), cat_ids=found
+            metainfo=dict(classes=('a', 'b', 'c')), cat_ids=found, **images
         )
 
     assert unknown_classes(data([1, 2, 3])) == ''
+    images = {1: [7], 2: [], 3: [7, 8]}
+    remark = unknown_classes(data([1, 2, 3], cat_img_map=images))
+    assert '1 of the 3 classes (b) have no training annotation' in remark
+    images[2] = [9]
+    assert unknown_classes(data([1, 2, 3], cat_img_map=images)) == ''
     wrapped = SimpleNamespace(dataset=data([1]))
     assert 'Only 1 of the 3 classes (a, b, c)' in unknown_classes(wrapped)
     assert unknown_classes(SimpleNamespace(metainfo={})) == ''

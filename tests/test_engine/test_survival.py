@@ -19,14 +19,20 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS, METRICS, MODELS
+from mmengine.visualization import LocalVisBackend
 
 from era_mm import cli
 from era_mm.core import extras_of
 from era_mm.core.safe_files import load_file
 from era_mm.core.utils import run_seed
 from era_mm.engine import whole_files, work_dir
-from era_mm.engine.whole_files import WholeFileBackend, write_whole
+from era_mm.engine.whole_files import (
+    WholeFileBackend,
+    write_or_tell,
+    write_whole,
+)
 from era_mm.engine.work_dir import held, newest_whole
+from era_mm.errors import UserError
 from era_mm.testing import (
     classifier_config,
     classifier_loader,
@@ -235,6 +241,39 @@ def test_checkpoints__are_those_of_mmengines_hook(whole):
     assert names == {'epoch_3.pth', 'best_score_epoch_3.pth'}
 
 
+def test_save_best__of_an_unknown_name_is_said_and_nothing_is_lost(
+    config, whole, tmp_path, capsys
+):
+    folder = tmp_path / 'run'
+    options = {'default_hooks.checkpoint.save_best': 'scroe'}
+    assert train(config, folder, **options) == 1
+    printed = capsys.readouterr().err
+    assert "save_best: expected a metric of the validation, but 'scroe'" in (
+        printed
+    )
+    assert 'it gave score.' in printed
+    assert f'{folder}/epoch_1.pth is whole' in printed
+    assert 'Traceback' not in printed
+    assert train(config, folder, '--resume') == 0
+    check_same(folder, whole)
+
+
+def test_save_best__is_left_out_where_its_metric_was_not_given(
+    config, tmp_path
+):
+    """COCO's gives none for a student that finds nothing yet."""
+    folder = tmp_path / 'run'
+    options = {'default_hooks.checkpoint.save_best': 'coco/bbox_mAP'}
+    assert train(config, folder, **options) == 0
+    assert (folder / 'epoch_3.pth').is_file()
+    assert not list(folder.glob('best_*'))
+    (log,) = folder.glob('*/*.log')
+    # mmengine logs a warning once.
+    assert "'coco/bbox_mAP' is none; it gave score. No best file" in (
+        log.read_text()
+    )
+
+
 def test_write_whole__leaves_the_old_content_on_an_error(
     tmp_path, monkeypatch
 ):
@@ -271,6 +310,38 @@ def test_full_disk__names_the_file_and_what_is_left(
     assert f'{folder}/epoch_3.pth is whole' in printed
 
 
+def test_full_disk__is_said_of_what_hosts_write(
+    config, whole, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(whole, tmp_path / 'run')
+
+    def full(backend, scalars, *args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(LocalVisBackend, 'add_scalars', full)
+    options = {'train_cfg.max_epochs': 4}
+    assert train(config, folder, '--resume', **options) == 1
+    printed = capsys.readouterr().err.rpartition('\nerror: ')[2]
+    assert 'a file of the run cannot be written: No space left' in printed
+    assert f'{folder}/epoch_3.pth is whole: make room' in printed
+    assert 'whole traceback' not in printed
+
+
+def test_full_disk__of_a_file_that_is_written_again_says_it_is_the_former(
+    tmp_path, whole, monkeypatch
+):
+    file = shutil.copy(whole / 'epoch_3.pth', tmp_path / 'epoch_3.pth')
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(whole_files.os, 'fsync', full)
+    said = rf'{file} \(.*\. {file} is whole, as it was written before: make'
+    with pytest.raises(UserError, match=said):
+        write_or_tell(file, b'new')
+    assert load_file(file)['meta']['iter'] == 9
+
+
 def test_read_only_disk__is_said_before_the_first_step(
     config, tmp_path, monkeypatch, capsys
 ):
@@ -282,6 +353,16 @@ def test_read_only_disk__is_said_before_the_first_step(
     printed = capsys.readouterr().err.rpartition('\nerror: ')[2]
     assert 'Read-only file system. There is no checkpoint' in printed
     assert str(tmp_path / 'run') in printed
+
+
+def test_work_dir__that_is_a_file_is_refused(config, tmp_path, capsys):
+    file = tmp_path / 'run'
+    file.write_text('')
+    assert train(config, file) == 1
+    printed = capsys.readouterr().err
+    assert f'nothing can be written into {file} (File exists)' in printed
+    assert 'Traceback' not in printed
+    assert 'whole traceback' not in printed
 
 
 # -- what --resume takes -----------------------------------------------------

@@ -1213,6 +1213,9 @@ def test_modes__inference_mode_returns_that_mode(teacher_file):
     with torch.no_grad():
         predictions = model(**data, mode='predict')
     assert predictions is model.mode_predictions['T']
+    config['inference_mode'] = 'S'
+    model = MODELS.build(config).eval()
+    assert model.inference_mode is None
     config['inference_mode'] = 'TS'
     with pytest.raises(ValueError, match=r"'TS' is not offered.*'ST'"):
         MODELS.build(config)

@@ -36,6 +36,8 @@ CHROMIUM = shutil.which('chromium')
 PROBE = """
 <script>
 const pause = () => new Promise((done) => { setTimeout(done, 2000); });
+const tallest = () => Math.max(...[...document.querySelectorAll('.canvas')]
+  .map((canvas) => canvas.getBoundingClientRect().height));
 const widest = () => Math.max(...[...document.querySelectorAll('.canvas .main-svg')]
   .map((svg) => svg.getBoundingClientRect().width));
 setTimeout(async () => {
@@ -51,13 +53,15 @@ setTimeout(async () => {
   window.dispatchEvent(new Event('beforeprint'));
   await pause();
   const paper = widest();
+  const low = tallest();
   const grid = document.querySelector('.canvas').layout.xaxis.gridcolor;
   window.dispatchEvent(new Event('afterprint'));
   await pause();
   const out = document.createElement('pre');
   out.id = 'probe';
   out.textContent = JSON.stringify({
-    before, up, down, screen, paper, grid, again: widest(),
+    before, up, down, screen, paper, low, grid, again: widest(),
+    high: tallest(),
     sort: table.querySelector('thead th').getAttribute('aria-sort'),
     drawn: document.body.dataset.drawn,
     figures: [...document.querySelectorAll('.canvas')].map((c) => ({
@@ -455,6 +459,10 @@ def test_page__of_classifiers(classifiers, tmp_path):
     assert 'truth: class' in text
     assert 'Difference in accuracy' in text
     assert 'the probability of the true class' in text
+    titles = re.findall(r'<h3>(?:Image|Val)[^<]*: ([^<]*)</h3>', text)
+    assert titles
+    change = r'unchanged|(improved|degraded) by \d[\d.e-]*'
+    assert all(re.fullmatch(change, title) for title in titles), titles
     assert 'what each branch adds' in text
 
 
@@ -500,6 +508,7 @@ def test_page__in_chromium(page, tmp_path, size):
     assert probe['sort'] == 'descending'
     # On paper figures fit the page, in the colours of paper; then as before.
     assert probe['paper'] <= 670
+    assert probe['low'] <= 0.8 * probe['high']
     assert probe['grid'] == '#ddd'
     assert probe['again'] == probe['screen']
     assert len(probe['figures']) >= 10

@@ -24,6 +24,8 @@
     const layout = JSON.parse(JSON.stringify(figure.layout));
     if (printed) {
       layout.width = width;
+      // Lower than on a screen, so that two or three fit on a sheet.
+      layout.height = Math.min(Math.round(0.75 * layout.height), 880);
     }
     layout.paper_bgcolor = 'rgba(0,0,0,0)';
     layout.plot_bgcolor = 'rgba(0,0,0,0)';
