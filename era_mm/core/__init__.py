@@ -1,10 +1,6 @@
 """The machinery that all methods share; it knows none of them."""
 
-from .base_distiller import (
-    BaseDistiller,
-    Features,
-    HostModel,
-)
+from .base_distiller import BaseDistiller, Features
 from .build import distillation_kind, student_config_of
 from .checkpoint import (
     extras_of,
@@ -13,6 +9,7 @@ from .checkpoint import (
     students_of,
 )
 from .distillation import Distillation
+from .host_models import HostModel
 from .mutual import MutualDistillation, MutualOptimWrapperConstructor
 from .phase import Phase
 from .plan import MeasuredPair, Plan

@@ -6,38 +6,24 @@ features into losses. The core decides where features come from, when the
 method runs and what is saved.
 """
 
-import fnmatch
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import explain_unknown_keys
-from .connections import Connections, Features
+from .connections import Connections, Features, split_source
+from .host_models import HostModel
 from .phase import Phase
 from .plan import MeasuredPair, Plan
 from .rerun import Rerun
-from .schedule import LossSchedule
+from .schedule import LossSchedule, scheduled
 from .utils import Unregistered, take_step
-
-
-class HostModel(NamedTuple):
-    """An ordinary model of a host.
-
-    Args:
-        config: Its config, as a config file has it.
-        module: The model built from it.
-    """
-
-    config: ConfigDict
-    module: nn.Module
 
 
 @explain_unknown_keys
@@ -118,34 +104,11 @@ class BaseDistiller(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        pair: Mapping[str, Any] = (
-            source
-            if isinstance(source, dict)
-            else {'student': source, 'teacher': source}
-        )
-        if 'connector' in pair and 'resample' not in pair:
-            print_log(
-                '`source.connector` is now `source.resample`, with the same '
-                "arguments. 'connector' will be removed in version 0.3.",
-                logger='current',
-                level=logging.WARNING,
-            )
-            pair = {
-                'resample' if key == 'connector' else key: value
-                for key, value in pair.items()
-            }
-        roles = {'student', 'teacher'} if self.needs_teacher else {'student'}
-        if not roles <= set(pair) <= {'student', 'teacher', 'resample'}:
-            raise ValueError(
-                '`source` must be a module name, a list of them, or '
-                f'dict(student=..., teacher=...), but got {source!r}.'
-            )
-        self.student_sources = self._names(pair['student'])
-        self.teacher_sources = (
-            self._names(pair['teacher']) if self.needs_teacher else ()
+        self.student_sources, self.teacher_sources, resample = split_source(
+            source, has_teacher=self.needs_teacher
         )
         self.connections = Connections(
-            pair.get('resample'),
+            resample,
             student=self.student_sources,
             teacher=self.teacher_sources,
             owner=type(self).__name__,
@@ -158,10 +121,6 @@ class BaseDistiller(BaseModule):
         self._step = 0
         self._inner: Unregistered | None = None
         self._inner_optimizer: torch.optim.Optimizer | None = None
-
-    @staticmethod
-    def _names(names: str | list | tuple) -> tuple[str, ...]:
-        return (names,) if isinstance(names, str) else tuple(names)
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
@@ -526,19 +485,10 @@ class BaseDistiller(BaseModule):
         Raises:
             ValueError: A schedule for a term that does not exist.
         """
-        factors = dict.fromkeys(losses, 1.0)
-        for pattern, schedule in self.schedules.items():
-            keys = [
-                key for key in fnmatch.filter(losses, pattern) if 'loss' in key
-            ]
-            if not keys and self.is_complete(step):
-                raise ValueError(
-                    f'`schedules` of {type(self).__name__} has {pattern!r}, '
-                    f'which is none of its losses: {sorted(losses)}.'
-                )
-            for key in keys:
-                factors[key] *= schedule(step)
-        return {
-            key: value if factors[key] == 1 else factors[key] * value
-            for key, value in losses.items()
-        }
+        return scheduled(
+            losses,
+            self.schedules,
+            step,
+            is_complete=self.is_complete(step),
+            owner=type(self).__name__,
+        )

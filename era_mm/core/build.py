@@ -11,8 +11,8 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from ..errors import said_of
-from .base_distiller import BaseDistiller, HostModel
-from .host_models import resolve_model_config
+from .base_distiller import BaseDistiller
+from .host_models import HostModel, resolve_model_config
 from .teacher import BaseTeacher, Teacher
 from .utils import preserve_rng
 

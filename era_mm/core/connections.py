@@ -35,6 +35,52 @@ class Connector(Resampler):
         super().__init__(**kwargs)
 
 
+def split_source(
+    source: str | Sequence[str] | Mapping[str, Any], *, has_teacher: bool
+) -> tuple[tuple[str, ...], tuple[str, ...], Mapping | None]:
+    """Sources of student and teacher, and how to resample them.
+
+    Args:
+        source: See ``BaseDistiller``.
+        has_teacher: Whether there is a teacher; else it has no sources.
+
+    Returns:
+        The student's sources, the teacher's, and ``resample`` or None.
+
+    Raises:
+        ValueError: A dict with other keys.
+    """
+    pair: Mapping[str, Any] = (
+        source
+        if isinstance(source, Mapping)
+        else {'student': source, 'teacher': source}
+    )
+    if 'connector' in pair and 'resample' not in pair:
+        print_log(
+            '`source.connector` is now `source.resample`, with the same '
+            "arguments. 'connector' will be removed in version 0.3.",
+            logger='current',
+            level=logging.WARNING,
+        )
+        pair = {
+            'resample' if key == 'connector' else key: value
+            for key, value in pair.items()
+        }
+    roles = ('student', 'teacher') if has_teacher else ('student',)
+    if not set(roles) <= set(pair) <= {'student', 'teacher', 'resample'}:
+        raise ValueError(
+            '`source` must be a module name, a list of them, or '
+            f'dict(student=..., teacher=...), but got {source!r}.'
+        )
+    named = {
+        role: (pair[role],)
+        if isinstance(pair[role], str)
+        else tuple(pair[role])
+        for role in roles
+    }
+    return named['student'], named.get('teacher', ()), pair.get('resample')
+
+
 def _grids(feats: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(feat.shape[2:]) for feat in feats]
 

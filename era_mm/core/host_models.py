@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
@@ -11,6 +11,18 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 KINDS = {'BaseDetector': 'detector', 'BaseClassifier': 'classifier'}
+
+
+class HostModel(NamedTuple):
+    """An ordinary model of a host.
+
+    Args:
+        config: Its config, as a config file has it.
+        module: The model built from it.
+    """
+
+    config: ConfigDict
+    module: nn.Module
 
 
 def is_query_based(model: nn.Module) -> bool:

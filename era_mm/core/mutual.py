@@ -14,8 +14,9 @@ from mmengine.optim import (
 from torch import Tensor, nn
 
 from ..registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
-from .base_distiller import BaseDistiller, HostModel
+from .base_distiller import BaseDistiller
 from .build import build_distillers, build_student, check_name
+from .host_models import HostModel
 from .step import DistilledStudent
 from .teacher import BaseTeacher
 from .utils import broadcast_buffers, evaluating, preserve_rng

@@ -1,7 +1,9 @@
 """Schedules of the weights of loss terms."""
 
+import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..registry import explain_unknown_keys
 
@@ -107,3 +109,42 @@ class LossSchedule:
         if self.shape == 'cosine':
             progress = (1 - math.cos(math.pi * progress)) / 2
         return factor * (self.initial + (1 - self.initial) * progress)
+
+
+def scheduled(
+    losses: Mapping[str, Any],
+    schedules: Mapping[str, LossSchedule],
+    step: int,
+    *,
+    is_complete: bool,
+    owner: str,
+) -> dict[str, Any]:
+    """Multiply the terms of one step by the factors of their schedules.
+
+    Args:
+        losses: Terms by their keys; only keys with "loss" are multiplied.
+        schedules: Schedules by the key of a loss, in which ``*`` matches
+            anything. The factors of several that match are multiplied.
+        step: The run's global iteration.
+        is_complete: Whether every term of the method is there.
+        owner: What messages call the method.
+
+    Raises:
+        ValueError: A schedule of a term that the method does not have.
+    """
+    factors = dict.fromkeys(losses, 1.0)
+    for pattern, schedule in schedules.items():
+        keys = [
+            key for key in fnmatch.filter(losses, pattern) if 'loss' in key
+        ]
+        if not keys and is_complete:
+            raise ValueError(
+                f'`schedules` of {owner} has {pattern!r}, which is none of '
+                f'its losses: {sorted(losses)}.'
+            )
+        for key in keys:
+            factors[key] *= schedule(step)
+    return {
+        key: value if factors[key] == 1 else factors[key] * value
+        for key, value in losses.items()
+    }

@@ -10,11 +10,11 @@ from mmengine.logging import MessageHub, print_log
 from torch import Tensor
 
 from ..layers import spare_lone_values
-from .base_distiller import BaseDistiller, HostModel
+from .base_distiller import BaseDistiller
 from .build import Inheritance
 from .data_preprocessor import DistillationDataPreprocessor
 from .guards import GradientWatch, check_graph, learns
-from .host_models import forward_until
+from .host_models import HostModel, forward_until
 from .phase import Phase, resting
 from .rerun import Rerun
 from .student_model import StudentModel

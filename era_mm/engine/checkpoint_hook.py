@@ -1,4 +1,4 @@
-"""mmengine's CheckpointHook in an order that a kill cannot hurt."""
+"""mmengine's CheckpointHook, in an order that is safe against kills."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from era_mm.registry import HOOKS
 
 
 class _RemovesLater:
-    """A file backend that keeps what it shall remove for a while."""
+    """A file backend that delays the removal of files."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -34,7 +34,7 @@ class _RemovesLater:
         self._outdated.append((self._backend.rmtree, path))
 
     def remove_now(self, wanted: Collection[str | None]) -> None:
-        """Remove it, but for what has been written anew in the meantime."""
+        """Remove them now, except for files that are wanted."""
         while self._outdated:
             remove, path = self._outdated.pop(0)
             if path not in wanted and self._backend.exists(path):
@@ -43,14 +43,15 @@ class _RemovesLater:
 
 @HOOKS.register_module()
 class WholeCheckpointHook(CheckpointHook):
-    """First the new file, then what points to it, last the old one's removal.
+    """Writes the new file, then what points to it, then removes the old one.
 
     mmengine's hook removes the old file before it writes the new one, and
     writes ``last_checkpoint`` in place. With ``max_keep_ckpts=1`` a kill
-    between the two loses all; a kill while ``best_*.pth`` is written leaves
-    no best. ``train`` takes this one where a config has mmengine's; what is
-    written, and under which names, is the same. But what ``published_keys``
-    makes is to be handed on: it has nothing of the distillers.
+    between the two loses all checkpoints; a kill while ``best_*.pth`` is
+    written leaves no best one. ``train`` replaces mmengine's hook in a config
+    with this one. It writes the same files under the same names, with one
+    exception: files made by ``published_keys`` are the plain student, without
+    the distillers' extras.
 
     Source: ours.
 
@@ -63,12 +64,12 @@ class WholeCheckpointHook(CheckpointHook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Take in what a former run has left, in the folder where it is now.
+        """Clean up after a former run, and find its best file.
 
-        Files that were being written when it was killed are removed. A best
-        file is looked for beside the checkpoints: the work dir may have been
-        moved, or copied, and a copy must leave the original's alone. It is
-        said if files are written while gradients are gathered.
+        Removes files whose writing was interrupted. Looks for the best file
+        next to the checkpoints, because the work dir may have been moved or
+        copied, and a copy must not touch the original's file. Warns if
+        checkpoints will be written between two updates of the weights.
         """
         super().before_train(runner)
         lost = lost_gradients(self, runner)
@@ -167,7 +168,7 @@ class WholeCheckpointHook(CheckpointHook):
         save_checkpoint(kept, path, backend_args=self.backend_args)
         runner.logger.info(
             f'The checkpoint ({ckpt_path}) is published to {path}, with '
-            f'{", ".join(kept)} alone and nothing of the distillers.'
+            f'{", ".join(kept)} only, without the distillers.'
         )
 
     def _remove_outdated(self) -> None:
@@ -183,33 +184,33 @@ def _group_of(metric: str) -> str:
 
 
 def lost_gradients(hook: CheckpointHook, runner: Runner) -> str:
-    """What to say of files that are written while gradients are gathered.
+    """A warning if checkpoints are written between two updates.
 
     Args:
-        hook: Which writes them.
-        runner: Which trains.
+        hook: The hook that writes them.
+        runner: The runner that trains.
 
     Returns:
-        A sentence, or '' if every file comes right after an update.
+        The warning; '' if every checkpoint follows directly on an update.
     """
     wrapper = runner.cfg.get('optim_wrapper') or {}
-    gathered = wrapper.get('accumulative_counts', 1)
+    counts = wrapper.get('accumulative_counts', 1)
     loader = getattr(runner.train_loop, 'dataloader', None)
-    if not isinstance(gathered, int) or gathered < 2 or hook.interval < 1:
+    if not isinstance(counts, int) or counts < 2 or hook.interval < 1:
         return ''
     interval = hook.interval
     if hook.by_epoch:
         if not isinstance(loader, Sized):
             return ''
         interval *= len(loader)
-    if interval % gathered == 0:
+    if interval % counts == 0:
         return ''
     return (
         f'A checkpoint is written every {interval} iterations, but the '
-        f'weights are updated every {gathered} '
-        '(optim_wrapper.accumulative_counts). Gradients gathered since the '
-        'last update are in no file: a run that resumes from one in between '
-        'goes on without them, and differs from one that was not interrupted. '
-        'To avoid it, let default_hooks.checkpoint write every multiple of '
-        f'{gathered} iterations (by_epoch=False).'
+        f'weights are updated every {counts} '
+        '(optim_wrapper.accumulative_counts). Gradients accumulated since the '
+        'last update are not in the file: a run that resumes from it loses '
+        'them, and differs from one that was not interrupted. To avoid this, '
+        'set default_hooks.checkpoint.interval to a multiple of '
+        f'{counts} iterations (by_epoch=False).'
     )

@@ -1,29 +1,29 @@
-"""An epoch that goes on where a checkpoint inside it was written."""
+"""A training loop that can resume inside an epoch."""
 
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.base_loop import BaseLoop
 
 
 class ResumableEpochLoop(EpochBasedTrainLoop):
-    """mmengine's loop, which would begin such an epoch again.
+    """mmengine's loop, which can also resume inside an epoch.
 
-    It would train on the first batches of the epoch twice, and longer than
-    the config says.
+    mmengine's own would start such an epoch again: it would train on the
+    first batches twice, and longer than the config says.
     """
 
-    #: Batches of the next epoch that are trained on already.
+    #: Number of batches of the next epoch that were already trained on.
     num_done = 0
 
     def run_epoch(self) -> None:
-        """Iterate one epoch, or the rest of it."""
+        """Run one epoch, or the rest of it."""
         done, self.num_done = self.num_done, 0
         if not done:
             super().run_epoch()
             return
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        # Reading what is thrown away keeps order and augmentation as they
-        # were where workers read.
+        # The batches before are read as well: with data workers, the others
+        # then have the order and augmentation that they had.
         for idx, data_batch in enumerate(self.dataloader):
             if idx >= done:
                 self.run_iter(idx, data_batch)
@@ -32,7 +32,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
 
 def validates_now(loop: BaseLoop) -> bool:
-    """Whether a loop that was just resumed had a validation before it.
+    """Whether a loop that was just resumed has to validate first.
 
     A checkpoint is written before the validation of its epoch or iteration,
     so a resumed run cannot know whether that took place.

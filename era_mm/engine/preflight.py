@@ -57,7 +57,7 @@ def find_config(name: str | Path, role: str = 'config') -> str:
 
 
 def _nearest(name: Path, known: Mapping[str, Path]) -> str:
-    """What may have been meant by a name that is no config."""
+    """Suggestions for a name that is not a config."""
     host, colon, inside = str(name).partition(':')
     # A single letter is a drive.
     if colon and len(host) > 1 and host.isidentifier():
@@ -85,20 +85,20 @@ def config_folders() -> list[Path]:
 
 
 def check_checkpoints(cfg: Config, training: bool = True) -> None:
-    """Stop if a checkpoint the config names is a local path to no checkpoint.
+    """Stop if the config names a local path that is not a checkpoint.
 
-    Every ``checkpoint`` entry below ``model`` is looked at (teacher weights,
-    ``init_cfg``), and ``load_from``, which ``--resume`` and the checkpoint
-    argument of ``test`` set. A teacher's 'random' is no path.
+    Checks every ``checkpoint`` entry below ``model`` (teacher weights,
+    ``init_cfg``) and ``load_from``, which ``--resume`` and the checkpoint
+    argument of ``test`` set. A teacher's 'random' is not a path.
 
     Args:
         cfg: A whole config.
-        training: Else only what a test reads: of the model a teacher's
-            weights, where modes that may use it are asked for.
+        training: Whether the run trains. A test reads only ``load_from``, and
+            a teacher's weights if modes that may use them are asked for.
 
     Raises:
-        UserError: A file is missing, cut off or something else; all such
-            files are named.
+        UserError: Files are missing, truncated or not checkpoints; the
+            message lists all of them.
     """
     model = _as_dict(cfg.get('model'))
     wanted: list[tuple[str, Any]] = []
@@ -108,17 +108,17 @@ def check_checkpoints(cfg: Config, training: bool = True) -> None:
         teacher = model.get('teacher')
         wanted += _find_entries(teacher, 'checkpoint', 'model.teacher')
     wanted.append(('load_from', cfg.get('load_from')))
-    problems = [
-        f'  {key} = {value!r}: {problem}'
+    faults = [
+        f'  {key} = {value!r}: {fault}'
         for key, value in wanted
-        # A teacher takes its own checkpoint, and no file of its `init_cfg`.
+        # A teacher loads its own checkpoint, not that of its `init_cfg`.
         if not (key.startswith('model.teacher.') and '.config.' in key)
-        and (problem := find_fault_among(value))
+        and (fault := find_fault_among(value))
     ]
-    if problems:
+    if faults:
         raise UserError(
             'expected a whole checkpoint file, but found none for\n'
-            + '\n'.join(problems)
+            + '\n'.join(faults)
             + '\nWhat to do: correct the path (it is relative to the folder '
             'the command runs in), give a URL, or train that model first.'
         )
@@ -138,7 +138,7 @@ def _asks_for_modes(cfg: Config) -> bool:
 
 
 def find_fault_among(value: Any) -> str:
-    """Say why an entry, a place or a list of them, gives no checkpoint."""
+    """Why an entry, a place or a list of them, has no checkpoint; or ''."""
     places = value if isinstance(value, list | tuple) else [value]
     faults = [
         _find_fault(Path(place))
@@ -150,7 +150,7 @@ def find_fault_among(value: Any) -> str:
 
 
 def _find_fault(checkpoint: Path) -> str:
-    """Say what is wrong with a file, as far as its ends tell."""
+    """What is wrong with a file, judged by its first and last bytes."""
     if not checkpoint.is_file():
         return f'there is no file {checkpoint.resolve()}'
     with open(checkpoint, 'rb') as file:
@@ -168,24 +168,24 @@ def _has_index(archive: Path) -> bool:
     try:
         return zipfile.is_zipfile(archive)
     except zipfile.BadZipFile:
-        # An index in which some bytes are wrong.
+        # It has an index, but a damaged one.
         return False
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
-    """Stop if data that the run reads is not there.
+    """Stop if data that the run reads is missing.
 
-    Annotation files and image folders of the data loaders are looked at, and
-    annotation files of the evaluators, through any data set wrapper. Remote
-    data (``backend_args``) and data sets that download themselves are not.
+    Checks the annotation files and image folders of the data loaders, inside
+    any dataset wrapper, and the annotation files of the evaluators. Remote
+    data (``backend_args``) and data sets that download themselves are skipped.
 
     Args:
         cfg: A whole config.
         splits: Which of ``train``, ``val`` and ``test`` will be used.
 
     Raises:
-        UserError: Something is missing; all that is missing is named, with
-            how to get it.
+        UserError: Data is missing; the message lists all of it, and how to
+            get it.
     """
     scope = cfg.get('default_scope') or 'mmengine'
     missing: list[str] = []
@@ -213,7 +213,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             + '\n'.join(missing)
             + '\nWhat to do: '
             + ''.join(ways)
-            + 'set the place of data you have with --cfg-options, e.g. '
+            + 'set the path of your data with --cfg-options, e.g. '
             'train_dataloader.dataset.data_root=/path/to/data '
             "(val and test likewise, and the evaluators' ann_file)."
         )
@@ -256,7 +256,7 @@ def _find_entries(node: Any, name: str, key: str) -> Iterator[tuple[str, Any]]:
 def _find_missing(
     dataset: Any, key: str, scope: str
 ) -> Iterator[tuple[str, str, str]]:
-    """Yields ``(config key, path, data set type)`` of what is not there."""
+    """Yields ``(config key, path, data set type)`` of what is missing."""
     if isinstance(dataset, list | tuple):
         for index, part in enumerate(dataset):
             yield from _find_missing(part, f'{key}[{index}]', scope)

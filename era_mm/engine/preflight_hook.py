@@ -1,4 +1,4 @@
-"""What is looked at when everything is built and nothing has trained yet."""
+"""Checks of a run that is built but has not trained yet."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,30 +22,30 @@ from era_mm.registry import HOOKS
 class PreflightHook(Hook):
     """Shows what will be trained, and stops a run whose teacher knows nothing.
 
-    Before the first step, on one rank: the run is compared with the phases of
-    the distillers; a summary is logged; the class names
-    of each teacher are compared with the data's; each teacher is evaluated on
-    some images of val, by the run's own evaluator. The run's random state and
-    the student stay as they are.
+    Before the first step, one rank checks that the run is long enough for the
+    phases of the distillers, logs a summary, compares the class names of each
+    teacher with the data's, and evaluates each teacher on some val images
+    with the run's own evaluator. The run's random state and the student do
+    not change.
 
     ``train`` adds it to every run; ``preflight = False`` in the config leaves
-    it out, ``preflight = dict(num_images=...)`` gives it arguments. A run
-    that goes on (``--resume``) has been evaluated when it began, so that is
-    not done again. Random teachers, teachers of other classes, and runs
-    without val data are not evaluated; the log says so.
+    it out, ``preflight = dict(num_images=...)`` sets its arguments. A resumed
+    run does not evaluate its teachers again. Random teachers, teachers with
+    other classes, and runs without val data are not evaluated; the log says
+    so.
 
     Source: ours.
 
     Args:
-        num_images: How many images of val a teacher is evaluated on. 0: none.
-        seconds: After which no further batch of them begins.
+        num_images: Number of val images to evaluate a teacher on. 0: none.
+        seconds: Time limit, after which no further batch is started.
 
     Raises:
         UserError: A teacher is near chance
-            (:func:`~era_mm.engine.teacher_check.find_fault`), or has the
-            data's classes in another order where its predictions were to
-            teach; the run ends before the last
-            phase of a distiller begins.
+            (:func:`~era_mm.engine.teacher_check.find_fault`); or a method
+            learns from its predictions, and it has the data's classes in
+            another order; or the run ends before the last phase of a
+            distiller begins.
     """
 
     # After what the run's own hooks set up and check.
@@ -56,23 +56,23 @@ class PreflightHook(Hook):
         self.seconds = seconds
 
     def before_train(self, runner: Runner) -> None:
-        """Look, on one rank, and stop all of them if need be."""
+        """Check on one rank; stop all ranks if something is wrong."""
         model = runner.model
         model = model.module if is_model_wrapper(model) else model
         if not isinstance(model, (Distillation, MutualDistillation)):
             return
-        problem = ['']
+        fault = ['']
         if get_rank() == 0:
             with preserve_rng():
                 try:
-                    self._look(runner, model)
+                    self._check(runner, model)
                 except UserError as error:
-                    problem[0] = str(error)
-        broadcast_object_list(problem)
-        if problem[0]:
-            raise UserError(problem[0])
+                    fault[0] = str(error)
+        broadcast_object_list(fault)
+        if fault[0]:
+            raise UserError(fault[0])
 
-    def _look(
+    def _check(
         self, runner: Runner, model: Distillation | MutualDistillation
     ) -> None:
         check_length(model, runner.max_iters)
@@ -107,7 +107,7 @@ class PreflightHook(Hook):
 
 
 def _judges(model: Distillation, teacher: Teacher) -> bool:
-    """Whether a method learns, or would have, from what it predicts."""
+    """Whether a method learns from its predictions, or was meant to."""
     return not teacher.same_classes and any(
         distiller.uses_predictions or distiller.left_predictions
         for distiller in model.distillers.values()
@@ -116,13 +116,13 @@ def _judges(model: Distillation, teacher: Teacher) -> bool:
 
 
 def unknown_classes(dataset: Any) -> str:
-    """Whether a COCO-like data set has classes that no annotation has.
+    """A remark on class names of a COCO-like data set without annotations.
 
     Args:
-        dataset: Of mmdet, in wrappers or not.
+        dataset: A data set of mmdet, wrapped or not.
 
     Returns:
-        A remark, '' where there is none to make.
+        The remark; '' if all classes are annotated.
     """
     while hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
@@ -163,7 +163,7 @@ def check_length(
         max_iters: The run's iterations.
 
     Raises:
-        UserError: It does. What trains in that phase would not train at all.
+        UserError: It does, so what trains in that phase would never train.
     """
     halves = (
         [model] if isinstance(model, Distillation) else model.students.values()
@@ -174,9 +174,9 @@ def check_length(
                 if schedule.start >= max_iters:
                     raise UserError(
                         f'distiller {name!r} ({type(distiller).__name__}): '
-                        f'`schedules` lets {key!r} begin in iteration '
+                        f'`schedules` starts {key!r} in iteration '
                         f'{schedule.start}, but the run has {max_iters}, so '
-                        'that term would never count. Lower `start` or '
+                        'that term would never be used. Lower `start` or '
                         'lengthen the run.'
                     )
             least = distiller.min_iters
@@ -185,22 +185,22 @@ def check_length(
                     f'distiller {name!r} ({type(distiller).__name__}): '
                     'expected a run that is longer than the '
                     f'{least} iterations before its last phase, but this one '
-                    f'has {max_iters}, so what trains last would not train '
-                    'at all. Shorten the phases (`phases`, '
+                    f'has {max_iters}, so what trains in that phase would '
+                    'never train. Shorten the phases (`phases`, '
                     '`pretrain_iters`) or lengthen the run; another batch '
                     'size means another number of iterations.'
                 )
 
 
 def _one_image(runner: Runner) -> Any:
-    """The first image of val as its dataloader gives it, if it does."""
+    """The first val image as its dataloader returns it; None if it fails."""
     if runner.val_loop is None:
         return None
     try:
         loader = runner.val_dataloader
         return loader.collate_fn([loader.dataset[0]])
     except Exception:
-        # A loop of another kind, or data that only validation should meet.
+        # An unknown kind of loop, or bad data: validation will say so.
         return None
 
 

@@ -1,4 +1,4 @@
-"""mmengine's Runner, with an eye on what a former run has left."""
+"""mmengine's Runner: safe files, resuming, errors that name their key."""
 
 import copy
 import difflib
@@ -19,16 +19,16 @@ from era_mm.engine.whole_files import write_or_tell
 from era_mm.engine.work_dir import find_to_resume
 from era_mm.errors import UserError, said_of
 
-#: Entry of a file's meta data that tells how long an epoch was.
+#: Key of a checkpoint's meta data: iterations per epoch.
 ITERS_PER_EPOCH = 'era_mm_iters_per_epoch'
 
 
 class ToldRunner(StrictLoading):
     """Says which part of the config an error is about.
 
-    What mmengine's Runner builds raises in words of Python, torch or a host;
-    the message begins with the key it was built from. Images that cannot be
-    read are named.
+    Errors of Python, torch or a host while mmengine's Runner builds something
+    do not name the part of the config; here the message begins with its key.
+    Images that cannot be read are named.
     """
 
     def build_model(self, model: Any) -> Any:
@@ -39,7 +39,7 @@ class ToldRunner(StrictLoading):
     def build_dataloader(  # type: ignore[override]
         self, dataloader: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As mmengine's, with images that are named."""
+        """As mmengine's; an error names the image that cannot be read."""
         keys = (f'{part}_dataloader' for part in ('train', 'val', 'test'))
         own = (key for key in keys if self.cfg.get(key) == dataloader)
         with _built_from(next(own, 'the dataloader')):
@@ -48,7 +48,7 @@ class ToldRunner(StrictLoading):
         return built
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """As mmengine's, which does not say that an optimiser is unknown."""
+        """As mmengine's; an unknown optimiser is named."""
         with _built_from('optim_wrapper'):
             _check_optimizer(optim_wrapper)
             return super().build_optim_wrapper(optim_wrapper)
@@ -112,22 +112,22 @@ class TestingRunner(ToldRunner):
 
 
 class TrainingRunner(ToldRunner):
-    """Trains in a work dir of which a kill leaves only whole files.
+    """Trains so that a kill leaves only complete files in the work dir.
 
-    - The config is written into the work dir when training begins. mmengine's
-      does so when it is built, and a run that then stops, because a file or a
-      teacher is wrong, has overwritten the config of the run whose
-      checkpoints lie there.
-    - mmengine's CheckpointHook gives way to
+    - The config is written into the work dir when training begins. mmengine
+      writes it when the runner is built; a run that then stops, because a
+      file or a teacher is wrong, would have overwritten the config of the run
+      whose checkpoints are there.
+    - mmengine's CheckpointHook is replaced with
       :class:`~era_mm.engine.checkpoint_hook.WholeCheckpointHook`.
-    - ``resume`` takes the newest whole checkpoint, goes on inside an epoch,
-      and validates if the file was written before a validation.
+    - ``resume`` takes the newest complete checkpoint, can continue inside an
+      epoch, and validates first if the file was written before a validation.
     """
 
     _iters_per_epoch: int | None = None
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """As mmengine's, with checkpoints in another order."""
+        """As mmengine's, with ``WholeCheckpointHook``."""
         hooks = copy.copy(hooks) if hooks else {}
         hook = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
         if isinstance(hook, dict) and hook.get('type') in (
@@ -141,7 +141,7 @@ class TrainingRunner(ToldRunner):
         super().register_default_hooks(hooks)
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """As mmengine's, with epochs that can be gone on with."""
+        """As mmengine's, with epochs that can be resumed."""
         if isinstance(loop, dict) and (
             loop.get('by_epoch')
             if 'type' not in loop
@@ -159,7 +159,7 @@ class TrainingRunner(ToldRunner):
         return super().build_train_loop(loop)
 
     def load_or_resume(self) -> None:
-        """Load or resume; rank 0 says from what."""
+        """Load or resume; rank 0 decides from which file."""
         auto = self._resume and self._load_from is None  # type: ignore
         if auto and not self._has_loaded:
             self._load_from = self._find_newest()
@@ -175,15 +175,15 @@ class TrainingRunner(ToldRunner):
             except UserError as error:
                 found[2] = str(error)
         broadcast_object_list(found)
-        newest, passed, problem = found
-        if problem:
-            raise UserError(problem)
-        for line in passed:
-            self.logger.warning(f'--resume passes over {line}')
+        newest, skipped, fault = found
+        if fault:
+            raise UserError(fault)
+        for line in skipped:
+            self.logger.warning(f'--resume skips {line}')
         return newest
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As mmengine's, and find out how much of an epoch is done."""
+        """As mmengine's; find out how much of an epoch is done."""
         super().resume(filename, *args, **kwargs)
         loop = self.train_loop
         if not isinstance(loop, ResumableEpochLoop):
@@ -202,7 +202,7 @@ class TrainingRunner(ToldRunner):
             loop.num_done = done
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """Call the hooks, and do what belongs before or after some."""
+        """Call the hooks; store, write and validate at the right moments."""
         if fn_name == 'before_save_checkpoint':
             loader = self.train_loop.dataloader
             if isinstance(self.train_loop, ResumableEpochLoop):
@@ -219,15 +219,15 @@ class TrainingRunner(ToldRunner):
                 and validates_now(self.train_loop)
             ):
                 self.logger.info(
-                    'The checkpoint was written before a validation, which '
-                    'is done now.'
+                    'The checkpoint was written before the validation of '
+                    'its epoch or iteration; validating now.'
                 )
-                # Where the whole run draws for it, this one does again.
+                # It must not change the random state of the training.
                 with preserve_rng():
                     self.val_loop.run()
 
     def dump_config(self) -> None:
-        """Not yet."""
+        """Do nothing: the config is written when training begins."""
 
     @master_only
     def _write_config(self) -> None:

@@ -1,4 +1,4 @@
-"""Ends a run that is asked to end, with a checkpoint to go on from."""
+"""Ends a run after a signal, with a checkpoint to resume from."""
 
 import contextlib
 import ctypes
@@ -21,22 +21,22 @@ from torch import distributed
 from era_mm.engine.whole_files import write_or_tell
 from era_mm.registry import HOOKS
 
-#: What batch systems send before they kill: SIGTERM, and Slurm's
+#: Signals that batch systems send before they kill: SIGTERM, and Slurm's
 #: ``--signal=USR1@120``.
 SIGNALS = tuple(
     getattr(signal, name)
     for name in ('SIGTERM', 'SIGUSR1')
     if hasattr(signal, name)
 )
-#: Most steps, and about the seconds, between two looks at what the other
-#: ranks were sent. A launcher kills what has not ended 30 s after its signal.
+#: Ranks ask each other for signals after so many steps, or about so many
+#: seconds if that is earlier. A launcher kills ranks 30 s after its signal.
 AGREE_STEPS = 5
 AGREE_SECONDS = 1.0
-#: For ranks whose mim is gone; with the look for it they end within 10 s.
+#: Time to stop for ranks whose mim is gone, which is checked every second;
+#: so they end within 10 s.
 SECONDS_TO_STOP = 6
 
-
-#: Whether children that are forked now are to outlast the signals.
+#: Whether children that are forked now survive the signals.
 _shield = {'is_up': False}
 
 
@@ -47,7 +47,7 @@ def _take_cover() -> None:
 
 
 def _obey_the_parent() -> None:
-    # `terminate` of multiprocessing is a SIGTERM of the parent's.
+    # `terminate` of multiprocessing is a SIGTERM from the parent.
     while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -59,11 +59,11 @@ if hasattr(signal, 'sigwaitinfo'):
 
 @contextlib.contextmanager
 def shielded_workers() -> Iterator[None]:
-    """Let the data workers that start meanwhile outlast the signals.
+    """Data workers that are started in this context survive the signals.
 
-    Batch systems and ``timeout`` signal a whole process group. A worker that
-    dies of it raises in the middle of the run's step. To the run itself they
-    listen: it ends them when it ends.
+    Batch systems and ``timeout`` signal a whole process group. If a worker
+    died, the run would raise an error in the middle of a step. A signal from
+    the run itself still ends them.
     """
     _shield['is_up'] = True
     try:
@@ -73,11 +73,11 @@ def shielded_workers() -> Iterator[None]:
 
 
 class Stopped(BaseException):
-    """A signal has ended the run; no error that anything should catch.
+    """A signal has ended the run; not an error to be caught.
 
     Args:
-        number: Of the signal.
-        checkpoint: What the run goes on from.
+        number: The signal's number.
+        checkpoint: The file to resume from.
     """
 
     def __init__(self, number: int, checkpoint: str) -> None:
@@ -87,8 +87,8 @@ class Stopped(BaseException):
 
     def __str__(self) -> str:
         return (
-            f'stopped by {signal.Signals(self.number).name}; --resume goes on '
-            f'from {self.checkpoint}'
+            f'stopped by {signal.Signals(self.number).name}; --resume '
+            f'continues from {self.checkpoint}'
         )
 
 
@@ -96,12 +96,13 @@ class Stopped(BaseException):
 class StopHook(Hook):
     """Writes a checkpoint after a signal, and ends the run.
 
-    On SIGTERM or SIGUSR1 the run ends after the step under way (on several
-    ranks, of which one or all were told, after at most five more, in which
-    they agree), with ``iter_<iteration>.pth`` in the work dir. No rank ends
-    before the file is whole: a launcher would kill the others. A second
-    signal ends it at once. A signal during validation waits for the next
-    step. ``train`` adds the hook to every run.
+    On SIGTERM or SIGUSR1 the run completes its step, writes
+    ``iter_<iteration>.pth`` to the work dir and ends. Several ranks agree
+    first, which takes at most five more steps; it does not matter whether one
+    or all of them got the signal. No rank ends before the file is complete,
+    because a launcher would then kill the others. A second signal ends the
+    run at once. A signal during validation waits for the next step. ``train``
+    adds the hook to every run.
 
     Source: ours.
 
@@ -109,7 +110,7 @@ class StopHook(Hook):
         Stopped: After the checkpoint is written.
     """
 
-    # After all that belongs to the step.
+    # After everything else in a step.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
@@ -121,7 +122,7 @@ class StopHook(Hook):
         self._last_look = (0, 0.0)
 
     def before_train(self, runner: Runner) -> None:
-        """Listen from now on."""
+        """Install the signal handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
@@ -129,16 +130,15 @@ class StopHook(Hook):
         if get_world_size() > 1 and distributed.get_backend() != 'gloo':
             # Agreeing through NCCL would make the host wait for the GPU.
             self._group = distributed.new_group(backend='gloo')
-
         self._last_look = (runner.iter, time.monotonic())
 
     def after_train(self, runner: Runner) -> None:
-        """Listen no more."""
+        """Restore the former signal handlers."""
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = number
-        # The next one is not held up.
+        # A second one ends the run at once.
         self._restore()
 
     def _restore(self) -> None:
@@ -152,19 +152,19 @@ class StopHook(Hook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """End the run if any rank was told to."""
+        """End the run if any rank got a signal."""
         self._agreed = self._agreed or self._agree(runner)
         if not self._agreed:
             return
         wrapper = runner.optim_wrapper
         if hasattr(wrapper, 'should_update') and not wrapper.should_update():
-            # Gradients that are being gathered are in no file.
+            # No file has accumulated gradients, so wait for the update.
             return
         self._restore()
         raise Stopped(self._agreed, self._save(runner))
 
     def _agree(self, runner: Runner) -> int:
-        """The signal that any rank got, 0 if none or not asked now."""
+        """The signal that any rank got; 0 if none, or in steps between."""
         if get_world_size() == 1:
             return self._number
         step = runner.iter + 1
@@ -175,7 +175,7 @@ class StopHook(Hook):
         distributed.all_reduce(
             told, distributed.ReduceOp.MAX, group=self._group
         )
-        # The slowest rank's time, so that all look at the same steps.
+        # The slowest rank's time, so that all ask at the same steps.
         number, seconds = told.tolist()
         steps = AGREE_SECONDS * max(step - began, 1) / max(seconds, 1e-6)
         self._next_look = step + int(min(max(steps, 1), AGREE_STEPS))
@@ -201,13 +201,13 @@ class StopHook(Hook):
 
 
 def end_with_parent() -> None:
-    """Let this process end when the launcher that began it is gone.
+    """Let this process end when its launcher is gone.
 
-    Ranks of a launcher that was killed would wait for each other for ever, or
-    go on unseen. With the launcher itself they are killed; with mim, which
-    starts the launcher and hands no signal on, they are told to stop, and
-    killed if they have not after 6 s. On Linux only; elsewhere they end with
-    torch's time-out.
+    Ranks of a launcher that was killed would wait for each other forever, or
+    keep running unnoticed. If the launcher ends, they are killed. If mim ends,
+    which starts the launcher and does not forward signals, they get a SIGTERM,
+    and are killed if they have not ended after 6 s. On Linux only; elsewhere
+    they end with torch's time-out.
     """
     if sys.platform != 'linux':
         return
@@ -226,7 +226,7 @@ def _parent_of(number: int) -> int:
         status = Path(f'/proc/{number}/stat').read_text()
     except OSError:
         return 0
-    # The name before may hold spaces and brackets.
+    # The process name before it may contain spaces and brackets.
     return int(status.rpartition(')')[2].split()[1])
 
 

@@ -1,4 +1,4 @@
-"""Checks that a checkpoint is one of the model before it is loaded."""
+"""Checks that a checkpoint fits the model before it is loaded."""
 
 import shlex
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from era_mm.engine.work_dir import fault_in
 from era_mm.errors import UserError, said_of
 
 ADVICE = (
-    'Give the file and the config that belong together; strict_load=False in '
-    'the config (--cfg-options strict_load=False) takes what fits and leaves '
+    'Give a file and a config that belong together; strict_load=False in '
+    'the config (--cfg-options strict_load=False) loads what fits and leaves '
     'the rest as it is.'
 )
 #: Buffers of optimisers that have the shape of their parameter.
@@ -27,13 +27,13 @@ LIKE_PARAMETERS = ('momentum_buffer', 'exp_avg', 'exp_avg_sq')
 class StrictLoading(Runner):
     """A Runner that refuses checkpoints of another model.
 
-    mmengine's loads what fits and warns of the rest, on resume as well.
-    ``strict_load = False`` in the config brings that back.
+    mmengine loads what fits and warns of the rest, on resume as well.
+    ``strict_load = False`` in the config restores this.
 
     Raises:
         UserError: Keys, shapes or kinds of numbers differ, or weights are not
-            finite; on resume, too, where a file lacks what a run goes on
-            with, or extras of the distillers.
+            finite; on resume also if the file does not have the state of a
+            run, or not the extras of its distillers.
     """
 
     _file = ''
@@ -56,11 +56,11 @@ class StrictLoading(Runner):
         return model
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As mmengine's; the file has to be a run's own."""
+        """As mmengine's; a file of another run is refused."""
         self._is_resuming = True
         try:
             with said_of(
-                f'--resume: {filename} cannot be gone on from',
+                f'--resume: {filename} cannot be resumed from',
                 'It is damaged, or not of this run: give another file.',
             ):
                 self._load_resumed(filename, *args, **kwargs)
@@ -73,12 +73,12 @@ class StrictLoading(Runner):
         try:
             super().resume(filename, *args, **kwargs)
         except ValueError as error:
-            # Of torch's optimisers, which load last.
+            # From torch's optimisers, which load last.
             if 'parameter group' not in str(error):
                 raise
             raise UserError(
-                f'--resume: {filename} cannot be gone on from: its optimiser '
-                f'is of other parameters than this run trains ({error}). '
+                f'--resume: {filename} cannot be resumed from: its optimiser '
+                f'has other parameters than this run trains ({error}). '
                 + self._start_from(filename)
             ) from error
 
@@ -97,7 +97,7 @@ class StrictLoading(Runner):
             ]
             keys['not in the model'] = list(incompatible.unexpected_keys)
 
-        # Only now are old names of weights translated, as hosts do it.
+        # The hosts translate old names of weights only while they load.
         handle = self._bare_model.register_load_state_dict_post_hook(note)
         try:
             with said_of(
@@ -117,7 +117,7 @@ class StrictLoading(Runner):
         return checkpoint
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """Call the hooks; before those of a loaded file, look at it."""
+        """Call the hooks; check a loaded file before its hooks run."""
         if fn_name == 'after_load_checkpoint':
             self._check(kwargs['checkpoint'])
         super().call_hook(fn_name, **kwargs)
@@ -126,9 +126,9 @@ class StrictLoading(Runner):
         if not isinstance(checkpoint, Mapping):
             self._refuse([f'it holds a {type(checkpoint).__name__}'])
         if self._is_resuming and (fault := fault_in(checkpoint)):
-            # Not a matter of strictness: there is nothing to go on with.
+            # Whatever `strict_load` is: there is no state to resume.
             raise UserError(
-                f'--resume: expected a file that a run goes on from, but '
+                f'--resume: expected a file that a run can resume from, but '
                 f'{self._file} is none: {fault}.'
             )
         if not self._strict:
@@ -147,7 +147,7 @@ class StrictLoading(Runner):
             self._check_rest(checkpoint)
 
     def _check_rest(self, checkpoint: Mapping) -> None:
-        """Look at what a resumed run needs besides weights."""
+        """Check what a resumed run needs besides weights."""
         for hook in self.hooks:
             if isinstance(hook, EMAHook):
                 averages = checkpoint.get('ema_state_dict')
@@ -189,16 +189,16 @@ class StrictLoading(Runner):
         if saved == own:
             return
         if not saved:
-            kind = 'a plain run: what the distillers have learnt is missing'
+            kind = "a plain run, without the distillers' weights"
         elif not own:
             kind = 'a distillation, and the config is of a plain run'
         else:
             kind = (
-                'a run of other distillers: what the distillers have learnt '
-                f'is of {_listed(saved)}, and the config has {_listed(own)}'
+                f'a run of other distillers: it has weights of '
+                f'{_listed(saved)}, and the config has {_listed(own)}'
             )
         raise UserError(
-            f'--resume: {self._file} is of {kind}. So this run cannot go on '
+            f'--resume: {self._file} is of {kind}. So this run cannot resume '
             f'from it. {self._start_from(self._file)}'
         )
 
@@ -209,7 +209,7 @@ class StrictLoading(Runner):
             '--resume out and '
         )
         if set(file) & set(' ,()[]"\''):
-            # mmengine takes these for parts of a list, and blanks away.
+            # mmengine would split a list at these, and remove blanks.
             return f'{start}write into the config: load_from = {file!r}'
         command = shlex.join(
             [

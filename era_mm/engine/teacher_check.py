@@ -1,7 +1,7 @@
-"""Looks at the teachers before they teach: class names and a short test.
+"""Checks the teachers before training: class names and a short test.
 
-A teacher with the wrong file, the wrong class order or the wrong
-preprocessing trains a student without any error, to nothing.
+A teacher with the wrong file, class order or preprocessing raises no error;
+the student just learns nothing.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ from era_mm.core.host_models import num_classes_of
 from era_mm.core.utils import errors_only
 from era_mm.errors import UserError, first_line
 
-#: Share of the way from chance to perfect that a useful teacher has made.
+#: A useful teacher is at least this share of the way from chance to perfect.
 USEFUL = 0.2
-#: How unlikely an outcome is that is taken for impossible.
+#: Outcomes with a probability below this are taken as impossible.
 UNLIKELY = 0.01
 #: AP at IoU 0.5 below which a detector cannot teach. With the classes of a
 #: good one (0.85) in the wrong order it is 0.04, without normalisation 0.01.
 MIN_AP = 0.05
-#: Fewer objects than this are no test of a detector.
+#: With fewer objects than this, a detector's AP is not judged.
 MIN_OBJECTS = 50
-#: Where so many are, a detector that finds none at all is none.
+#: A detector that finds none of at least so many objects cannot teach.
 MIN_TO_FIND = 10
 
 TURN_OFF = (
-    'If it is what you want, preflight=False in the config (--cfg-options '
+    'If this is intended, preflight=False in the config (--cfg-options '
     'preflight=False) turns these checks off.'
 )
 
@@ -59,13 +59,13 @@ def compare_classes(
         student: Of the data that the student trains on.
         teacher: Of the teacher's checkpoint.
         name: The teacher's name.
-        judges: Whether anything learns, or would, from what it predicts.
+        judges: Whether a method learns from its predictions, or was meant to.
 
     Returns:
-        How they differ; '' where they agree or one side does not tell.
+        How they differ; '' if they agree or one side is not known.
 
     Raises:
-        UserError: It judges, and the same names stand in another order.
+        UserError: It judges, and the same names are in another order.
     """
     if student is None or teacher is None:
         return ''
@@ -87,18 +87,18 @@ def compare_classes(
     if len(moved) > 1 and not judges:
         return (
             f'The {name} has the classes of the data in another order, '
-            f'{len(moved)} of {len(student)} stand elsewhere'
+            f'{len(moved)} of {len(student)} are elsewhere'
             + _example(moved, student, teacher)
             + '. Its features can teach, its predictions cannot.'
         )
     if len(moved) > 1:
         raise UserError(
             f'pre-flight: the {name} has the classes of the data in another '
-            f'order, {len(moved)} of {len(student)} stand elsewhere'
+            f'order, {len(moved)} of {len(student)} are elsewhere'
             + _example(moved, student, teacher)
-            + '. What it predicts would be taken for other classes. Set the '
-            "data's `metainfo.classes` in the order that the "
-            f'{name} was trained with, or give a {name} of this order. '
+            + '. Its predictions would be read as other classes. Set the '
+            "data's `metainfo.classes` to the order that the "
+            f'{name} was trained with, or give a {name} with this order. '
             + TURN_OFF
         )
     return (
@@ -137,11 +137,12 @@ def has_classes_of(
 
 
 def is_near_chance(right: int, total: int, num_classes: int) -> bool:
-    """Whether so many right answers are those of a classifier that guesses.
+    """Whether so many right answers are likely those of guessing.
 
-    Only if both hold, at 1 % each: chance alone, ``p = 1 / num_classes``,
-    gives as many; and a classifier that has made a fifth of the way from
-    chance to perfect would have more. So a few images decide nothing.
+    Only if both hold: guessing, ``p = 1 / num_classes``, gives at least as
+    many with a probability above 1 %; and a classifier a fifth of the way
+    from chance to perfect gives no more with a probability below 1 %. So a
+    few images decide nothing.
 
     Source: ours.
     """
@@ -162,16 +163,16 @@ def _binomial(most: int, total: int, p: float) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the run's val evaluator says of a teacher.
+    """A teacher's result with the run's val evaluator.
 
     Args:
-        metrics: By the names that the evaluator gives them.
-        num_images: How many images it saw.
-        num_objects: How many objects these show; None: not known.
-        seconds: What it took.
-        num_found: How many objects were found; None: it does not detect.
-        parts: What it says of each val set, by the set's prefix, where it
-            tells several apart; names of metrics without the prefix.
+        metrics: Values by the evaluator's names.
+        num_images: Number of images.
+        num_objects: Number of objects in them; None if not known.
+        seconds: Time taken.
+        num_found: Number of detections; None if it is no detector.
+        parts: The result on each val set by the set's prefix, if the
+            evaluator separates several; metrics are named without the prefix.
     """
 
     metrics: Mapping[str, float]
@@ -183,17 +184,17 @@ class Evaluation:
 
 
 class _NoSplitError(Exception):
-    """An evaluator that cannot be given a part of val."""
+    """The evaluator cannot be used on a part of val."""
 
 
 class _Part(NamedTuple):
-    """A val set that an evaluator looks at by itself.
+    """A val set with its own metrics.
 
     Args:
-        prefix: What the evaluator calls it; '' where it is all there is.
-        config: Of what evaluates it.
+        prefix: The evaluator's name for it; '' if it is the only one.
+        config: Config of its evaluator.
         meta: The set's meta data.
-        indices: Of its images in the dataset.
+        indices: Indices of its images in the dataset.
     """
 
     prefix: str
@@ -203,10 +204,10 @@ class _Part(NamedTuple):
 
 
 def _parts_of(runner: Runner) -> list[_Part]:
-    """The val sets that the run's evaluator tells apart.
+    """The val sets that the run's evaluator separates.
 
     Raises:
-        _NoSplitError: It puts its results together in a way of its own.
+        _NoSplitError: It, or a metric, combines results in its own way.
     """
     evaluator = runner.val_evaluator
     config = runner.cfg.val_evaluator
@@ -216,16 +217,16 @@ def _parts_of(runner: Runner) -> list[_Part]:
         if type(metric).evaluate is not BaseMetric.evaluate
     ]
     if own:
-        raise _NoSplitError(f'{own[0]} evaluates in a way of its own')
+        raise _NoSplitError(f'{own[0]} combines results in its own way')
     way = type(evaluator).evaluate
     meta = evaluator.dataset_meta
     if way is Evaluator.evaluate:
         total = len(runner.val_dataloader.dataset)
         return [_Part('', config, meta, range(total))]
-    # Of mmdet, which need not be there.
+    # A class of mmdet, which may not be installed.
     if way.__qualname__ != 'MultiDatasetsEvaluator.evaluate':
         raise _NoSplitError(
-            f'{type(evaluator).__name__} evaluates in a way of its own'
+            f'{type(evaluator).__name__} combines results in its own way'
         )
     prefixes = evaluator.dataset_prefixes
     metas = (
@@ -252,20 +253,20 @@ def _parts_of(runner: Runner) -> list[_Part]:
 def evaluate_teacher(
     teacher: Teacher, runner: Runner, num_images: int, seconds: float
 ) -> Evaluation:
-    """Test a teacher on some images of val with the run's own evaluator.
+    """Test a teacher on some val images with the run's own evaluator.
 
-    The images are drawn by a generator of its own from the whole split, so a
-    sorted one is no trap. Where the evaluator tells several val sets apart
-    (mmdet's ``MultiDatasetsEvaluator``), each image is judged by the metric
-    of its set; a set of which none was drawn is left out. Images are read in
-    this process: a data loader's workers would change the run's random state.
+    The images are drawn from the whole split, which may be sorted, by a
+    separate generator. If the evaluator separates several val sets (mmdet's
+    ``MultiDatasetsEvaluator``), each image is judged by the metric of its
+    set; a set without drawn images is left out. Images are read in this
+    process: a data loader's workers would change the run's random state.
 
     Args:
         teacher: The teacher.
-        runner: The run, of which val pipeline and evaluator are used. Its
-            evaluator itself, which may hold state, is not.
-        num_images: How many images.
-        seconds: After which no further batch begins.
+        runner: The run, for its val data and the config of its evaluator. The
+            evaluator itself is not used, because it may have state.
+        num_images: Number of images.
+        seconds: Time limit, after which no further batch is started.
     """
     loader = runner.val_dataloader
     dataset = loader.dataset
@@ -280,7 +281,7 @@ def evaluate_teacher(
             break
         batch = loader.collate_fn([dataset[index] for index in indices])
         found = [sample.cpu() for sample in teacher.predict(batch)]
-        # Images are large, and evaluators have no use for them.
+        # Images are large, and evaluators do not need them.
         rest = {k: v for k, v in batch.items() if k != 'inputs'}
         seen.setdefault(which, []).append((rest, found))
     judged = {
@@ -307,7 +308,7 @@ def evaluate_teacher(
 def _batches(
     drawn: Sequence[int], parts: Sequence[_Part], size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Batches of one part each, of all parts in turn."""
+    """Batches with images of one part each, the parts in turn."""
     queues = []
     for which, part in enumerate(parts):
         own = [index for index in drawn if index in part.indices]
@@ -322,7 +323,7 @@ def _batches(
 
 
 def _sum(numbers: Iterable[int | None]) -> int | None:
-    """The sum; None where one is not known."""
+    """The sum; None if one of them is not known."""
     known = list(numbers)
     return None if None in known else sum(n for n in known if n is not None)
 
@@ -330,7 +331,7 @@ def _sum(numbers: Iterable[int | None]) -> int | None:
 def _judge(
     runner: Runner, part: _Part, seen: Sequence[tuple[dict, list]]
 ) -> Evaluation:
-    """What the evaluator of a val set says of predictions on it."""
+    """Evaluate predictions on a val set."""
     images = [sample for _, found in seen for sample in found]
     with TemporaryDirectory() as folder, _silence():
         config, num_objects = _for_images(part.config, images, Path(folder))
@@ -340,7 +341,7 @@ def _judge(
             evaluator.process(data_samples=found, data_batch=batch)
         metrics = {}
         for metric in evaluator.metrics:
-            # Not `evaluate`, which gathers from all ranks: one is at work.
+            # Not `evaluate`, which gathers from all ranks: only one is here.
             for key, value in metric.compute_metrics(metric.results).items():
                 name = f'{metric.prefix}/{key}' if metric.prefix else key
                 metrics[name] = value
@@ -359,7 +360,7 @@ def _judge(
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the tables of an evaluator to itself: they look like the run's."""
+    """Hide what evaluators print: it would look like the run's results."""
     with errors_only(), contextlib.redirect_stdout(io.StringIO()):
         yield
 
@@ -367,10 +368,10 @@ def _silence() -> Iterator[None]:
 def _for_images(
     config: Any, samples: Sequence[Any], folder: Path
 ) -> tuple[Any, int | None]:
-    """An evaluator's config for some images of its split, and their objects.
+    """An evaluator's config for some images, and the number of their objects.
 
     COCO-like metrics score all images of their annotation file, so they get
-    one of these images alone. Files that metrics write go to the folder.
+    one with these images only. Files that metrics write go to the folder.
     """
     config = copy.deepcopy(config)
     if isinstance(config, (list, tuple)):
@@ -407,15 +408,15 @@ def _for_images(
 
 
 def find_fault(evaluation: Evaluation, num_classes: int | None) -> str:
-    """Say what an evaluation shows to be next to nothing; '' if nothing.
+    """Why a teacher with this result cannot teach; '' if it can.
 
     Top-1 accuracy is judged by :func:`is_near_chance`; the box AP of COCO,
     LVIS and VOC metrics at IoU 0.5 by ``MIN_AP``, if there are
-    ``MIN_OBJECTS``. Other metrics are not judged. Of several val sets it is
-    the mean over their objects, or images where these are not known: a
-    teacher that is good on one of them is of use. A detector that finds
-    nothing where ``MIN_TO_FIND`` objects are is at fault without any metric:
-    evaluators give none for it.
+    ``MIN_OBJECTS``. Other metrics are not judged. Over several val sets it is
+    the mean weighted by objects, or by images if these are not known: a
+    teacher that is good on one of them is useful. A detector that finds none
+    of ``MIN_TO_FIND`` or more objects is refused without any metric, because
+    evaluators return none for it.
     """
     if (
         evaluation.num_found == 0
@@ -448,7 +449,7 @@ def find_fault(evaluation: Evaluation, num_classes: int | None) -> str:
 
 
 class _Figure(NamedTuple):
-    """A metric, and the images and objects that it is of."""
+    """A metric's value, and the numbers of images and objects it is from."""
 
     value: float
     num_images: int
@@ -487,7 +488,7 @@ def check_teacher(
     num_images: int,
     seconds: float,
 ) -> str:
-    """Evaluate a teacher and say how it did, in one line.
+    """Evaluate a teacher; returns the result as one line for the log.
 
     Args:
         teacher: The teacher.
@@ -519,7 +520,7 @@ def check_teacher(
         return f'{name}: not evaluated, {reason}'
     except Exception as error:
         # A run that would train must not fail because its teacher cannot be
-        # tested: it may have no head, the evaluator may need all.
+        # tested: it may have no head, or the evaluator may need all images.
         return (
             f'{name}: not evaluated, this raised {type(error).__name__}: '
             f'{first_line(error)}'
@@ -530,10 +531,10 @@ def check_teacher(
         raise UserError(
             f'pre-flight: the {name} is near chance: {fault}. It would teach '
             'noise. What usually causes this:\n'
-            f'  - the checkpoint is not that of the config, or not of the '
-            f'end of a training: {teacher.checkpoint}\n'
+            f'  - the checkpoint does not belong to the config, or is not '
+            f'fully trained: {teacher.checkpoint}\n'
             f'  - its classes are in another order than those of the data\n'
-            f'  - it was trained with another preprocessing than\n'
+            f'  - it was trained with other preprocessing than\n'
             f'    {dict(settings) if settings else "the default"}\n'
             f'What to do: test the {name} alone with its own config. '
             + TURN_OFF

@@ -1,4 +1,4 @@
-"""What lies in a work dir: checkpoints to resume from, and another's lock."""
+"""The work dir: checkpoints to resume from, and a lock against other runs."""
 
 import contextlib
 import os
@@ -37,28 +37,28 @@ def checkpoints_in(
 def newest_whole(
     folder: str | Path, templates: Collection[str] = TEMPLATES
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint of the latest iteration that a run can go on from.
+    """The checkpoint of the latest iteration that a run can resume from.
 
-    By the names and what is in the files, not by ``last_checkpoint``, which
-    may name a file that was moved, or one that is older or broken.
+    Found by the names and contents of the files, not by ``last_checkpoint``,
+    which may name a file that was moved, is older, or is broken.
 
     Args:
         folder: Where to look.
-        templates: How checkpoints are called.
+        templates: Names of checkpoints.
 
     Returns:
-        It, or None; and for each later file why it was passed over.
+        The file, or None; and for each later file why it was skipped.
     """
     whole: list[tuple[int, Path]] = []
-    passed = []
+    skipped = []
     for paths in checkpoints_in(folder, templates):
         for path in paths:
             try:
                 whole.append((_iteration_of(path), path))
                 break
             except UserError as error:
-                passed.append(f'{path}: {error}')
-    return max(whole, default=(0, None))[1], passed
+                skipped.append(f'{path}: {error}')
+    return max(whole, default=(0, None))[1], skipped
 
 
 def _iteration_of(path: Path) -> int:
@@ -70,23 +70,23 @@ def _iteration_of(path: Path) -> int:
 
 
 def fault_in(content: Any) -> str:
-    """Why a run cannot go on from what a file holds; '' if it can."""
+    """Why a run cannot resume from a file's content; '' if it can."""
     if not isinstance(content, Mapping):
         return f'expected a dict, got {type(content).__name__}'
-    lacking = [
+    missing = [
         key
         for key in ('meta', 'state_dict', 'message_hub', 'optimizer')
         if not isinstance(content.get(key), Mapping) or not content[key]
     ]
-    if lacking:
+    if missing:
         return (
-            f'it has no {", ".join(lacking)}, so it is not one that a run '
-            'goes on from (best_*.pth and published files hold weights alone)'
+            f'it has no {", ".join(missing)}, so a run cannot resume from it '
+            '(best_*.pth and published files have only weights)'
         )
     for key in ('epoch', 'iter'):
         value = content['meta'].get(key)
         if type(value) is not int or value < 0:
-            return f'meta.{key}: expected a number from 0, got {value!r}'
+            return f'meta.{key}: expected 0 or more, got {value!r}'
     return ''
 
 
@@ -101,53 +101,53 @@ def _places(cfg: Config) -> tuple[Path | None, Collection[str]]:
     if out_dir:
         # As mmengine's hook joins them.
         folder = Path(out_dir, folder.name)
-    # A run that was stopped by a signal has one of the latter in any case.
+    # A run that a signal stopped has a file with a default name as well.
     return folder, dict.fromkeys([template or TEMPLATES[0], *TEMPLATES])
 
 
 def find_to_resume(cfg: Config) -> tuple[str | None, list[str]]:
-    """What ``--resume`` goes on from, and what it passes over.
+    """The file that ``--resume`` takes, and those that it skips.
 
     Args:
         cfg: A whole config, ``work_dir`` included.
 
     Returns:
-        See :func:`newest_whole`. None, too, where checkpoints lie in a remote
-        ``out_dir``: mmengine then looks into ``last_checkpoint``.
+        See :func:`newest_whole`. Also None if checkpoints are in a remote
+        ``out_dir``: mmengine then reads ``last_checkpoint``.
 
     Raises:
-        UserError: There is nothing whole.
+        UserError: There is no complete file.
     """
     folder, templates = _places(cfg)
     if folder is None:
         return None, []
-    newest, passed = newest_whole(folder, templates)
+    newest, skipped = newest_whole(folder, templates)
     if newest is None:
         raise UserError(
             f'--resume: expected a whole checkpoint in {folder.absolute()}, '
             + (
-                'but none can be gone on from:\n'
-                + '\n'.join(f'  {line}' for line in passed)
-                if passed
+                'but a run can resume from none of these:\n'
+                + '\n'.join(f'  {line}' for line in skipped)
+                if skipped
                 else 'but there is none.'
             )
             + '\nWhat to do: correct --work-dir, give a file (--resume FILE), '
-            'or leave --resume out to begin anew.'
+            'or leave --resume out to start again.'
         )
-    return str(newest), passed
+    return str(newest), skipped
 
 
 def check_work_dir(cfg: Config) -> None:
-    """Stop if a run would mix with another one, or has nothing to go on from.
+    """Stop if a run would mix with another one, or cannot resume.
 
-    Looks at names only, so it takes no time; rank 0 alone looks.
+    Reads only the names of files, and only on rank 0.
 
     Args:
         cfg: A whole config, ``work_dir`` included.
 
     Raises:
-        UserError: ``resume`` and no checkpoint; or no ``resume`` and those
-            of a former run.
+        UserError: ``resume`` without a checkpoint; or checkpoints of a former
+            run without ``resume``.
     """
     folder, templates = _places(cfg)
     if folder is None or not _is_first():
@@ -160,11 +160,11 @@ def check_work_dir(cfg: Config) -> None:
             find_to_resume(cfg)
     elif found:
         raise UserError(
-            f'work_dir: {folder.absolute()} holds checkpoints of a former '
+            f'work_dir: {folder.absolute()} has checkpoints of a former '
             f'run ({", ".join(path.name for path in found[:3])}'
             + (', ...' if len(found) > 3 else '')
-            + '), and this one would mix its own with them. Go on with that '
-            'run (--resume), give another --work-dir, or remove it.'
+            + '), and this run would mix its own with them. Continue that '
+            'run (--resume), give another --work-dir, or remove the folder.'
         )
 
 
@@ -176,9 +176,9 @@ def _is_first() -> bool:
 
 @contextlib.contextmanager
 def held(work_dir: str | Path) -> Iterator[None]:
-    """Keep other runs out of a work dir; the system frees it with a kill.
+    """Lock a work dir against other runs; a kill releases the lock.
 
-    Where a file system knows no locks, nothing is kept out.
+    On a file system without locks nothing is locked.
 
     Raises:
         UserError: Another run is in it, or nothing can be written into it.
@@ -205,9 +205,8 @@ def held(work_dir: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f'work_dir: another run is at work in '
-                f'{Path(work_dir).absolute()}. Wait for it, stop it, or give '
-                'another --work-dir.'
+                f'work_dir: another run uses {Path(work_dir).absolute()}. '
+                'Wait for it, stop it, or give another --work-dir.'
             ) from None
         except OSError:
             pass

@@ -5,7 +5,7 @@
 Seeded: what an attempt draws depends on ``--seed``, its kind and its number
 alone. Every attempt is a call of the commands themselves on a toy run. Each
 leaves a line in ``--record``, so a soak that was stopped goes on, and
-``--again`` repeats what failed. What came out, as counted, is written to
+``--again`` repeats what failed. The counted outcomes are written to
 ``docs/reliability.md``; the exit status is 1 if anything went wrong.
 ``tests/soak/test_short.py`` runs a few of each.
 """
@@ -66,7 +66,7 @@ Ending = tuple[str, str]
 
 
 def _compare(folder: Path, whole: Path, begun: bool, what: str) -> Ending:
-    """How a run came out that was killed and gone on with."""
+    """The outcome of a run that was killed and resumed."""
     parts = list(whole_files.parts_in(folder))
     name = 'epoch_2.pth'
     if parts or not same_state(folder / name, whole / name):
@@ -291,7 +291,7 @@ class Record:
             )
 
     def add(self, **line: object) -> None:
-        """Keep what came out."""
+        """Keep an outcome."""
         self.lines.append(line)
         if self.path is not None:
             with self.path.open('a') as file:
@@ -387,23 +387,23 @@ def page(record: Record, seed: int) -> str:
             '<!-- written by tests/soak/soak.py; do not edit -->',
             '# Reliability',
             '',
-            'What `tests/soak/soak.py` counted when it tried to break runs of',
-            'two epochs of toy models on the CPU.',
+            '`tests/soak/soak.py` tries to break training runs: two epochs of',
+            'toy models on the CPU. These are the outcomes.',
             '',
-            '- Kills around writes: ERA, before, half-way through and after',
-            '  every write; then it goes on, and is compared with the whole',
-            '  run. Kills at random times: SIGKILL, one method after the',
-            '  other, ERA with EMA and with AMP, too. Kills of two ranks:',
-            '  both at once, every method.',
-            '- Wrong configs: one value or misspelt key, of ours in two of',
-            '  three, drawn from the signatures of all methods, of the',
-            '  hosts in the third.',
-            '- Files: cut, damaged, with other entries, or made to run code;',
-            '  given to `--resume`, `load_from` and the teacher.',
+            '- Kills around writes: an ERA run is killed before, halfway',
+            '  through and after every write, resumed, and compared with a',
+            '  run that was not killed. Kills at random times: SIGKILL; every',
+            '  method in turn, ERA also with EMA and with AMP. Kills of two',
+            '  ranks: both at once, every method.',
+            '- Wrong configs: one wrong value or misspelt key. Two thirds are',
+            '  arguments of our methods, drawn from their signatures; one',
+            '  third are keys of the hosts.',
+            '- Files: truncated, damaged, with other entries, or made to run',
+            '  code; given to `--resume`, `load_from` and the teacher.',
             '- Faults: images, data, teachers and disks that are broken or',
             '  missing.',
             '',
-            '| tried | attempts | came out | failures | at commit |',
+            '| tried | attempts | outcome | failures | at commit |',
             '| --- | --- | --- | --- | --- |',
             *rows,
             '',

@@ -6,12 +6,8 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from era_mm.core import (
-    BaseDistiller,
-    base_distiller,
-    connections,
-    student_config_of,
-)
+from era_mm.core import BaseDistiller, connections, student_config_of
+from era_mm.core.connections import split_source
 from era_mm.layers import Resampler
 from era_mm.testing import (
     detection_batch,
@@ -253,7 +249,7 @@ def test_sokd__hears_what_its_base_connects():
 
 
 def test_resample__has_its_former_name_for_now(monkeypatch):
-    said = logged_by(base_distiller, monkeypatch)
+    said = logged_by(connections, monkeypatch)
     model = build(connector=COVER)
     (distiller,) = model.distillers.values()
     assert distiller.connections.resamplers['student'].levels == (0, 1, 1)
@@ -268,3 +264,25 @@ def test_resampler__has_its_former_name_for_now(monkeypatch):
     assert isinstance(former, Resampler)
     assert former.levels == (1, 0)
     assert '`era_mm.Connector` is now `era_mm.Resampler`' in said[0]
+
+
+def test_source__is_split_into_names_of_both_and_the_resampling():
+    assert split_source('neck', has_teacher=True) == (
+        ('neck',),
+        ('neck',),
+        None,
+    )
+    assert split_source(['a', 'b'], has_teacher=False) == (
+        ('a', 'b'),
+        (),
+        None,
+    )
+    source = dict(student='a', teacher=['b', 'c'], resample=COVER)
+    assert split_source(source, has_teacher=True) == (
+        ('a',),
+        ('b', 'c'),
+        COVER,
+    )
+    for wrong in (dict(student='a'), dict(teacher='a'), dict(source, x=1)):
+        with pytest.raises(ValueError, match=r'dict\(student='):
+            split_source(wrong, has_teacher=True)

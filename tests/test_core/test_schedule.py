@@ -4,6 +4,7 @@ import pytest
 from mmengine.registry import MODELS
 
 from era_mm.core import LossSchedule
+from era_mm.core.schedule import scheduled
 from era_mm.testing import distillation_config
 
 ERA = dict(type='era_mm.ERADistiller')
@@ -72,3 +73,26 @@ def test_schedule__says_itself_in_words():
     assert str(LossSchedule(milestones=[2, 5], gamma=0.5)) == (
         'times 1, times 0.5 at 2, 5'
     )
+
+
+def test_scheduled__multiplies_the_losses_that_a_pattern_matches():
+    losses = {'loss_a_1': 3.0, 'loss_a_2': 5.0, 'a_seen': 7.0}
+    schedules = {
+        'loss_a_*': LossSchedule(scale=0.5),
+        '*_2': LossSchedule(start=4, scale=2),
+        '*': LossSchedule(stop=5),
+    }
+    told = dict(is_complete=True, owner='A')
+    # By hand: 0.5 * 3; at step 3 the second is off, at step 4 0.5 * 2 * 5.
+    assert scheduled(losses, schedules, 3, **told) == {
+        'loss_a_1': 1.5,
+        'loss_a_2': 0.0,
+        'a_seen': 7.0,
+    }
+    assert scheduled(losses, schedules, 4, **told)['loss_a_2'] == 5.0
+    assert scheduled(losses, schedules, 5, **told)['loss_a_1'] == 0.0
+    absent = {'loss_b': LossSchedule()}
+    with pytest.raises(ValueError, match=r"of A has 'loss_b'.*\['a_seen',"):
+        scheduled(losses, absent, 0, **told)
+    told['is_complete'] = False
+    assert scheduled(losses, absent, 0, **told) == losses

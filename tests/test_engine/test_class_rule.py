@@ -150,10 +150,10 @@ def test_features__teach_whatever_the_classes_are_called(make, tmp_path):
     runner = make(PKD, CLASSES[::-1])
     runner.train()
     log = log_of(tmp_path / 'run')
-    assert 'in another order, 2 of 3 stand elsewhere' in log
+    assert 'in another order, 2 of 3 are elsewhere' in log
     assert 'Its features can teach, its predictions cannot.' in log
     # In another order it is a mistake where predictions were to teach.
-    with pytest.raises(UserError, match='2 of 3 stand elsewhere'):
+    with pytest.raises(UserError, match='2 of 3 are elsewhere'):
         make(ERA, CLASSES[::-1], work_dir=tmp_path / 'era').train()
     off = ERA | dict(twi_steps='none', logit=None)
     terms = terms_of(make(off, CLASSES[::-1], work_dir=tmp_path / 'off'))

@@ -234,7 +234,7 @@ def test_teacher__whose_classes_are_in_another_order_stops_the_run(
     content['meta'] = {'dataset_meta': {'classes': CLASSES[::-1]}}
     torch.save(content, tmp_path / 'turned.pth')
     config = distillation_config(ERA, checkpoint=str(tmp_path / 'turned.pth'))
-    with pytest.raises(UserError, match='2 of 3 stand elsewhere'):
+    with pytest.raises(UserError, match='2 of 3 are elsewhere'):
         messages(many, tmp_path, config)
 
 
@@ -263,7 +263,9 @@ def test_length__must_exceed_the_start_of_every_schedule():
     distiller = ERA | dict(schedules={'loss_era_*': dict(start=8)})
     model = MODELS.build(distillation_config(distiller))
     check_length(model, 9)
-    with pytest.raises(UserError, match=r"'loss_era_\*' begin in iteration 8"):
+    with pytest.raises(
+        UserError, match=r"starts 'loss_era_\*' in iteration 8"
+    ):
         check_length(model, 8)
 
 
@@ -292,7 +294,7 @@ def test_run__that_ends_before_its_last_phase_does_not_begin(many, tmp_path):
         )
     )
     runner = make(many, tmp_path, model)
-    with pytest.raises(UserError, match=r"'distiller'.* would not train"):
+    with pytest.raises(UserError, match=r"'distiller'.* would never train"):
         runner.train()
     assert runner.iter == 0
 

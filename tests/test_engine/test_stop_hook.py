@@ -194,7 +194,7 @@ def test_signal__to_some_ranks_ends_all_with_one_checkpoint(name, told, start):
     statuses = [process.wait(timeout=60) for process in ranks.started]
     printed = ranks.log.read_text()
     assert statuses == [128 + number] * 2, printed
-    assert printed.count(f'stopped by {name}; --resume goes on from') == 2
+    assert printed.count(f'stopped by {name}; --resume continues from') == 2
     assert 'Traceback' not in printed
     check_one_checkpoint(ranks)
 
@@ -205,7 +205,7 @@ def test_signal__to_the_launcher_ends_all_with_one_checkpoint(start):
     assert ranks.started[0].wait(timeout=60) != 0
     assert not ranks.alive()
     printed = ranks.log.read_text()
-    assert printed.count('stopped by SIGTERM; --resume goes on from') == 2
+    assert printed.count('stopped by SIGTERM; --resume continues from') == 2
     check_one_checkpoint(ranks)
 
 

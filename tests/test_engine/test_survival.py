@@ -423,7 +423,7 @@ def test_train__over_a_former_run_is_refused(config, whole, capsys):
 def test_train__in_a_work_dir_in_use_is_refused(config, tmp_path, capsys):
     with held(tmp_path / 'run'):
         assert train(config, tmp_path / 'run') == 1
-    assert 'another run is at work' in capsys.readouterr().err
+    assert 'another run uses' in capsys.readouterr().err
     with held(tmp_path / 'run'):
         pass
 
@@ -542,15 +542,15 @@ SPOILT = {
         'other kinds of numbers',
     ),
     'nan': (put(torch.full((3, 64), torch.nan), *WEIGHT), 'not finite'),
-    'extras gone': (without_extras, 'what the distillers have learnt'),
-    'another method': (of_another_method, 'what the distillers have learnt'),
+    'extras gone': (without_extras, "without the distillers' weights"),
+    'another method': (of_another_method, 'it has weights of'),
     'no optimiser': (drop('optimizer'), 'no optimizer'),
     'no hub': (drop('message_hub'), 'no message_hub'),
     'no iteration': (drop('meta', 'iter'), 'meta.iter'),
     'negative': (put(-1, 'meta', 'epoch'), 'meta.epoch'),
     'no groups': (
         put(None, 'optimizer', 'param_groups'),
-        'epoch_3.pth cannot be gone on from: TypeError',
+        'epoch_3.pth cannot be resumed from: TypeError',
     ),
     'schedules': (put([{}, {}], 'param_schedulers'), 'schedules'),
 }
@@ -629,7 +629,7 @@ def test_resume__of_other_parameters_says_so_where_it_is_not_strict(
     options = {'strict_load': False}
     assert train(config, tmp_path / 'a', '--resume', file, **options) == 1
     printed = capsys.readouterr().err.split('error: ')[-1]
-    assert 'its optimiser is of other parameters than this run' in printed
+    assert 'its optimiser has other parameters than this run' in printed
     assert f'load_from={file}' in printed
 
 
@@ -734,7 +734,7 @@ def test_signal__writes_a_checkpoint_from_which_the_run_goes_on(
     assert status == 128 + getattr(signal, name)
     assert signal.getsignal(getattr(signal, name)) == before
     printed = capsys.readouterr().err
-    assert f'stopped by {name}; --resume goes on from' in printed
+    assert f'stopped by {name}; --resume continues from' in printed
     assert 'Traceback' not in printed
     # The step under way was ended.
     assert load_file(folder / 'iter_5.pth')['meta']['iter'] == 5
@@ -779,7 +779,7 @@ def test_signal__to_the_whole_group_ends_run_and_workers(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
     printed = (tmp_path / 'log').read_text()
-    assert f'stopped by {name}; --resume goes on from' in printed
+    assert f'stopped by {name}; --resume continues from' in printed
     assert status == 128 + getattr(signal, name)
     assert 'DataLoader worker' not in printed
     assert list(folder.glob('iter_*.pth'))

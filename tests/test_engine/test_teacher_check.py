@@ -44,11 +44,11 @@ def test_classes__in_another_order_stop_the_run():
     with pytest.raises(UserError) as error:
         compare_classes(['a', 'b', 'c'], ['a', 'c', 'b'], 'big')
     message = str(error.value)
-    assert '2 of 3 stand elsewhere' in message
+    assert '2 of 3 are elsewhere' in message
     assert "first, class 1: 'b' in the data, 'c' in the teacher" in message
     assert 'preflight=False' in message
     # Shifted by one, with one class that the other side does not have.
-    with pytest.raises(UserError, match='3 of 4 stand elsewhere'):
+    with pytest.raises(UserError, match='3 of 4 are elsewhere'):
         compare_classes(list('abcd'), list('xabc'), 'big')
 
 
@@ -413,7 +413,7 @@ def test_evaluation__in_a_way_of_its_own_is_not_guessed(many, tmp_path, own):
     teacher.checkpoint = 'there.pth'
     name = 'OwnEvaluator' if own == 'evaluator' else 'OwnMetric'
     assert check_teacher(teacher, runner, CLASSES, 16, 60) == (
-        f'teacher: not evaluated, {name} evaluates in a way of its own'
+        f'teacher: not evaluated, {name} combines results in its own way'
     )
 
 

@@ -521,7 +521,7 @@ def test_cuts__are_named_apart_where_the_models_differ():
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(cuts=dict(student=['layer1'])), 'two that are as long'),
+        (dict(cuts=dict(student=['layer1'])), 'lists of equal length'),
         (dict(cuts=['layer1'], assistant_weight=0.0), 'Give both a weight'),
         (
             dict(cuts=dict(student=['layer1'], teacher=['layer2'])),

@@ -809,7 +809,7 @@ def test_errors__heads_that_do_not_fit():
     with pytest.raises(ValueError, match='one softmax over the classes'):
         build(student)
     student['head'] = dict(type='MultiTaskHead', task_heads={})
-    with pytest.raises(ValueError, match='knows classifiers with a `head`'):
+    with pytest.raises(ValueError, match='supports classifiers with a `head`'):
         build(student)
     init_default_scope('mmdet')
     student = detector_config()

@@ -1,6 +1,6 @@
 """Residual KD: student and assistant (arXiv 2002.09168).
 
-In reading order: ``losses``, ``pair`` (what stays at inference),
+In reading order: ``losses``, ``pair`` (what is deployed),
 ``pair_config`` (from a given model to the pair), ``split`` (within the given
 model's cost), ``distiller`` (the losses and phases).
 

@@ -38,12 +38,12 @@ def phase_at(phases: Mapping[str, int | None], step: int) -> str:
 
 
 def _weighted(loss: Tensor, weight: float) -> Tensor:
-    # Without graph at 0, so that a phase with nothing to learn shows.
+    # No graph at 0, so that a phase that trains nothing is noticed.
     return weight * loss if weight else torch.zeros_like(loss)
 
 
 def _through(layer: nn.Module, feat: Tensor) -> Tensor:
-    """A layer that rests together with what it follows."""
+    """Apply a layer; it is frozen if the module before it is."""
     out = layer(feat)
     return out if feat.requires_grad else out.detach()
 
@@ -67,9 +67,9 @@ class ResidualKDDistiller(BaseDistiller):
     trained model is the pair, a ``ResidualPair`` in the given model, and every
     file holds both.
 
-    Phases, each so many iterations, in the order given:
+    Phases, each with its length in iterations, in the order given:
 
-        student     trains the student with L_S and what other distillers say
+        student     trains the student with L_S and other distillers' terms
         assistant   trains the assistant with L_A
         head        trains what follows the pair with L_task(F_int)
         joint       trains all with L
@@ -78,12 +78,12 @@ class ResidualKDDistiller(BaseDistiller):
     whole run is 'joint', the paper's end-to-end training; ``dict(student=a,
     assistant=b, head=None)`` is the progressive one.
 
-    Where the teacher has other channels than the given model, F_S and F_A go
-    to the teacher's by one shared 1x1 convolution without bias, which L_S
-    trains and which is not needed afterwards. At each of the further cuts
-    both go to the teacher's channels by one such convolution of their own,
-    trained by L_S and L_A of that cut; nothing is summed there, for the head
-    sees the last cut alone.
+    If the teacher has other channels than the given model, one shared 1x1
+    convolution without bias maps F_S and F_A to the teacher's channels. L_S
+    trains it, and it is not needed afterwards. At each of the further cuts,
+    student and assistant have one such convolution each, trained by L_S and
+    L_A of that cut. Nothing is summed there, because the head sees only the
+    last cut.
 
     Source: Residual KD, arXiv 2002.09168, read in abstract and introduction
     only, without official code. [paper]: hidden features, an assistant that
@@ -103,12 +103,12 @@ class ResidualKDDistiller(BaseDistiller):
         student_weight: Weight of L_S. 1 is [inference]. 0 where other
             distillers train the student (source 'backbone.adapter').
         assistant_weight: Weight of L_A. 1 is [inference].
-        cuts: Further cuts where the assistant learns what the student lacks,
-            for an assistant in the image form: modules of the backbone of the
-            given model and of the teacher, as ['layer1', 'layer2', 'layer3'],
-            or dict(student=[...], teacher=[...]). That features are taken at
-            the end of each stage is the same author's arXiv 1812.01819;
-            here [inference].
+        cuts: Further cuts at which the assistant learns the residual; they
+            need an assistant in the image form. Names of modules in the
+            backbones of the given model and of the teacher, as ['layer1',
+            'layer2', 'layer3'], or dict(student=[...], teacher=[...]).
+            Features at the end of each stage are from the same author's arXiv
+            1812.01819; here [inference].
         phases: Length of each phase in iterations, the last one None. Give
             multiples of the optimiser wrapper's ``accumulative_counts``.
         norm_cfg: Norm of the student's adapter. None: BN.
@@ -120,10 +120,9 @@ class ResidualKDDistiller(BaseDistiller):
         - features: L of ``(N, C, H, W)`` or ``(N, C)``
 
     Raises:
-        ValueError: Unknown phases or lengths that are no lengths, a pair
-            that does not fit the teacher, no term to train a convolution,
-            further cuts without an assistant of stages; and see
-            ``pair_config``.
+        ValueError: Unknown phases or invalid lengths, a pair that does not
+            fit the teacher, a convolution that no term trains, further cuts
+            without an assistant in the image form; and see ``pair_config``.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class ResidualKDDistiller(BaseDistiller):
         if len(own) != len(theirs) or set(both) - {'student', 'teacher'}:
             raise ValueError(
                 '`cuts` must be a list of names, or dict(student=[...], '
-                f'teacher=[...]) of two that are as long, but got {cuts}.'
+                f'teacher=[...]) with lists of equal length, but got {cuts}.'
             )
         if own and form != 'image':
             raise ValueError(
@@ -209,7 +208,7 @@ class ResidualKDDistiller(BaseDistiller):
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
-        """The feature form, on levels as they are.
+        """The feature form, without resampling.
 
         Raises:
             ValueError: The levels of the two are not the same.
@@ -369,10 +368,9 @@ class ResidualKDDistiller(BaseDistiller):
     ) -> dict[str, Tensor]:
         """``loss_residual_kd_student`` and ``loss_residual_kd_assistant``.
 
-        Both are there in every phase; one whose modules are frozen is a
-        constant. For the log ``residual_kd_mse_student`` and
-        ``residual_kd_mse_pair``: how far from the teacher the student is,
-        and the pair.
+        Both are returned in every phase; a term whose modules are frozen is a
+        constant. Logged beside them: ``residual_kd_mse_student`` and
+        ``residual_kd_mse_pair``, both without weight.
         """
         maps = student_feats[STUDENT[-1]]
         targets = teacher_feats[self.teacher_sources[0]]

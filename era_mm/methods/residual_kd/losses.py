@@ -11,7 +11,7 @@ from ...layers import full_precision
 
 
 def student_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
-    """What the student still lacks of the teacher's feature.
+    """Mean squared distance of the student's feature to the teacher's.
 
         L_S = mean((F_T - F_S)^2)
 
@@ -29,13 +29,13 @@ def student_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
 def assistant_loss(
     *, student_feat: Tensor, assistant_feat: Tensor, teacher_feat: Tensor
 ) -> Tensor:
-    """How far the assistant is from what the student lacks.
+    """Mean squared distance of the assistant to the student's residual.
 
         D = sg(F_T - F_S),   L_A = mean((D - F_A)^2)
 
     Its value is that of ``mean((F_T - F_int)^2)`` with F_int = F_S + F_A; its
-    gradient reaches the assistant alone. Were D not a constant, the student
-    would be pulled to make errors that are easy to predict.
+    gradient reaches only the assistant. If D were not a constant, the student
+    would learn to make errors that are easy to predict.
 
     Source: Residual KD [paper: the assistant learns the residual error]; the
     squared distance and the stop-gradient are [inference].

@@ -1,8 +1,8 @@
-"""The pair that stays: student, assistant, and the sum of both.
+"""The pair that is deployed: student, assistant, and the sum of both.
 
-``ResidualPair`` stands where a host model has its backbone (and neck), so the
-pair is an ordinary host model: its config builds it, its checkpoint loads
-into it, and what counts parameters or FLOPs counts those of the pair.
+``ResidualPair`` replaces the backbone (and neck) of a host model, so the pair
+is an ordinary host model: its config builds it, its checkpoint loads into it,
+and tools that count parameters or FLOPs count those of the pair.
 
 Legend: N batch, C channels, L levels, * none or two spatial dimensions; P the
 student's feature before the adapter, F_S after it, F_A the assistant's.
@@ -30,7 +30,7 @@ def _as_maps(module: nn.Module, feat: Tensor) -> Tensor:
 
 
 def _zero(layer: nn.Module) -> None:
-    """Let a layer output exactly 0: by its norm's scale, if it has one."""
+    """Make a layer output exactly 0: by its norm's scale, if it has one."""
     if isinstance(layer, ConvModule):
         layer = layer.norm if layer.with_norm else layer.conv
     nn.init.zeros_(layer.weight)
@@ -65,16 +65,17 @@ class FeatureExtractor(BaseModule):
 
 
 class ResidualAdapter(BaseModule):
-    """1x1 convolution and norm per level; less where channels agree.
+    """1x1 convolution and norm per level.
 
-    There it is the identity, or the norm alone if it has to start at 0.
+    Where channels agree it is the identity, or the norm alone if it starts
+    at 0.
 
     Source: ours.
 
     Args:
         in_channels: One per level.
         out_channels: Likewise.
-        norm_cfg: Norm; None: a convolution with bias alone. BN is
+        norm_cfg: Norm; None: only a convolution with bias. BN is
             [inference].
         zero_init: Start by outputting 0.
     """
@@ -166,7 +167,7 @@ class ImageAssistant(BaseModule):
 
         Args:
             inputs: The images.
-            feats: The student's features, which it does not look at.
+            feats: The student's features; not used.
 
         Shape:
             - inputs: ``(N, 3, H, W)``
@@ -182,7 +183,7 @@ class FeatureAssistant(BaseModule):
         F_A = [conv - norm - act] x (num_convs - 1), conv - norm (P)
 
     and a 1x1 convolution where P has other channels than the pair. The
-    student's feature comes in detached: the assistant never pulls at it.
+    student's feature is detached, so the assistant never trains the student.
 
     Source: ours; the form nearest to a branch of ERA (arXiv 2508.16050). The
     paper's assistant takes the image.
@@ -192,7 +193,7 @@ class FeatureAssistant(BaseModule):
         out_channels: Channels of the pair's features, likewise.
         num_convs: Convolutions per level, 3x3 on maps and 1x1 on vectors. 2
             is ERA's.
-        mid_channels: Width between them. None: as P.
+        mid_channels: Width between them. None: that of P.
         spatial_dims: 2 for maps, 0 for vectors.
         norm_cfg: Norm.
         act_cfg: Activation; none after the last.
@@ -254,7 +255,7 @@ class FeatureAssistant(BaseModule):
         """The residual F_A.
 
         Args:
-            inputs: The images, which it does not look at.
+            inputs: The images; not used.
             feats: The student's features P.
 
         Shape:
@@ -269,7 +270,7 @@ class FeatureAssistant(BaseModule):
 
 @MODELS.register_module()
 class ResidualPair(BaseModule):
-    """Student and assistant in the place of a backbone.
+    """Student and assistant in place of a backbone.
 
         F_S = adapter(student(image)),   F_int = F_S + F_A
 
@@ -303,8 +304,8 @@ class ResidualPair(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         self.student = FeatureExtractor(**student)
-        # What follows the student must find the random state that it finds
-        # in a plain model: then the pair starts at the plain model's weights.
+        # Modules after the student must see the same random state as in a
+        # plain model, so that the pair starts from the plain model's weights.
         with preserve_rng():
             self.adapter = ResidualAdapter(in_channels, out_channels, norm_cfg)
             self.assistant = MMENGINE_MODELS.build(assistant)

@@ -15,7 +15,7 @@ from ...layers import check_alike
 from .pair import FeatureExtractor
 
 CUTS = ('backbone', 'neck')
-#: What a backbone cut anew cannot keep of the given one.
+#: Keys of the given backbone that one with changed widths cannot keep.
 PRETRAINING = ('init_cfg', 'pretrained', 'frozen_stages')
 FORMS = {
     'image': 'era_mm.ImageAssistant',
@@ -33,10 +33,10 @@ def pair_config(
 ) -> ConfigDict:
     """The host config of a pair made of a given model.
 
-    What lies before the cut becomes a ``ResidualPair``, what lies behind it
-    stays. Channels are found by a dry run and written out, ``in_channels`` of
-    the necks included. What is cut out of the model anew starts from random
-    weights, so its frozen stages and norms are set free.
+    The modules before the cut become a ``ResidualPair``, those behind it
+    stay. Channels are measured by a dry run and written into the config, as
+    are ``in_channels`` of the necks. A changed student backbone and the
+    assistant's start from random weights, so nothing in them is frozen.
 
     Source: ours.
 
@@ -53,10 +53,9 @@ def pair_config(
         norm_cfg: Norm of the student's adapter. None: BN.
 
     Raises:
-        ValueError: No such cut or form, a model without neck, a key that is
-            inferred, features that are neither maps nor vectors,
-            another number of levels or other map sizes than the given
-            model's.
+        ValueError: An unknown cut or form, a model without neck, a key that
+            is inferred, features that are neither maps nor vectors, or a
+            number of levels or sizes of maps other than the given model's.
     """
     pair = ConfigDict(copy.deepcopy(dict(model)))
     given = parts_before(model, source)
@@ -97,7 +96,7 @@ def pair_config(
     if norm_cfg is not None:
         pair.backbone.norm_cfg = norm_cfg
     if source == 'neck':
-        # Detectors take it as an argument that may not be left out.
+        # Detectors require the argument.
         pair.neck = None
     return pair
 
@@ -111,8 +110,8 @@ def parts_before(model: Mapping, source: str) -> ConfigDict:
         )
     if str(model.get('backbone', {}).get('type')) == 'era_mm.ResidualPair':
         raise ValueError(
-            'The given model is a pair already. Give the model that it is '
-            'to be made of, and one Residual KD.'
+            'The given model is a pair already. Give the original model, and '
+            'only one ResidualKDDistiller.'
         )
     parts = CUTS[: CUTS.index(source) + 1]
     missing = [part for part in parts if not model.get(part)]
@@ -128,18 +127,18 @@ def parts_before(model: Mapping, source: str) -> ConfigDict:
 def change_parts(
     parts: ConfigDict, changes: Mapping, *, name: str, is_new: bool = False
 ) -> ConfigDict:
-    """Parts with changes, necks fitted to their backbone.
+    """Change parts, and fit necks to their backbone.
 
     Args:
         parts: ``backbone`` and, optionally, ``neck``.
         changes: What to change in each.
-        name: Whose they are, for messages.
-        is_new: Whether they start from random weights even unchanged.
+        name: 'student' or 'assistant', for messages.
+        is_new: Whether they start from random weights even if unchanged.
     """
     unknown = sorted(set(changes) - set(parts))
     if unknown:
         raise ValueError(
-            f'`{name}` changes {unknown}, but what lies before the cut is '
+            f'`{name}` changes {unknown}, but before the cut there is '
             f'{list(parts)}.'
         )
     changed = copy.deepcopy(parts)
@@ -158,7 +157,7 @@ def change_parts(
 
 
 def _set_free(backbone: ConfigDict) -> None:
-    """Take out what makes sense for pre-trained weights only."""
+    """Remove what makes sense only with pre-trained weights."""
     inits = backbone.get('init_cfg')
     inits = inits if isinstance(inits, (list, tuple)) else [inits]
     kept = [i for i in inits if i and i.get('type') != 'Pretrained']

@@ -1,4 +1,4 @@
-"""Model separation: a student and an assistant within a model's cost."""
+"""Model separation: student and assistant together cost at most the model."""
 
 import copy
 import math
@@ -64,9 +64,9 @@ def split_by_flops(
         FLOPs(assistant) <= share * FLOPs(model)
         FLOPs(student) + FLOPs(assistant) + adapters + sum <= FLOPs(model)
 
-    both as wide as that allows, each measured. A convolution's FLOPs grow
-    with the square of the width, so the widths come out near sqrt(share) and
-    sqrt(1 - share).
+    Both are as wide as these bounds allow; all costs are measured. A
+    convolution's FLOPs grow with the square of the width, so the widths are
+    near sqrt(share) and sqrt(1 - share).
 
     Source: Residual KD [paper: student and assistant are derived from one
     model within its cost]; the rule is [inference].
@@ -74,18 +74,18 @@ def split_by_flops(
     Args:
         model: Host model config.
         share: The assistant's share, in [0, 1). 0.1 to 0.2 is [inference]:
-            it has a small signal to model.
+            the residual is a small signal.
         source: The cut, 'backbone' or 'neck'.
         divisor: Channels are rounded down to its multiples, before a group
-            norm to multiples of its groups as well. None: of the channels of
-            the first stage a sixteenth, as the power of two below, at most 8;
+            norm to multiples of its groups as well. None: a sixteenth of the
+            first stage's channels, rounded down to a power of two, at most 8;
             so a step of width is at most an eighth of the model's FLOPs.
-            Where a factor says the width, the backbone rounds.
+            Backbones whose width is a factor round by themselves.
         input_size: Height and width at which FLOPs are measured, in pixels.
 
     Raises:
-        ValueError: A share outside the range, a divisor that is none, a model
-            whose widths cannot be changed, or none that is narrow enough.
+        ValueError: A share outside the range, an invalid divisor, a model
+            whose widths cannot be changed, or no width is narrow enough.
     """
     if not 0 <= share < 1:
         raise ValueError(f'`share` must be in [0, 1), but got {share}.')
@@ -122,7 +122,7 @@ def split_by_flops(
         raise ValueError(
             f'No assistant cut from this model costs as little as '
             f'{share:.3f} of it; the narrowest one'
-            + (f' of channels that divide by {divisor}' if divisor else '')
+            + (f' with channels divisible by {divisor}' if divisor else '')
             + f' takes {least:.3f}. Give a larger share or a smaller divisor.'
         )
     student = _widest(
@@ -162,7 +162,7 @@ def widths(
         parts: ``backbone`` and, optionally, ``neck``.
         divisor: See :func:`split_by_flops`.
         with_neck: Whether the neck's channels shrink too. A student keeps
-            them, for they are what the head gets.
+            them, because the head expects them.
     """
     found: list[dict] = []
     backbone = parts['backbone']
@@ -191,19 +191,19 @@ def _round(channels: int, step: int, divisor: int) -> int:
 
 
 def _with_groups(settings: Mapping, divisor: int) -> int:
-    """A divisor that the groups of a part's norm divide too."""
+    """A multiple of a divisor and of the groups of a part's norm."""
     groups = (settings.get('norm_cfg') or {}).get('num_groups', 1)
     return math.lcm(divisor, groups)
 
 
 def _width_of(backbone: Mapping) -> dict[str, Any]:
-    """What says a backbone's width, by the name of the argument.
+    """The arguments that set a backbone's width, and their values.
 
-    Known are the ways in which backbones of the hosts and of the project say
-    it: a factor (MobileNet, ShuffleNetV2, CSPDarknet; ``width`` of a wide
-    ResNet), the first stage's channels, which the others double (ResNet and
-    its kin; ResNeXt has its groups besides), or an ``arch`` with a list of
-    channels (ConvNeXt) or with the first stage's and the heads of attention
+    In backbones of the hosts and of the project these are a factor
+    (MobileNet, ShuffleNetV2, CSPDarknet; ``width`` of a wide ResNet), the
+    first stage's channels, which later stages double (ResNet and its
+    variants; ResNeXt also has groups), or an ``arch`` with a list of channels
+    (ConvNeXt) or with the first stage's channels and the attention heads
     (CSWin).
     """
     settings = arguments_of(backbone) | dict(backbone)
@@ -275,7 +275,7 @@ def _narrow(
             own = _with_groups(backbone, divisor or _divisor_for(known[key]))
             changes[key] = _round(known[key], step, own)
     if 'groups' in known:
-        # Their own width stays, so their number decides.
+        # The width of a group stays, so their number changes.
         changes['groups'] = max(
             1, known['groups'] * changes['base_channels'] // base
         )
@@ -290,11 +290,11 @@ def _divisor_for(channels: int) -> int:
 def measure(module: nn.Module, size: tuple[int, int]) -> dict[str, Cost]:
     """FLOPs and parameters of a module that takes images, and of its parts.
 
-    mmengine's counter passes additions over; those of a ``ResidualPair``, one
-    per element, are added here.
+    mmengine's counter ignores additions; those of a ``ResidualPair``, one per
+    element, are added here.
 
     Args:
-        module: It.
+        module: The module.
         size: Height and width of the image, in pixels.
 
     Returns:
@@ -303,7 +303,7 @@ def measure(module: nn.Module, size: tuple[int, int]) -> dict[str, Cost]:
     image = torch.zeros(1, 3, *size)
     with torch.no_grad(), evaluating(module):
         analyzer = FlopAnalyzer(module, image)
-        # It tells of every element-wise operation that it passes over, and
+        # It would warn of every element-wise operation that it ignores, and
         # of modules that compute nothing.
         analyzer.unsupported_ops_warnings(False)
         analyzer.uncalled_modules_warnings(False)

@@ -33,12 +33,12 @@ class TrunkToBranchDistiller(BaseDistiller):
 
     There is no teacher. The K = 3 peers see the trunk's last two stages with
     their graph, so their losses train those stages directly (semantic
-    permeation); what the peers know together goes back to the trunk's head
-    through L_ensemble. w(t) is ONE's ramp, over the first 0.27 of the run;
-    outside an mmengine run it is 1. L_ensemble: see ``ClassifierPeers`` and,
+    permeation); L_ensemble distils their ensemble into the trunk's head.
+    w(t) is ONE's ramp, over the first 0.27 of the run; outside an mmengine
+    run it is 1. L_ensemble: see ``ClassifierPeers`` and,
     for detectors, ``DensePeers``.
 
-    After training the peers are gone: the trunk is the plain model.
+    The peers are needed only in training: the trunk is the plain model.
 
     Source: "Trunk-to-Branch: Lightweight Multi-Sub Distillation with
     High-Order Feature Semantics", thesis, Ajou University, of which only
@@ -59,11 +59,12 @@ class TrunkToBranchDistiller(BaseDistiller):
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Stages that are not known or no maps, heads without
-            softmax scores or sigmoid scores per level, a batch of one.
+        ValueError: Stages that are not known or output no maps, heads
+            without softmax scores or sigmoid scores per level, a batch of
+            one.
     """
 
-    #: Options of before, and what holds in their place.
+    #: Removed options, and what applies instead.
     CUT: ClassVar[dict[str, str]] = {
         'num_taps': 'the last two stages are tapped; `source` names others',
         'num_peers': 'there are 3 peers',
@@ -105,7 +106,7 @@ class TrunkToBranchDistiller(BaseDistiller):
 
     @staticmethod
     def _form(student: nn.Module) -> type[ClassifierPeers] | type[DensePeers]:
-        """How the branches go with the student's head."""
+        """The kind of branches that fits the student's head."""
         dense = getattr(student, 'bbox_head', None)
         if hasattr(dense, 'loss_by_feat') and not hasattr(student, 'roi_head'):
             if hasattr(student, 'neck'):
@@ -113,7 +114,7 @@ class TrunkToBranchDistiller(BaseDistiller):
         elif hasattr(getattr(student, 'head', None), 'loss_module'):
             return ClassifierPeers
         raise ValueError(
-            'Trunk-to-Branch knows classifiers with a `head` and its '
+            'Trunk-to-Branch supports classifiers with a `head` and its '
             '`loss_module`, and one-stage detectors with a `neck` and a dense '
             f'`bbox_head`, but the student is a {type(student).__name__} with '
             f'{", ".join(name for name, _ in student.named_children())}.'
@@ -148,7 +149,7 @@ class TrunkToBranchDistiller(BaseDistiller):
     # -- losses ------------------------------------------------------------
 
     def loss_weights(self) -> dict[str, float]:
-        """Of the branches' terms; the distillation's before the ramp."""
+        """Weights of the terms; that of L_ensemble before the ramp."""
         weights = {
             'peers': self.peer_weight,
             'ensemble': self.ensemble_weight,

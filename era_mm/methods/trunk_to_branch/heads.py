@@ -1,4 +1,4 @@
-"""What the branches do for a classifier, and for a dense detector.
+"""The branches of a classifier, and those of a dense detector.
 
 Both have the same methods, so the distiller need not know which it has.
 
@@ -25,7 +25,7 @@ from .stages import as_feature
 class _Peers(nn.Module):
     """The branches, and the taps that they see."""
 
-    #: What is recorded of the trunk beside the taps.
+    #: The trunk's sources that are recorded beside the taps.
     SOURCES: tuple[str, ...]
     branches: nn.ModuleList
 
@@ -37,7 +37,7 @@ class _Peers(nn.Module):
         """The tapped maps, from the first stage to the last.
 
         Raises:
-            ValueError: A tap that is no map.
+            ValueError: A tap is not a map.
         """
         found = [
             as_feature(feat, source=source)
@@ -188,9 +188,9 @@ class DensePeers(_Peers):
         L_ensemble = KL(q || sigmoid(z_0))
 
     The KL is summed over classes and averaged over the 100 places of each
-    image with the highest q, the target detached: what an image mostly has
-    is background, on which all agree. The classification loss is computed by
-    the trunk's head, with its assigner; where that looks at boxes, at the
+    image with the highest q; the target is detached. The rest is mostly
+    background, on which all agree. The classification loss is that of the
+    trunk's head, with its assigner; an assigner that needs boxes gets the
     trunk's, detached. Every place of every level is one sample of the
     decorrelation.
 

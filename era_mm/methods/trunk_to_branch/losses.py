@@ -20,7 +20,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     Every rank's loss depends on every rank's summand, so the gradient of a
     summand is the sum of what all ranks hand back. DDP then averages the
-    parameters' gradients: the mean of the ranks' losses is what descends.
+    parameters' gradients, so the mean of the ranks' losses is minimised.
     torch's own (torch.distributed.nn.functional) is deprecated.
     """
 
@@ -72,7 +72,7 @@ def mean_squared_correlation(
         - out: scalar
 
     Raises:
-        ValueError: One sample in all.
+        ValueError: There is only one sample.
     """
     if len(embeddings) < 2:
         return embeddings[0].new_zeros(())
@@ -103,7 +103,7 @@ def mean_squared_correlation(
 
 
 def ramp_factor(step: float, length: float) -> float:
-    """How much distillation counts: little while the peers know little.
+    """The factor of L_ensemble: small while the peers know little.
 
         w(t) = exp(-5 (1 - min(t, length) / length)^2)
 

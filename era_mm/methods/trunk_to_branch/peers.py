@@ -19,9 +19,9 @@ class SemanticPermeation(nn.Module):
 
         g_l = BN_l(AdaptiveAvgPool(f_l)),     F_cat = concat_c(g_l)
 
-    The grid is the last tap's. The features
-    keep their graph: a loss of any branch reaches each tapped stage through
-    one layer, so early stages learn what classes need.
+    The grid is the last tap's. The features keep their graph: a loss of any
+    branch reaches each tapped stage through one layer, so early stages learn
+    what the classes need.
 
     Source: Trunk-to-Branch [paper]: feature concatenation and alignment by
     back-propagation. Pooling, norm and no further alignment loss are
@@ -55,7 +55,7 @@ class SemanticPermeation(nn.Module):
 
 
 def _draw(layer: nn.Module) -> None:
-    # One after the other, so every peer draws another matrix.
+    # Drawn in turn, so that every peer has a different matrix.
     nn.init.orthogonal_(layer.weight)
 
 
@@ -103,11 +103,11 @@ class DensePeerBranch(nn.Module):
         F_cat^l = concat_c(g_P(P_l), Resize_l(g_t(f_t)) for t in taps)
         e^l = ReLU(BN(W F_cat^l)),   z^l = Conv1x1(e^l)
 
-    P_l is what the trunk's head sees of level l; the tapped stages permeate
-    into it. W is a 1x1 convolution, so it commutes with resizing: it runs on
-    each tap once, at the tap's own size, and what it gives is resized and
-    added. The result is that of the concatenation, without one as large as
-    the finest level. BN takes each level's statistics.
+    P_l is the input of the trunk's head at level l. W is a 1x1 convolution,
+    so it commutes with resizing: it runs once on each tap, at the tap's own
+    size, and its output is resized and added. The result equals that of the
+    concatenation, which would be as large as the finest level. BN uses each
+    level's statistics.
 
     Source: ours.
 

@@ -24,7 +24,7 @@ def stage_names(backbone: nn.Module) -> list[str]:
       ...; where a stage is a list of ``blocks``, its last block, since what
       Swin's stage itself outputs is more than a feature.
     - Backbones with ``layers`` (MobileNet, CSPDarknet): of the layers that
-      work at one resolution, the last.
+      have the same resolution, the last.
 
     Source: ours.
 
@@ -58,14 +58,13 @@ def stage_names(backbone: nn.Module) -> list[str]:
     children = ', '.join(name for name, _ in backbone.named_children())
     raise ValueError(
         f'The stages of a {type(backbone).__name__} are not known: it has '
-        'none of `res_layers`, `stages` and `layers`. Name those that the '
-        "branches shall begin at: source=['backbone.<name>', ...]. Its "
-        f'children: {children}.'
+        'none of `res_layers`, `stages` and `layers`. Name the stages to '
+        f"tap: source=['backbone.<name>', ...]. Its children: {children}."
     )
 
 
 def as_feature(output: Tensor, *, source: str) -> Tensor:
-    """A map or a vector of what a stage outputs; tokens become a map.
+    """The output of a stage as a map or a vector; tokens become a map.
 
     Source: ours.
 
