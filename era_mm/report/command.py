@@ -124,7 +124,8 @@ def write_report(
 
     Raises:
         UserError: A work dir is no folder, ``out`` cannot be written or lies
-            in a work dir, plotly or jinja2 is not installed.
+            in a work dir, a number is negative, plotly or jinja2 is not
+            installed.
     """
     from era_mm.engine.whole_files import write_whole
 
@@ -134,6 +135,13 @@ def write_report(
     from .panel_parts import Found, Options
     from .panels import look_at_images
 
+    for name, number in (
+        ('images', images),
+        ('shown', shown),
+        ('seconds', seconds),
+    ):
+        if not number >= 0:
+            raise UserError(f'--{name}: expected 0 or more, but got {number}.')
     out = Path(out)
     _check_out(out, work_dirs)
     _check_installed()

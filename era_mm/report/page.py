@@ -139,7 +139,12 @@ def _headline(comparison: Comparison, summary: dict) -> str:
             return best[1]
     if not comparison.distilled:
         return 'No distillation is among these runs.'
-    return 'There is no plain run to compare with.'
+    if comparison.plain is None:
+        return 'There is no plain run to compare with.'
+    return (
+        'The distillation and the plain run have no metric in common, so '
+        'there is no difference to show.'
+    )
 
 
 def summary_table(summary: dict) -> Table:

@@ -17,7 +17,12 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from era_mm import cli
 from era_mm.core import read_checkpoint, safe_files
 from era_mm.core.places import guard_reading, read_place
-from era_mm.core.safe_files import TRUST, UntrustedFileError, load_file
+from era_mm.core.safe_files import (
+    TRUST,
+    UntrustedFileError,
+    _method_of_history,
+    load_file,
+)
 from era_mm.errors import UserError
 from era_mm.testing import (
     detector_config,
@@ -95,6 +100,22 @@ def test_load_file__lets_getattr_reach_the_methods_of_histories_alone(
     history = HistoryBuffer([1.0, 3.0], [1, 1])
     torch.save({'h': history}, tmp_path / 'good.pth')
     assert load_file(tmp_path / 'good.pth')['h'].mean() == 2
+
+
+@pytest.mark.parametrize(
+    ('owner', 'name'),
+    [
+        (os, 'system'),
+        # An instance, or what inherits: neither is the class itself.
+        (HistoryBuffer(), 'mean'),
+        (type('Heir', (HistoryBuffer,), {}), 'mean'),
+        (HistoryBuffer, '__subclasses__'),
+        (HistoryBuffer, '_set_default_statistics'),
+    ],
+)
+def test_getattr__of_anything_else_is_refused(owner, name):
+    with pytest.raises(pickle.UnpicklingError, match='getattr'):
+        _method_of_history(owner, name)
 
 
 @pytest.mark.parametrize('value', ['1', '0', 'yes'])

@@ -370,6 +370,24 @@ def test_write_report__refuses_a_place_in_a_work_dir(toy_runs, tmp_path):
         write_report([toy_runs / 'era'], toy_runs / 'era' / 'report.html')
     with pytest.raises(UserError, match=r'\.html'):
         write_report([toy_runs / 'era'], tmp_path / 'report.txt')
+    for name in ('images', 'shown', 'seconds'):
+        with pytest.raises(UserError, match=f'--{name}: expected 0 or more'):
+            write_report(
+                [toy_runs / 'era'], tmp_path / 'report.html', **{name: -1}
+            )
+
+
+def test_page__of_a_run_without_a_log_does_not_deny_the_plain_one(
+    toy_runs, tmp_path
+):
+    folder = shutil.copytree(toy_runs / 'era', tmp_path / 'silent')
+    for log in folder.glob('*/vis_data/scalars.json'):
+        log.unlink()
+    out = write_report(
+        [folder, toy_runs / 'plain'], tmp_path / 'p.html', images=0
+    )
+    summary = in_page(out.read_text(), 'summary-json')
+    assert 'have no metric in common' in summary['headline']
 
 
 def test_run_report__says_where_the_page_is(toy_runs, tmp_path, capsys):
