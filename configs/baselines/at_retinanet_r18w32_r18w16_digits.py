@@ -14,5 +14,7 @@ model = dict(
         checkpoint='work_dirs/plain_retinanet_r18w32_digits/epoch_15.pth',
     ),
     # The same weight on each level, whatever its size. [ours]
-    distiller=dict(type='era_mm.ATDistiller', num_positions=256),
+    distiller=dict(
+        type='era_mm.ATDistiller', num_positions=256, loss_weight=30.0
+    ),
 )
