@@ -42,7 +42,7 @@ REQUIREMENTS = ROOT / 'requirements'
 OLDEST_PYTHON = (3, 11)
 #: Profile -> the newest Python that its torch is for. `newest` has the hosts
 #: of onedl (era_mm/hosts.py) with the newest torch for which mmcv builds.
-NEWEST_PYTHON = {'onedl': (3, 12), 'openmmlab': (3, 11), 'newest': (3, 12)}
+NEWEST_PYTHON = {'onedl': (3, 12), 'openmmlab': (3, 11), 'newest': (3, 11)}
 #: Profiles whose mmcv is built for a GPU, with the compiler in cuda.txt. The
 #: reasons of the others are in docs/installation.md.
 FOR_GPUS = ('onedl',)

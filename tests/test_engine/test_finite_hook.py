@@ -155,6 +155,8 @@ def test_skip__leaves_everything_as_if_the_batch_had_not_been(
 ):
     if clip and wrapper is ScaledWrapper:
         pytest.skip("unscaling before clipping is mmengine's own")
+    if wrapper is ScaledWrapper and not hasattr(torch.amp, 'GradScaler'):
+        pytest.skip('torch before 2.3 scales losses on a GPU alone')
     good = [batch(0), batch(1), batch(2)]
     options = dict(wrapper=wrapper, optimizer=optimizer, clip_grad=clip)
     plain, _ = train_on(good, FiniteHook(), **options)

@@ -8,6 +8,7 @@ import torch
 from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
+from mmengine.registry import EVALUATOR, METRICS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
@@ -389,11 +390,13 @@ def test_sets__that_do_not_go_with_the_evaluator_are_not_evaluated(
     )
 
 
+@EVALUATOR.register_module()
 class OwnEvaluator(Evaluator):
     def evaluate(self, size):
         return {}
 
 
+@METRICS.register_module()
 class OwnMetric(CocoMetric):
     def evaluate(self, size):
         return {}
@@ -402,10 +405,10 @@ class OwnMetric(CocoMetric):
 @pytest.mark.parametrize('own', ['evaluator', 'metric'])
 def test_evaluation__in_a_way_of_its_own_is_not_guessed(many, tmp_path, own):
     metric = dict(
-        type=OwnMetric if own == 'metric' else 'CocoMetric',
+        type='OwnMetric' if own == 'metric' else 'CocoMetric',
         ann_file=f'{many}/annotations.json',
     )
-    kind = OwnEvaluator if own == 'evaluator' else 'Evaluator'
+    kind = 'OwnEvaluator' if own == 'evaluator' else 'Evaluator'
     runner = make(
         many, tmp_path, val_evaluator=dict(type=kind, metrics=metric)
     )
