@@ -21,16 +21,16 @@ def download(url: str, sha256: str | None) -> Path:
     path = Path(
         torch.hub.get_dir(), 'checkpoints', Path(urlsplit(url).path).name
     )
-    problem = ['']
+    fault = ['']
     if get_rank() == 0:
-        problem[0] = _fetch(url, path, sha256)
-    broadcast_object_list(problem)
+        fault[0] = _fetch(url, path, sha256)
+    broadcast_object_list(fault)
     # Other machines do not share rank 0's folder.
-    if get_rank() > 0 and not problem[0]:
-        problem[0] = _fetch(url, path, sha256)
-    if problem[0]:
+    if get_rank() > 0 and not fault[0]:
+        fault[0] = _fetch(url, path, sha256)
+    if fault[0]:
         raise FileNotFoundError(
-            f'Checkpoint {url!r} cannot be downloaded: {problem[0]}. Give a '
+            f'Checkpoint {url!r} cannot be downloaded: {fault[0]}. Give a '
             'path or another URL; `checkpoint` takes a list of them.'
         )
     return path

@@ -169,7 +169,7 @@ class Pair:
                     member.measure(size)
             # A model that does not accept this size may raise anything.
             except Exception as error:
-                problem = (member, size, error)
+                failure = (member, size, error)
                 continue
             self.input_size = size
             # Deformable convolutions in a head refuse the smallest maps.
@@ -181,7 +181,7 @@ class Pair:
             for member in (self.student, self.teacher):
                 member.measure(self.input_size)
             return
-        member, size, cause = problem
+        member, size, cause = failure
         raise UserError(
             f'{member.role}: {member.name} cannot run on an image of '
             f'{size}x{size} with {member.channels} channels (tried: '

@@ -90,14 +90,14 @@ def _table(role: str, member: Member, depth: int, sizes: list[int]) -> str:
                 remark = ', without the modules after the neck'
                 break
             except Exception as error:
-                problem = error
+                failure = error
     else:
         raise UserError(
             f'{role}: {member.name} cannot run on images of '
             f'{member.channels} channels and {sizes} pixels: '
-            f'{type(problem).__name__}: {problem}. Give --input-size; the '
+            f'{type(failure).__name__}: {failure}. Give --input-size; the '
             "channels are those of the backbone's first convolution."
-        ) from problem
+        ) from failure
     shown = '' if member.channels == 3 else f', {member.channels} channels'
     lines = [
         f'{role}: {type(member.model).__name__}, {member.name}, on '

@@ -376,8 +376,7 @@ def _why_not(student: nn.Module, teacher: nn.Module) -> str | None:
     reason = why_not_comparable(student, teacher)
     if reason is not None:
         return reason
-    problem = why_no_sigmoid_scores(teacher.bbox_head)
+    reason = why_no_sigmoid_scores(teacher.bbox_head)
     return (
-        problem
-        and f"the teacher's {type(teacher.bbox_head).__name__} {problem}"
+        reason and f"the teacher's {type(teacher.bbox_head).__name__} {reason}"
     )

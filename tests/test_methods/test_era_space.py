@@ -669,7 +669,7 @@ def test_twi__reaches_the_estimate_it_judges(steps, reached):
     era = model.distillers['distiller']
     era.explained.fill_(0.5)
     losses = model(**batch_of(model), mode='loss')
-    # The student's own head hears of its own terms alone.
+    # Only its own terms reach the student's head.
     (losses['loss_era_twi_logit'] + losses['loss_era_twi_box']).backward(
         retain_graph=True
     )

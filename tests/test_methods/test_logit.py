@@ -71,7 +71,7 @@ def test_classifiers__each_kind(classifiers, image_batch, settings, expected):
     assert losses.keys() == {'loss', 'loss_logit_score'}
     torch.testing.assert_close(losses['loss_logit_score'], value)
     assert value > 0
-    # All of the student hears it, the teacher nothing.
+    # It reaches all of the student, and nothing of the teacher.
     losses['loss_logit_score'].backward()
     for name, parameter in model.student.named_parameters():
         assert parameter.grad is not None, name
