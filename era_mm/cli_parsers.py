@@ -75,11 +75,10 @@ def export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--mode',
-        choices=['S', 'E0', 'T'],
         default='S',
-        help="S: the student alone. E0: with the teacher's head, the align "
-        'layer folded in. T: with MBRNet and the head (needs era_mm). '
-        '(default: S)',
+        help='S: the student alone; or a mode that the distiller exports. '
+        "ERA: E0, with the teacher's head, the align layer folded in; T, with "
+        'MBRNet and the head (needs era_mm). (default: S)',
     )
     parser.add_argument(
         '--out',

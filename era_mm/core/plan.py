@@ -78,6 +78,7 @@ class Plan(NamedTuple):
             methods that never use it.
         modes: Inference modes to report, as far as the built model offers
             them.
+        hook: Type of the hook that reports them.
         inherit: Modules of the student that start from the teacher's weights.
     """
 
@@ -85,4 +86,5 @@ class Plan(NamedTuple):
     match: FeatureMatch
     head: str | None = None
     modes: tuple[str, ...] = ()
+    hook: str = 'era_mm.ModesHook'
     inherit: tuple[str, ...] = ()

@@ -108,7 +108,7 @@ def _wrong_arguments(node: Any, key: str = '') -> Iterator[str]:
         return
     kind = node.get('type')
     if isinstance(kind, str) and kind.startswith('era_mm.'):
-        known = _own_classes()
+        known = own_classes()
         cls = known.get(kind)
         if cls is not None:
             yield from _of_class(cls, node, key)
@@ -122,7 +122,7 @@ def _wrong_arguments(node: Any, key: str = '') -> Iterator[str]:
 
 
 @functools.cache
-def _own_classes() -> dict[str, type]:
+def own_classes() -> dict[str, type]:
     """Every class of ours, as configs call it."""
     found: dict[str, type] = {}
     for parent in vars(mmengine.registry).values():

@@ -27,8 +27,6 @@ from era_mm.core.checkpoint import read_with_meta
 from era_mm.core.host_models import image_channels, whole_model
 from era_mm.errors import UserError
 
-MODES = ('S', 'E0', 'T')
-
 
 class Exported(NamedTuple):
     """An exported model.
@@ -67,15 +65,15 @@ def export_student(
         cfg: Config of the distillation.
         checkpoint: Path or URL of a checkpoint of its training.
         prefix: Path to write to, without extension.
-        mode: 'S', the student alone; 'E0' or 'T', the student with the
-            teacher's head.
+        mode: 'S', the student alone; or a mode that a distiller exports.
         distiller: Name of the distiller, if several offer the mode.
-        keep_align: For E0, see ``era_mm.methods.era.export``.
+        keep_align: An option of ``era_mm.methods.era.export``.
         student: Name of the student of a ``MutualDistillation``.
 
     Raises:
         UserError: Not a distillation, no such mode or student, a plain
-            student's checkpoint for E0 or T, or files that exist already.
+            student's checkpoint for a mode other than S, or files that exist
+            already.
     """
     targets = [Path(f'{prefix}.py'), Path(f'{prefix}.pth')]
     if _kind(cfg) == 'MutualDistillation' or student is not None:
@@ -136,12 +134,10 @@ def _check_request(
     distiller: str | None,
     keep_align: bool,
 ) -> None:
-    if mode not in MODES:
-        raise UserError(f'--mode: expected one of {MODES}, but got {mode!r}.')
-    if keep_align and mode != 'E0':
+    if keep_align and mode == 'S':
         raise UserError(
-            f'--keep-align: it is for mode E0, but the mode is {mode}. Omit '
-            'it.'
+            '--keep-align: mode S is the student alone and has no align '
+            'layer. Omit it.'
         )
     if distiller is not None and mode == 'S':
         raise UserError(
@@ -312,10 +308,15 @@ def _choose(model: Distillation, mode: str, wanted: str | None) -> str:
             f'{name!r} ({type(model.distillers[name]).__name__})'
             for name in chosen or names
         ]
+        offered = [
+            known
+            for name in chosen or names
+            for known in model.distillers[name].inference_modes()
+        ]
         raise UserError(
             f'--mode: {", ".join(kinds) or "a run without distiller"} does '
-            f'not offer {mode}; ERA does with a teacher whose head it can '
-            'use. S can be exported in any case.'
+            f'not offer {mode}, but {", ".join(offered) or "no mode"}. S can '
+            'be exported in any case.'
         )
     return chosen[0]
 

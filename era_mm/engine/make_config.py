@@ -167,15 +167,17 @@ def make_config(
         plans=plans,
         input_size=pair.input_size,
     )
-    model = _build(_text(draft), student)
-    modes = []
+    model = _build(_text(draft, {}), student)
+    modes: dict[str, list[str]] = {}
     for plan, (name, distiller) in zip(
         plans.values(), model.distillers.items(), strict=True
     ):
         # As the model names them.
         prefix = f'{name}.' if len(plans) > 1 else ''
         known = distiller.inference_modes()
-        modes += [f'{prefix}{mode}' for mode in plan.modes if mode in known]
+        offered = [f'{prefix}{mode}' for mode in plan.modes if mode in known]
+        if offered:
+            modes.setdefault(plan.hook, []).extend(offered)
     return Made(_text(draft, modes), pair, plans, model)
 
 
@@ -301,7 +303,7 @@ def _base(student: HostConfig, out: Path) -> str:
 # -- the text ----------------------------------------------------------------
 
 
-def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
+def _text(draft: Draft, modes: Mapping[str, Sequence[str]]) -> str:
     student, teacher = draft.student, draft.teacher
     distillers = [plan.distiller for plan in draft.plans.values()]
     entries: dict[str, Any] = {'_base_': Code('{base}')}
@@ -311,11 +313,11 @@ def _text(draft: Draft, modes: Sequence[str] = ()) -> str:
         imports=[*names, 'era_mm'], allow_failed_imports=False
     )
     if modes:
-        hook = dict(type='era_mm.TWIHook', modes=list(modes))
+        hooks = [dict(type=kind, modes=own) for kind, own in modes.items()]
         entries['custom_hooks'] = (
-            [Code('*_base_.custom_hooks'), hook]
+            [Code('*_base_.custom_hooks'), *hooks]
             if student.cfg.get('custom_hooks')
-            else [hook]
+            else hooks
         )
     if student.cfg.get('work_dir'):
         # The files of a plain run there must not be overwritten.

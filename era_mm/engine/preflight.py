@@ -17,7 +17,9 @@ import mmengine.registry
 from mmengine.config import Config
 
 from era_mm.core.teacher import RANDOM
+from era_mm.engine.config_check import own_classes
 from era_mm.errors import UserError
+from era_mm.hooks import ModesHook
 from era_mm.hosts import shipped
 
 
@@ -129,11 +131,13 @@ def _asks_for_modes(cfg: Config) -> bool:
     if _as_dict(cfg.get('model')).get('inference_mode') not in (None, 'S'):
         return True
     for hook in map(_as_dict, cfg.get('custom_hooks') or []):
-        kind = str(hook.get('type')).rpartition('.')[2]
-        # Without `modes`, TWIHook has some of its own.
-        modes = hook.get('modes', ('T',))
-        if kind in ('ModesHook', 'TWIHook') and set(modes) - {'S'}:
-            return True
+        name = str(hook.get('type')).rpartition('.')[2]
+        cls = own_classes().get(f'era_mm.{name}', object)
+        if issubclass(cls, ModesHook):
+            parameters = inspect.signature(cls).parameters
+            modes = hook.get('modes', parameters['modes'].default)
+            if modes is inspect.Parameter.empty or set(modes) - {'S'}:
+                return True
     return False
 
 

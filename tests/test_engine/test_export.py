@@ -783,10 +783,11 @@ def test_refused__files_that_are_there(run):
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(mode='S', keep_align=True), '--keep-align: it is for mode E0'),
+        (dict(mode='S', keep_align=True), '--keep-align: mode S is'),
         (dict(mode='T', keep_align=True), '--keep-align: it is for mode E0'),
         (dict(mode='S', distiller='x'), '--distiller: mode S is the student'),
-        (dict(mode='ST'), r"one of \('S', 'E0', 'T'\), but got 'ST'"),
+        (dict(mode='ST'), r"exports 'E0' and 'T', but got 'ST'"),
+        (dict(mode='X'), r"'distiller' .* not offer X, but E0, .*T, ST\."),
         (dict(mode='T', distiller='x'), r"\['distiller'\], but got 'x'"),
     ],
 )

@@ -18,10 +18,11 @@ from mmpretrain.datasets import CIFAR10  # noqa: F401  # prints, once
 from mmpretrain.structures import DataSample
 
 from era_mm import cli
-from era_mm.core import Distillation
+from era_mm.core import Distillation, Plan
 from era_mm.engine import make_config
 from era_mm.engine.host_configs import read_host_config
 from era_mm.engine.make_config import LINE_LENGTH
+from era_mm.methods.era import ERADistiller
 from era_mm.testing import (
     detection_batch,
     detector_config,
@@ -372,6 +373,20 @@ def test_modes__are_not_reported_without_the_blend(make):
     assert config.custom_hooks == [
         dict(type='era_mm.TWIHook', modes=['E0', 'T'])
     ]
+
+
+def test_modes__are_reported_by_the_hook_that_the_method_plans(
+    make, monkeypatch
+):
+    planned = ERADistiller.plan_for
+
+    def plan_for(pair):
+        default = Plan._field_defaults['hook']
+        return planned(pair)._replace(modes=('E0',), hook=default)
+
+    monkeypatch.setattr(ERADistiller, 'plan_for', plan_for)
+    config, _ = make('retinanet', 'fcos')
+    assert config.custom_hooks == [dict(type='era_mm.ModesHook', modes=['E0'])]
 
 
 def test_classes__of_other_names_leave_the_head_alone(host, tmp_path, capsys):

@@ -172,6 +172,14 @@ def test_check_checkpoints__tells_a_cut_off_file_from_another() -> None:
         (dict(custom_hooks=[dict(type='era_mm.TWIHook', modes=['S'])]), False),
         (dict(custom_hooks=[dict(type='era_mm.TWIHook')]), True),
         (dict(custom_hooks=[dict(type='era_mm.TWIHook', modes=['T'])]), True),
+        (
+            dict(custom_hooks=[dict(type='era_mm.ModesHook', modes=['S'])]),
+            False,
+        ),
+        (
+            dict(custom_hooks=[dict(type='era_mm.ModesHook', modes=['T'])]),
+            True,
+        ),
         (dict(inference_mode='T'), True),
     ],
 )

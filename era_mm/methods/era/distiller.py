@@ -224,6 +224,7 @@ class ERADistiller(HeadUser):
             match,
             head=f'reused: TWI through the frozen {kind}',
             modes=('E0', 'T', 'ST'),
+            hook='era_mm.TWIHook',
         )
 
     # -- meeting the pair --------------------------------------------------

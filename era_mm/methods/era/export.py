@@ -71,9 +71,19 @@ def export_estimate(
             ``mmpretrain.LinearNeck``), also if it cannot be folded.
 
     Raises:
-        UserError: The align layer cannot be folded, the source is not what
-            feeds the head, or the result is not the same.
+        UserError: Another mode, an align layer that cannot be folded, a
+            source that does not feed the head, or another result.
     """
+    if mode not in ('E0', 'T'):
+        raise UserError(
+            f"--mode: ERA exports 'E0' and 'T', but got {mode!r}. Choose one "
+            "of them, or 'S'."
+        )
+    if keep_align and mode != 'E0':
+        raise UserError(
+            f'--keep-align: it is for mode E0, but the mode is {mode}. Omit '
+            'it.'
+        )
     stages = _neck_stages(source, student)
     resampler = connections.resamplers.get('student')
     if resampler is not None:
