@@ -681,6 +681,18 @@ def test_load_from__takes_a_plain_student(config, whole, tmp_path):
     assert train(config, tmp_path / 'run', **options) == 0
 
 
+@pytest.mark.parametrize(('number', 'newest'), [(5, 'epoch_3'), (12, 'iter')])
+def test_newest_whole__is_by_iteration_whatever_the_name(
+    number, newest, whole, tmp_path
+):
+    shutil.copy(whole / 'epoch_3.pth', tmp_path)
+    file = shutil.copy(whole / 'epoch_3.pth', tmp_path / f'iter_{number}.pth')
+    spoil(file, put(number, 'meta', 'iter'))
+    found, passed = newest_whole(tmp_path)
+    assert found.name.startswith(newest)
+    assert passed == []
+
+
 def test_newest_whole__of_an_empty_folder_is_none(tmp_path):
     assert newest_whole(tmp_path) == (None, [])
 
