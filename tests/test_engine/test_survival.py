@@ -681,6 +681,18 @@ def test_load_from__takes_a_plain_student(config, whole, tmp_path):
     assert train(config, tmp_path / 'run', **options) == 0
 
 
+@pytest.mark.parametrize(('number', 'newest'), [(5, 'epoch_3'), (12, 'iter')])
+def test_newest_whole__is_by_iteration_whatever_the_name(
+    number, newest, whole, tmp_path
+):
+    shutil.copy(whole / 'epoch_3.pth', tmp_path)
+    file = shutil.copy(whole / 'epoch_3.pth', tmp_path / f'iter_{number}.pth')
+    spoil(file, put(number, 'meta', 'iter'))
+    found, passed = newest_whole(tmp_path)
+    assert found.name.startswith(newest)
+    assert passed == []
+
+
 def test_newest_whole__of_an_empty_folder_is_none(tmp_path):
     assert newest_whole(tmp_path) == (None, [])
 
@@ -710,7 +722,8 @@ class AtIterationHook(Hook):
         elif self.what == 'nan':
             next(runner.model.student.parameters()).data.fill_(torch.nan)
         else:
-            os.kill(os.getpid(), getattr(signal, self.what))
+            for name in self.what.split():
+                os.kill(os.getpid(), getattr(signal, name))
 
 
 @pytest.fixture
@@ -746,6 +759,35 @@ def test_signal__writes_a_checkpoint_from_which_the_run_goes_on(
     assert Path(pointer).name == 'iter_5.pth'
     assert train(config, folder, '--resume') == 0
     check_same(folder, whole)
+
+
+def test_signal__while_gradients_are_gathered_waits_for_the_update(
+    config, at_iteration, tmp_path
+):
+    options = {'optim_wrapper.accumulative_counts': 2}
+    assert train(config, tmp_path / 'whole', **options) == 0
+    folder = tmp_path / 'run'
+    status = train(at_iteration('SIGTERM'), folder, **options)
+    assert status == 128 + signal.SIGTERM
+    # After the fifth step one batch is gathered, which no file would have.
+    (file,) = folder.glob('iter_*.pth')
+    assert file.name == 'iter_6.pth'
+    assert train(config, folder, '--resume', **options) == 0
+    check_same(folder, tmp_path / 'whole')
+
+
+def test_signal__that_comes_twice_is_not_held_up(at_iteration, tmp_path):
+    heard = []
+    before = signal.signal(
+        signal.SIGTERM, lambda number, frame: heard.append(number)
+    )
+    try:
+        status = train(at_iteration('SIGTERM SIGTERM'), tmp_path / 'run')
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    # The first is the hook's, the second whoever's it was before.
+    assert heard == [signal.SIGTERM]
+    assert status == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
