@@ -443,7 +443,7 @@ def test_resume__inside_an_epoch_goes_on_where_it_was(
     for stop in (4, 5, 6):
         folder = tmp_path / str(stop)
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            kill_after(patch, stop)
+            kill_after(patch, f'iter_{stop}')
             train(config, folder, **options)
         assert (folder / f'iter_{stop}.pth').is_file()
         assert train(config, folder, '--resume', **options) == 0
@@ -452,6 +452,31 @@ def test_resume__inside_an_epoch_goes_on_where_it_was(
         for key, value in other['state_dict'].items():
             assert torch.equal(own['state_dict'][key], value), (stop, key)
         assert own['meta']['iter'] == 9
+
+
+def test_resume__after_a_kill_in_the_last_validation_validates(
+    config, whole, tmp_path, monkeypatch
+):
+    folder = tmp_path / 'run'
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        kill_after(patch, 'epoch_3')
+        train(config, folder)
+    names = {file.name for file in folder.glob('*.pth')}
+    # The second epoch's would have been removed next.
+    assert names - {'epoch_2.pth'} == {'epoch_3.pth', 'best_score_epoch_2.pth'}
+    assert train(config, folder, '--resume') == 0
+    check_same(folder, whole)
+
+
+def test_resume__that_is_refused_leaves_the_former_config(
+    config, whole, tmp_path
+):
+    folder = shutil.copytree(whole, tmp_path / 'run')
+    (former,) = folder.glob('*.py')
+    text = former.read_text()
+    wide = {'model.student.backbone.base_channels': 24}
+    assert train(config, folder, '--resume', **wide) == 1
+    assert former.read_text() == text
 
 
 def test_resume__between_two_updates_is_said_to_lose_gradients(
@@ -465,13 +490,13 @@ def test_resume__between_two_updates_is_said_to_lose_gradients(
     assert said in log.read_text()
 
 
-def kill_after(patch, iterations):
-    """Kill when the file of an iteration is whole, before what follows."""
+def kill_after(patch, file):
+    """Kill when a checkpoint is whole, before what follows."""
 
     def killing(path, content):
         write_whole(path, content)
         if Path(path).name == 'last_checkpoint' and (
-            content.decode().endswith(f'iter_{iterations}.pth')
+            content.decode().endswith(f'{file}.pth')
         ):
             raise Killed
 
@@ -486,7 +511,7 @@ def test_resume__inside_an_epoch_of_another_length_is_refused(
         'default_hooks.checkpoint.save_best': None,
     }
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        kill_after(patch, 4)
+        kill_after(patch, 'iter_4')
         train(config, tmp_path, **options)
     options['train_dataloader.batch_size'] = 3
     assert train(config, tmp_path, '--resume', **options) == 1
