@@ -474,8 +474,10 @@ def test_resume__that_is_refused_leaves_the_former_config(
     folder = shutil.copytree(whole, tmp_path / 'run')
     (former,) = folder.glob('*.py')
     text = former.read_text()
-    wide = {'model.student.backbone.base_channels': 24}
-    assert train(config, folder, '--resume', **wide) == 1
+    # Found when everything is built.
+    spoil(folder / 'epoch_3.pth', of_another_method)
+    longer = {'train_cfg.max_epochs': 4}
+    assert train(config, folder, '--resume', **longer) == 1
     assert former.read_text() == text
 
 
