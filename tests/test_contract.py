@@ -1,7 +1,7 @@
 """The core's guarantees, for every registered method.
 
-A new method is inferred. What it must bring: a config that names it, a
-test file, and a docstring with its source.
+A new method is found without an edit here. It must have a config that names
+it, a test file, and a docstring with its source.
 """
 
 import copy
