@@ -114,7 +114,8 @@ def test_train__refuses_an_option_that_cannot_be_read(option, capsys) -> None:
 
 def test_train__takes_options_of_one_dict_together() -> None:
     Path('toy.py').write_text(CONFIG)
-    options = ['optim_wrapper._delete_=True', 'optim_wrapper.a=[3,(4,5)]']
+    # Whatever comes first.
+    options = ['optim_wrapper.a=[3,(4,5)]', 'optim_wrapper._delete_=True']
     cfg = cli._read_config('toy.py', options)
     assert cfg.optim_wrapper == dict(a=[3, (4, 5)])
 

@@ -12,7 +12,7 @@ from ..layers import check_maps, full_precision, levels_of
 from ..registry import MODELS
 
 #: For pyramids: the middle stage of the paper's networks on CIFAR, 16x16, and
-#: a weight at which the term is not larger than the losses of the head.
+#: the best of the weights that were tried (docs/methods/baselines.md).
 OF_PYRAMIDS = dict(num_positions=256, loss_weight=30.0)
 
 

@@ -149,6 +149,10 @@ def test_detectors__of_other_padding_train_by_every_method(make, method):
     config, printed = make(
         'retinanet', 'retinanet_unpadded', '--method', method
     )
+    if method == 'at':
+        # Alike on every level, however small its maps are.
+        assert config.model.distiller.num_positions == 256
+        assert config.model.distiller.loss_weight == 30
     assert 'resampling none needed' in printed
     train_and_predict(build(config), lambda: detection_batch(2, size=100))
 
@@ -213,6 +217,7 @@ def test_classifiers__train_by_the_baselines(make, method):
         assert config.model.distiller.source == stages + pooled
         assert f'student {" ".join(stages + pooled)}' in printed
         assert '[0] stride 4, 8 channels' in printed
+        assert 'num_positions' not in config.model.distiller
     losses = train_and_predict(build(config), images)
     assert len([key for key in losses if 'loss' in key]) == 2
 

@@ -23,6 +23,14 @@ def test_mse__by_hand():
     assert imitation_loss(**pair, masks=0 * masks).item() == 0
 
 
+def test_standardise__by_hand():
+    # Mean 2 and deviation sqrt(2); mean 5 and sqrt(8).
+    feat = torch.tensor([[1.0, 7.0], [3.0, 3.0]])
+    half = 0.5**0.5
+    expected = torch.tensor([[-half, half], [half, -half]])
+    torch.testing.assert_close(standardise(feat), expected)
+
+
 def test_pearson__is_one_minus_the_correlation():
     """1/2 mean (a - b)^2 of standardised a, b = (1 - r) (M - 1) / M."""
     student, teacher = noise(3, 2, 4, 5), noise(3, 2, 4, 5, seed=1)

@@ -144,7 +144,9 @@ def _listing(matrix: Matrix) -> Iterator[str]:
         if cell in to_run:
             row = matrix.rows.get(cell.key)
             state = 'to run'
-            if row is not None:
+            if matrix.current(cell):
+                state = 'finished, but its weights are not here: to run'
+            elif row is not None:
                 state = 'failed before' if 'error' in row else 'changed since'
         unit, length = cell.length
         yield f'{cell.name}: {cell.config_name}, {length} {unit}: {state}'

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,19 @@ def test_run__dry_run_tells_and_does_nothing():
     assert 'big_small/plain/s0: small, 2 epochs: finished\n' in printed
     assert 'big_small/plain_x2/s1: small, 4 epochs: to run\n' in printed
     assert Path('results/toys.jsonl').read_text() == before
+
+
+def test_run__dry_run_says_why_a_finished_teacher_is_run_again():
+    run(only=['*/era/s0'])
+    shutil.rmtree('work_dirs')
+    _, printed = run(dry_run=True)
+    assert (
+        'big_small/teacher: big, 2 epochs: finished, but its weights are not '
+        'here: to run\n'
+    ) in printed
+    Path('configs/big.py').write_text(CONFIG.format(width=3))
+    _, printed = run(dry_run=True)
+    assert 'big_small/teacher: big, 2 epochs: changed since\n' in printed
 
 
 DRIVER = """
