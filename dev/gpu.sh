@@ -1,63 +1,84 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the tests, what a step costs, and the suite.
+# What only a GPU can show.
 #
-#   dev/gpu.sh [FOLDER]            results go there; default results/gpu
-#   JOBS=12 MINUTES=8 dev/gpu.sh   trainings at a time, and for how long
+#   dev/gpu.sh measure [FOLDER]    the tests, and what a step costs
+#   dev/gpu.sh suite [FOLDER]      trainings of the digit scenes
 #
-# The suite needs the digit scenes (python tools/make_digit_scenes.py); it is
-# stopped when its time is over, and goes on from there when called again.
+# Results go to FOLDER, by default results/gpu. The processes of `measure`
+# start together and take turns. `suite` needs the digit scenes (python
+# tools/make_digit_scenes.py) and runs JOBS trainings at a time (16) for
+# MINUTES (8); called again, it goes on. ONLY names cells, see docs/suite.md.
 set -euo pipefail
 script=$(realpath "$0")
-if [ "${1:-}" = -h ] || [ $# -gt 1 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$script"
+command=${1:-}
+if [ $# -gt 2 ] || { [ "$command" != measure ] && [ "$command" != suite ]; }
+then
+    sed -n '2,11s/^# \{0,1\}//p' "$script" >&2
     exit 2
 fi
-out=$(realpath -m "${1:-$(dirname "$script")/../results/gpu}")
+out=$(realpath -m "${2:-$(dirname "$script")/../results/gpu}")
 cd "$(dirname "$script")/.."
 python=${PYTHON:-python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUNBUFFERED=1
+# torch's profiler writes to the screen.
+export KINETO_LOG_LEVEL=99
 mkdir -p "$out"
 
-failed=()
-
-# step NAME COMMAND...: what fails is told at the end; the rest is run all the
-# same, as the machine may not come back.
-step() {
+# background NAME COMMAND...: what fails is named at the end; the rest is run
+# all the same, as the machine may not come back.
+names=() pids=()
+background() {
     local name=$1
     shift
-    if ! "$@" 2>&1 | tee "$out/$name.txt"; then
-        failed+=("$name")
+    "$@" > "$out/$name.log" 2>&1 &
+    names+=("$name") pids+=($!)
+}
+
+measure() {
+    local lock config failed=() i
+    lock=$(mktemp)
+    background tests flock "$lock" "$python" -m pytest -q -m gpu tests/test_gpu.py
+    # In the order in which they ask for the GPU.
+    sleep 1
+    for config in era_retinanet_r101_r50 era_gfl_r101_r50 era_faster_rcnn_r101_r50
+    do
+        background "$config" "$python" -m dev.gpu_benchmark settings "$config" \
+            --out "$out/$config.json" --lock "$lock"
+    done
+    for stage in profile variants compiled; do
+        background "$stage" "$python" -m dev.gpu_benchmark "$stage" \
+            era_retinanet_r101_r50 --batch-sizes 2 \
+            --out "$out/$stage.json" --lock "$lock"
+    done
+    for i in "${!pids[@]}"; do
+        wait "${pids[$i]}" || failed+=("${names[$i]}")
+    done
+    rm -f "$lock"
+    for name in "${names[@]}"; do
+        echo "== $name"
+        tail -n 22 "$out/$name.log"
+    done
+    if [ "${#failed[@]}" -gt 0 ]; then
+        echo "failed: ${failed[*]}" >&2
+        return 1
     fi
 }
 
-# For a while only: being stopped when the time is over is no failure.
-for_a_while() {
-    local status=0
-    timeout --signal=INT "${MINUTES:-8}m" "$@" || status=$?
+# Being stopped when the time is over is no failure.
+suite() {
+    local status=0 mps=
+    # Without it the processes of different trainings take turns on the GPU.
+    if command -v nvidia-cuda-mps-control > /dev/null; then
+        nvidia-cuda-mps-control -d && mps=1
+    fi
+    # shellcheck disable=SC2086
+    timeout --signal=INT "${MINUTES:-8}m" \
+        "$python" -m era_mm suite suites/digit_scenes.py \
+        --jobs "${JOBS:-16}" --results "$out" --page "$out/results.md" \
+        ${ONLY:+--only $ONLY} || status=$?
+    [ -z "$mps" ] || echo quit | nvidia-cuda-mps-control
     [ "$status" = 124 ] || return "$status"
 }
 
-step tests "$python" -m pytest -q -m gpu
-
-# The shapes of COCO; weights and images are random.
-for config in era_retinanet_r101_r50 era_faster_rcnn_r101_r50 era_gfl_r101_r50
-do
-    for batch in 2 8; do
-        for amp in '' --amp; do
-            name=benchmark_${config}_b${batch}${amp:+_amp}
-            # shellcheck disable=SC2086
-            step "$name" "$python" -m era_mm benchmark "$config" \
-                --device cuda --batch-size "$batch" --size 800 1333 $amp \
-                --out "$out/$name.json"
-        done
-    done
-done
-
-step suite for_a_while "$python" -m era_mm suite suites/digit_scenes.py \
-    --jobs "${JOBS:-12}" --results "$out" --page "$out/results.md"
-
-if [ "${#failed[@]}" -gt 0 ]; then
-    echo "failed: ${failed[*]}" >&2
-    exit 1
-fi
+"$command"

@@ -4,6 +4,7 @@ python -m pytest -m gpu
 """
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from mmengine.runner import Runner, load_checkpoint, save_checkpoint
 from torch import nn
 
 from era_mm import testing
+from era_mm.engine.benchmark import Options, measure
+from era_mm.engine.benchmark_models import Distilled
+from era_mm.engine.random_batch import random_batch
 from era_mm.methods.era.space import FirstBatches
 
 pytestmark = [
@@ -267,6 +271,46 @@ def test_nccl__with_one_rank(tmp_path):
         torch.distributed.destroy_process_group()
     for name, value in expected.items():
         torch.testing.assert_close(logs[name].cpu(), value, msg=name)
+
+
+def test_benchmark__peak_is_what_a_step_uses(tmp_path):
+    teacher = testing.detector_config(width=16, channels=24)
+    file = testing.save_teacher(teacher, tmp_path / 'teacher.pth')
+    config = Config(
+        dict(
+            default_scope='mmdet',
+            model=testing.distillation_config(
+                dict(ERA), testing.detector_config(), teacher, file
+            ),
+            optim_wrapper=dict(
+                type='OptimWrapper',
+                optimizer=dict(type='SGD', lr=1e-3, momentum=0.9),
+            ),
+        )
+    )
+    options = Options(
+        batch_size=4, size=(512, 512), iters=1, warmup=21, device='cuda'
+    )
+    told = measure([config], options)['distillers'][0]['memory']['peak']
+
+    # The same step alone, by the total of torch's allocator.
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    alone = Distilled(config, GPU, amp=False)
+    batch = random_batch(
+        alone.deployed, 4, (512, 512), 5, torch.Generator().manual_seed(0)
+    )
+    # Not part of a training.
+    alone.deployed.cpu()
+    for module in alone.model.modules():
+        if isinstance(module, FirstBatches):
+            module.number = 2
+    for _ in range(3):
+        alone.step(copy.deepcopy(batch))
+    torch.cuda.reset_peak_memory_stats()
+    alone.step(copy.deepcopy(batch))
+    used = torch.cuda.max_memory_allocated() - before
+    assert told == pytest.approx(used, rel=0.1)
 
 
 @pytest.mark.parametrize('kind', ['dense', 'classifier'])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from era_mm.cli_parsers import benchmark_parser, suite_parser
+from dev.gpu_benchmark import STAGES
+from era_mm.cli_parsers import suite_parser
 from era_mm.engine.preflight import find_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,49 +19,58 @@ exit 1
 """
 
 
-@pytest.fixture(scope='module')
-def commands(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('gpu')
+def run(folder, *arguments, **env):
+    """The script's end, and the commands that it gave to Python."""
     python = folder / 'python'
     python.write_text(NOTE)
     python.chmod(0o755)
+    notes = folder / 'notes'
     done = subprocess.run(
-        ['bash', str(ROOT / 'dev/gpu.sh'), str(folder / 'out')],
-        env=os.environ
-        | dict(PYTHON=str(python), NOTES=str(folder / 'notes'), JOBS='3'),
+        ['bash', str(ROOT / 'dev/gpu.sh'), *arguments],
+        env=os.environ | dict(PYTHON=str(python), NOTES=str(notes)) | env,
         cwd=folder,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
-    # Every command failed, so the script says so of each.
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    return done, [line.split('\t') for line in lines]
+
+
+def test_measure__goes_on_after_what_fails(tmp_path):
+    done, commands = run(tmp_path, 'measure', str(tmp_path / 'out'))
     assert done.returncode == 1
     told = done.stderr.splitlines()[-1]
-    assert told.startswith('failed: tests benchmark_era_retinanet_r101_r50_b2')
-    assert told.endswith(' suite')
-    assert len(told.split()) == 1 + 14
-    lines = (folder / 'notes').read_text().splitlines()
-    return [line.split('\t') for line in lines]
+    assert told.startswith('failed: tests era_retinanet_r101_r50')
+    assert len(told.split()) == 1 + len(commands) == 8
+    tests = [c for c in commands if c[1] == 'pytest']
+    assert tests == [['-m', 'pytest', '-q', '-m', 'gpu', 'tests/test_gpu.py']]
+    stages = [c for c in commands if c[1] == 'dev.gpu_benchmark']
+    assert {c[2] for c in stages} == set(STAGES)
+    for command in stages:
+        find_config(command[3])
+        assert command[command.index('--lock') + 1]
+    outs = {c[c.index('--out') + 1] for c in stages}
+    assert len(outs) == len(stages) == 6
 
 
-def test_script__goes_on_after_what_fails(commands):
-    assert commands[0][:4] == ['-m', 'pytest', '-q', '-m']
-    assert [c[2] for c in commands[1:]] == ['benchmark'] * 12 + ['suite']
-
-
-def test_script__names_options_and_configs_that_exist(commands):
-    for command in commands[1:13]:
-        args = benchmark_parser().parse_args(command[3:])
-        assert args.device == 'cuda'
-        assert args.size == [800, 1333]
-        for config in args.configs:
-            find_config(config, '')
-    assert {c[c.index('--batch-size') + 1] for c in commands[1:13]} == {
-        '2',
-        '8',
-    }
-    args = suite_parser().parse_args(commands[-1][3:])
+def test_suite__names_its_cells(tmp_path):
+    done, commands = run(
+        tmp_path, 'suite', str(tmp_path / 'out'), JOBS='3', ONLY='*/era/s0 x'
+    )
+    assert done.returncode == 1
+    (command,) = commands
+    args = suite_parser().parse_args(command[3:])
     assert (ROOT / args.file).is_file()
     assert args.jobs == 3
+    assert args.only == ['*/era/s0', 'x']
+
+
+@pytest.mark.parametrize('arguments', [(), ('x',), ('suite', 'a', 'b')])
+def test_script__tells_its_commands(tmp_path, arguments):
+    done, commands = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert 'dev/gpu.sh measure [FOLDER]' in done.stderr
+    assert not commands
 
 
 def test_script__collects_the_tests_for_a_gpu():

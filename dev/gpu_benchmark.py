@@ -1,0 +1,418 @@
+"""What a step of ERA costs on a GPU, at the flagship's shapes.
+
+    python -m dev.gpu_benchmark settings era_gfl_r101_r50 --out FILE
+    python -m dev.gpu_benchmark variants era_retinanet_r101_r50 --out FILE
+    python -m dev.gpu_benchmark compiled era_retinanet_r101_r50 --out FILE
+    python -m dev.gpu_benchmark profile era_retinanet_r101_r50 --out FILE
+
+- `settings`: the config's step, measured as by `tools/benchmark.py`, for each
+  batch size, in full and in mixed precision.
+- `variants`: other ways to compute the same step, side by side in each round.
+- `compiled`: the same with `torch.compile`, which first takes a minute.
+- `profile`: the kernels that take the time, of the plain step and of ERA's.
+
+Weights, images and objects are random. With `--lock FILE` several of these
+processes start together and take turns on the GPU. `dev/gpu.sh` runs them all.
+"""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from era_mm.core.utils import errors_only
+from era_mm.engine.benchmark import START_ITER, Options, Rounds, Row, measure
+from era_mm.engine.benchmark_models import Distilled, Student, Trained, seed
+from era_mm.engine.benchmark_report import (
+    machine,
+    show,
+    step_times,
+    timed,
+    write,
+)
+from era_mm.engine.preflight import find_config
+from era_mm.engine.random_batch import random_batch
+from era_mm.hosts import versions
+from era_mm.methods.era.bottleneck import BottleneckBranches
+
+#: Batches on which ERA measures statistics and units, plus one.
+WARMUP = 21
+#: Objects per image.
+OBJECTS = 5
+#: Steps under the profiler, and kernels that are kept.
+PROFILED, KERNELS = 3, 25
+#: What a profile is split into.
+PARTS = ('teacher', 'distiller')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a stage; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog='gpu_benchmark', description=__doc__.splitlines()[0]
+    )
+    parser.add_argument('stage', choices=sorted(STAGES))
+    parser.add_argument('config')
+    parser.add_argument('--out', type=Path, required=True)
+    parser.add_argument('--lock', type=Path)
+    parser.add_argument('--batch-sizes', type=int, nargs='+', default=[2, 8])
+    parser.add_argument('--size', type=int, nargs=2, default=[800, 1333])
+    parser.add_argument('--iters', type=int, default=10)
+    parser.add_argument('--warmup', type=int, default=WARMUP)
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda')
+    args = parser.parse_args(argv)
+    records = []
+    for record in STAGES[args.stage](args):
+        records.append(record)
+        # After each: the machine may not come back.
+        write(dict(stage=args.stage, records=records), args.out)
+    return 0
+
+
+# -- stages ----------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The config as it is, for each batch size and precision."""
+    for batch_size in args.batch_sizes:
+        for amp in (False, True):
+            with turn(args):
+                record = measure(
+                    [config_of(args)],
+                    Options(
+                        batch_size=batch_size,
+                        size=tuple(args.size),
+                        objects=OBJECTS,
+                        iters=args.iters,
+                        warmup=args.warmup,
+                        device=args.device,
+                        amp=amp,
+                    ),
+                )
+                show(record)
+            yield record
+
+
+#: The first of all variants; its teacher is part of everyone's floor.
+SHIPPED = 'as shipped'
+#: Name -> changes of the config.
+VARIANTS: dict[str, dict[str, Any]] = {
+    SHIPPED: {},
+    "twi_steps='all'": {'model.distiller.twi_steps': 'all'},
+    "twi_steps='none'": {'model.distiller.twi_steps': 'none'},
+    "teacher's dtype='float16'": {'model.teacher.dtype': 'float16'},
+    'channels_last': {},
+    'branches in a loop': {},
+}
+COMPILED: dict[str, dict[str, Any]] = {
+    SHIPPED: {},
+    'compiled branches': {},
+    'compiled teacher': {},
+}
+
+
+def variants(
+    args: argparse.Namespace, among: dict[str, dict[str, Any]] = VARIANTS
+) -> Iterator[dict[str, Any]]:
+    """Other ways to compute the step, side by side."""
+    device = torch.device(args.device)
+    for amp in (False, True):
+        with turn(args), errors_only():
+            first = config_of(args)
+            with DefaultScope.overwrite_default_scope(first.default_scope):
+                models: dict[str, Trained] = {
+                    'plain': Student(first, device, amp),
+                    'plain, channels_last': Student(first, device, amp),
+                }
+                for name, changes in among.items():
+                    cfg = config_of(args)
+                    cfg.merge_from_dict(changes)
+                    models[name] = Distilled(cfg, device, amp)
+            for name, model in models.items():
+                _change(name, model)
+            times = _time_steps(models, args)
+            rows = {
+                name: step_times(
+                    plain=times['plain'],
+                    teacher=times[f'{SHIPPED}, teacher'],
+                    step=values,
+                )
+                for name, values in times.items()
+                if name in among
+            }
+            record = dict(
+                _about(args, amp),
+                plain_ms=timed(times['plain']),
+                plain_channels_last_ms=timed(times['plain, channels_last']),
+                variants=[
+                    dict(
+                        name=name,
+                        own_teacher_ms=timed(times[f'{name}, teacher']),
+                        **row,
+                    )
+                    for name, row in rows.items()
+                ],
+            )
+            for name, row in rows.items():
+                print(
+                    f'{name:<28} {row["step_ms"]["median"]:8.2f} ms '
+                    f'{row["ratio"]["median"]:6.3f}',
+                    flush=True,
+                )
+            del models
+        yield record
+
+
+def profiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The kernels of the plain step and of the distillation's."""
+    device = torch.device(args.device)
+    for amp in (False, True):
+        with turn(args), errors_only():
+            cfg = config_of(args)
+            with DefaultScope.overwrite_default_scope(cfg.default_scope):
+                models: dict[str, Trained] = {
+                    'plain': Student(cfg, device, amp),
+                    'era': Distilled(cfg, device, amp),
+                }
+            subject = models['era']
+            assert isinstance(subject, Distilled)
+            _label(subject)
+            rounds, rows = _rounds_of(models, args)
+            rounds.run(rows, args.warmup, lambda run: run() or 0.0)
+            record = _about(args, amp)
+            for name, row in rows.items():
+                record[name] = _profiled(rounds, row, device)
+            del models, subject
+        yield record
+
+
+STAGES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = dict(
+    settings=settings,
+    variants=variants,
+    compiled=partial(variants, among=COMPILED),
+    profile=profiles,
+)
+
+
+# -- how -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def turn(args: argparse.Namespace) -> Iterator[None]:
+    """Have the GPU alone, and leave its memory behind."""
+    with contextlib.ExitStack() as stack:
+        if args.lock is not None:
+            file = stack.enter_context(args.lock.open('w'))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        if args.device == 'cuda':
+            torch.cuda.empty_cache()
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The config of a stage, anew."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return Config.fromfile(find_config(args.config))
+
+
+def _about(args: argparse.Namespace, amp: bool) -> dict[str, Any]:
+    return dict(
+        config=args.config,
+        versions=versions(),
+        machine=machine(torch.device(args.device)),
+        setting=dict(
+            batch_size=args.batch_sizes[0],
+            size=tuple(args.size),
+            objects=OBJECTS,
+            iters=args.iters,
+            warmup=args.warmup,
+            amp=amp,
+        ),
+    )
+
+
+def _rounds_of(
+    models: dict[str, Trained], args: argparse.Namespace
+) -> tuple[Rounds, dict[str, Row]]:
+    generator = torch.Generator().manual_seed(0)
+    rounds = Rounds(
+        lambda: random_batch(
+            models['plain'].deployed,
+            args.batch_sizes[0],
+            tuple(args.size),
+            OBJECTS,
+            generator,
+        ),
+        START_ITER,
+    )
+    return rounds, {
+        name: Row(copy.deepcopy, model.step) for name, model in models.items()
+    }
+
+
+def _time_steps(
+    models: dict[str, Trained], args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Times of the steps and of the teachers, in ms, by round."""
+
+    def clock(run: Callable[[], Any]) -> float:
+        _wait(args.device)
+        began = time.perf_counter()
+        run()
+        _wait(args.device)
+        return round((time.perf_counter() - began) * 1000, 4)
+
+    rounds, rows = _rounds_of(models, args)
+    rounds.run(rows, args.warmup, clock)
+    for name, model in models.items():
+        if isinstance(model, Distilled):
+            rows[f'{name}, teacher'] = Row(model.preprocess, model.teach)
+    rounds.run(rows, 2, clock)
+    times = rounds.run(rows, args.iters, clock)
+    for model in models.values():
+        model.check()
+    return times
+
+
+def _wait(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def _change(name: str, model: Trained) -> None:
+    """Compute in the way that a variant is named after."""
+    if name.endswith('channels_last'):
+        model.model.to(memory_format=torch.channels_last)
+    if not isinstance(model, Distilled):
+        return
+    distiller = model.model.distillers['distiller']
+    branches = distiller.mbrnet.bottlenecks
+    if name == 'branches in a loop':
+        branches.forward = lambda feats: looped(branches, feats)
+    elif name == 'compiled branches':
+        branches.compile()
+    elif name == 'compiled teacher':
+        for teacher in model.model.teachers.values():
+            teacher.model.backbone.compile()
+
+
+def looped(
+    branches: BottleneckBranches, feats: Sequence[Tensor]
+) -> list[Tensor]:
+    """What the branches compute, one after the other.
+
+    Only without norms.
+    """
+    number = branches.num_branches
+    levels = []
+    for level, feat in enumerate(feats):
+        parts = [
+            layer.weight.chunk(number) + layer.bias.chunk(number)
+            for layer in (
+                branches.reduce[level][0],
+                branches.spatial[level][0],
+                branches.expand[level],
+            )
+        ]
+        found = []
+        for i in range(number):
+            x = feat
+            for depth, part in enumerate(parts):
+                padding = 1 if depth == 1 else 0
+                x = functional.conv2d(
+                    x, part[i], part[number + i], padding=padding
+                )
+                x = x if depth == 2 else x.relu()
+            found.append(x)
+        levels.append(torch.stack(found, dim=1))
+    return levels
+
+
+def _label(subject: Distilled) -> None:
+    """Name the parts of a step in a profile."""
+    wiring = subject.model.wiring
+    distiller = subject.model.distillers['distiller']
+    for owner, method, part in (
+        (wiring, 'teach', 'teacher'),
+        (distiller, 'loss', 'distiller'),
+    ):
+        setattr(owner, method, _named(getattr(owner, method), part))
+
+
+def _named(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with record_function(part):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _profiled(
+    rounds: Rounds, row: Row, device: torch.device
+) -> dict[str, Any]:
+    """Time of the kernels of a step, in ms, and of the whole."""
+    on_gpu = device.type == 'cuda'
+    activities = [ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(ProfilerActivity.CUDA)
+    batch = rounds.draw()
+    seed(rounds.iteration)
+    row.run(row.prepare(batch))
+    _wait(device.type)
+    with profile(activities=activities) as profiler:
+        for _ in range(PROFILED):
+            row.run(row.prepare(batch))
+        _wait(device.type)
+    events = profiler.key_averages()
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    own = 'self_device_time_total' if on_gpu else 'self_cpu_time_total'
+    # Ranges are shown on the device too; they are no kernels.
+    kernels = [
+        event
+        for event in events
+        if event.device_type == kind
+        and event.key not in PARTS
+        and not event.is_user_annotation
+    ]
+
+    def per_step(microseconds: float) -> float:
+        return round(microseconds / 1000 / PROFILED, 4)
+
+    kernels.sort(key=lambda event: getattr(event, own), reverse=True)
+    total = 'device_time_total' if on_gpu else 'cpu_time_total'
+    return dict(
+        kernels_ms=per_step(sum(getattr(event, own) for event in kernels)),
+        launches=sum(event.count for event in kernels) / PROFILED,
+        parts={
+            event.key: per_step(getattr(event, total))
+            for event in events
+            if event.key in PARTS and event.device_type == DeviceType.CPU
+        },
+        kernels=[
+            dict(
+                name=event.key,
+                calls=event.count / PROFILED,
+                ms=per_step(getattr(event, own)),
+            )
+            for event in kernels[:KERNELS]
+        ],
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())
