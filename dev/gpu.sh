@@ -2,28 +2,31 @@
 # What only a GPU can show.
 #
 #   dev/gpu.sh measure [FOLDER]    the tests, and what a step costs
-#   dev/gpu.sh suite [FOLDER]      trainings of the digit scenes
+#   dev/gpu.sh suite [OPTION ...]  trainings of the digit scenes
 #
-# Results go to FOLDER, by default results/gpu. The processes of `measure`
-# start together and take turns. `suite` needs the digit scenes (python
-# tools/make_digit_scenes.py) and runs JOBS trainings at a time (16) for
-# MINUTES (8); called again, it goes on. ONLY names cells, see docs/suite.md.
+# `measure` writes to FOLDER, by default results/gpu; its processes start
+# together and take turns. `suite` is `era_mm suite` (docs/suite.md) for MINUTES
+# (8); called again, it goes on. It needs the digit scenes (python
+# tools/make_digit_scenes.py).
 set -euo pipefail
 script=$(realpath "$0")
 command=${1:-}
-if [ $# -gt 2 ] || { [ "$command" != measure ] && [ "$command" != suite ]; }
+if [ "$command" != suite ] && { [ "$command" != measure ] || [ $# -gt 2 ]; }
 then
-    sed -n '2,11s/^# \{0,1\}//p' "$script" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$script" >&2
     exit 2
 fi
-out=$(realpath -m "${2:-$(dirname "$script")/../results/gpu}")
+shift
+out=results/gpu
+if [ "$command" = measure ] && [ $# -gt 0 ]; then
+    out=$(realpath -m "$1")
+fi
 cd "$(dirname "$script")/.."
 python=${PYTHON:-python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUNBUFFERED=1
 # torch's profiler writes to the screen.
 export KINETO_LOG_LEVEL=99
-mkdir -p "$out"
 
 # background NAME COMMAND...: what fails is named at the end; the rest is run
 # all the same, as the machine may not come back.
@@ -36,7 +39,8 @@ background() {
 }
 
 measure() {
-    local lock config failed=() i
+    local lock config stage name failed=() i
+    mkdir -p "$out"
     lock=$(mktemp)
     background tests flock "$lock" "$python" -m pytest -q -m gpu tests/test_gpu.py
     # In the order in which they ask for the GPU.
@@ -72,13 +76,10 @@ suite() {
     if command -v nvidia-cuda-mps-control > /dev/null; then
         nvidia-cuda-mps-control -d && mps=1
     fi
-    # shellcheck disable=SC2086
     timeout --signal=INT "${MINUTES:-8}m" \
-        "$python" -m era_mm suite suites/digit_scenes.py \
-        --jobs "${JOBS:-16}" --results "$out" --page "$out/results.md" \
-        ${ONLY:+--only $ONLY} || status=$?
+        "$python" -m era_mm suite suites/digit_scenes.py "$@" || status=$?
     [ -z "$mps" ] || echo quit | nvidia-cuda-mps-control
     [ "$status" = 124 ] || return "$status"
 }
 
-"$command"
+"$command" "$@"

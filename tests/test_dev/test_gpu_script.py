@@ -19,7 +19,7 @@ exit 1
 """
 
 
-def run(folder, *arguments, **env):
+def run(folder, *arguments):
     """The script's end, and the commands that it gave to Python."""
     python = folder / 'python'
     python.write_text(NOTE)
@@ -27,7 +27,7 @@ def run(folder, *arguments, **env):
     notes = folder / 'notes'
     done = subprocess.run(
         ['bash', str(ROOT / 'dev/gpu.sh'), *arguments],
-        env=os.environ | dict(PYTHON=str(python), NOTES=str(notes)) | env,
+        env=os.environ | dict(PYTHON=str(python), NOTES=str(notes)),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -53,9 +53,9 @@ def test_measure__goes_on_after_what_fails(tmp_path):
     assert len(outs) == len(stages) == 6
 
 
-def test_suite__names_its_cells(tmp_path):
+def test_suite__gets_the_options(tmp_path):
     done, commands = run(
-        tmp_path, 'suite', str(tmp_path / 'out'), JOBS='3', ONLY='*/era/s0 x'
+        tmp_path, 'suite', '--jobs', '3', '--only', '*/era/s0', 'x'
     )
     assert done.returncode == 1
     (command,) = commands
@@ -65,7 +65,7 @@ def test_suite__names_its_cells(tmp_path):
     assert args.only == ['*/era/s0', 'x']
 
 
-@pytest.mark.parametrize('arguments', [(), ('x',), ('suite', 'a', 'b')])
+@pytest.mark.parametrize('arguments', [(), ('x',), ('measure', 'a', 'b')])
 def test_script__tells_its_commands(tmp_path, arguments):
     done, commands = run(tmp_path, *arguments)
     assert done.returncode == 2
