@@ -3,6 +3,7 @@
 python -m pytest -m gpu
 """
 
+import contextlib
 import copy
 import gc
 import os
@@ -132,12 +133,22 @@ def test_step__equals_the_cpus(kind, tmp_path):
         )
 
 
+def refused(kind, dtype):
+    """mmcv's RoIAlign does not know bfloat16 on a GPU."""
+    if kind == 'two_stage' and dtype in (torch.bfloat16, 'bfloat16'):
+        return pytest.raises(NotImplementedError, match='roi_align')
+    return contextlib.nullcontext()
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('kind', KINDS)
 def test_amp__is_finite_and_near(kind, dtype, tmp_path):
     model = build(kind, tmp_path).to(GPU)
     expected, _ = terms_and_gradients(build(kind, tmp_path).to(GPU), kind)
-    found, gradients = terms_and_gradients(model, kind, amp=dtype)
+    with refused(kind, dtype) as refusal:
+        found, gradients = terms_and_gradients(model, kind, amp=dtype)
+    if refusal is not None:
+        return
     for name, value in expected.items():
         assert found[name].isfinite(), name
         torch.testing.assert_close(
@@ -161,9 +172,12 @@ def test_amp__train_steps_of_the_host(kind, amp, tmp_path):
         ),
     )
     before = {k: v.clone() for k, v in model.student.state_dict().items()}
-    for _ in range(3):
-        logs = model.train_step(batch(kind), wrapper)
-        assert all(value.isfinite() for value in logs.values())
+    with refused(kind, amp) as refusal:
+        for _ in range(3):
+            logs = model.train_step(batch(kind), wrapper)
+            assert all(value.isfinite() for value in logs.values())
+    if refusal is not None:
+        return
     after = model.student.state_dict()
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(
