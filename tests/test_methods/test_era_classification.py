@@ -307,7 +307,10 @@ def test_targets__of_the_teacher_need_no_softmax_of_the_student(build):
         loss=dict(scales=[0.0]),
         twi_targets='teacher',
     )
-    inputs, _, samples = batch()
+    inputs, labels, samples = batch()
+    for sample, label in zip(samples, labels, strict=True):
+        # Sigmoids are trained by a score for each class.
+        sample.set_gt_score(torch.eye(CLASSES)[label])
     found = model(inputs, samples, mode='loss')
     assert {k for k in found if 'logit' in k} == {'loss_era_twi_logit'}
     era = model.distillers['distiller']
@@ -317,8 +320,14 @@ def test_targets__of_the_teacher_need_no_softmax_of_the_student(build):
     gap = p * (p.log() - log_softmax(teacher.head((u,)), 1))
     expected = 2 * gap.sum() / len(inputs)
     assert relative(found['loss_era_twi_logit'], expected) < 1e-10
-    with pytest.raises(ValueError, match='sigmoid per class'):
+    with pytest.raises(ValueError, match="student's LinearClsHead was train"):
         build(student_head=student_head, logit={}, twi_targets='teacher')
+    # The loss that judges by the labels is the student's; scores are not.
+    for options in (dict(logit={}), dict(twi_targets='teacher')):
+        with pytest.raises(
+            ValueError, match="teacher's LinearClsHead was trained"
+        ):
+            build(teacher_head=student_head, **options)
 
 
 def test_logit__of_several_labels_is_left_out():

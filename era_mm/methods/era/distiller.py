@@ -316,7 +316,7 @@ class ERADistiller(HeadUser):
         if self.twi_head is not None:
             self._try_head(teacher_maps)
         if self.logit is not None:
-            self._meet_logit(student, student_feats, teacher_maps)
+            self._meet_logit(student, teacher, student_feats, teacher_maps)
         if self.twi_steps != 'none' and self.mbrnet.space is not None:
             #: Running share of the teacher's variance that each estimate
             #: explains.

@@ -356,18 +356,24 @@ class HeadUser(BaseDistiller):
     def _meet_logit(
         self,
         student: nn.Module,
+        teacher: nn.Module,
         student_feats: Features,
         teacher_maps: tuple[Tensor, ...],
     ) -> None:
         """Prepare the term for the pair, or for TWI alone."""
         assert self.logit is not None
+        # Not `twi_head`, which may have the student's loss.
+        head = find_head(teacher, self.twi_place)
+        assert head is not None
         reason: str | None
         if 'logit' not in self._left_out:
             if self.connections.resamplers and isinstance(self.logit, RoITerm):
                 # Its RoI head reads what its neck gives.
                 reason = 'the outputs of its neck are resampled'
             else:
-                reason = self._try_logit(student, student_feats, teacher_maps)
+                reason = self._try_logit(
+                    head, student, student_feats, teacher_maps
+                )
             if reason is None:
                 return
             self.student_sources = tuple(
@@ -380,12 +386,13 @@ class HeadUser(BaseDistiller):
         if self.twi_steps == 'none' or self.twi_targets == 'labels':
             self.logit = None
             return
-        reason = self._try_logit(None, student_feats, teacher_maps)
+        reason = self._try_logit(head, None, student_feats, teacher_maps)
         if reason is not None:
             self._leave_logit(reason)
 
     def _try_logit(
         self,
+        head: TWIHead,
         student: nn.Module | None,
         student_feats: Features,
         teacher_maps: tuple[Tensor, ...],
@@ -397,20 +404,18 @@ class HeadUser(BaseDistiller):
         assert self.logit is not None
         try:
             reason = self.logit.prepare(
-                head=self._head,
+                head=head,
                 student=student,
                 student_feats=student_feats,
                 teacher_feats=teacher_maps,
             )
             if reason is None:
                 said: Any = self.logit.target(
-                    self._head,
-                    teacher_maps,
-                    [self._head.trial_sample(teacher_maps)],
+                    head, teacher_maps, [head.trial_sample(teacher_maps)]
                 )
                 if student is not None:
                     self.logit.of_student(student_feats, said)
-                self.logit.of_estimate(self._head, teacher_maps, said)
+                self.logit.of_estimate(head, teacher_maps, said)
         except Exception as error:
             # Heads of third parties nest their outputs as they like.
             return f'{type(error).__name__}: {error}'
