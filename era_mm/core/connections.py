@@ -224,6 +224,9 @@ class Connections:
     ) -> dict[str, Features]:
         own_feats, their_feats = dict(student_feats), dict(teacher_feats)
         for own, theirs in self._of_one_grid:
+            if own not in own_feats:
+                # A distiller left it out after the dry run.
+                continue
             maps = dict(
                 student_feats=own_feats[own], teacher_feats=their_feats[theirs]
             )

@@ -153,7 +153,7 @@ class DetectorTerm(nn.Module, ABC):
         self,
         *,
         head: TWIHead,
-        student: nn.Module,
+        student: nn.Module | None,
         student_feats: Features,
         teacher_feats: Sequence[Tensor],
     ) -> str | None:
@@ -163,8 +163,11 @@ class DetectorTerm(nn.Module, ABC):
 
         Args:
             head: The teacher's head.
-            student: The student.
-            student_feats: The student's features of one image by source.
+            student: The student. None: its own head is not compared, so
+                there is no ``of_student``; the teacher's head is compared
+                with itself, by ``of_estimate``.
+            student_feats: The student's features of one image by source;
+                not read without a student.
             teacher_feats: The input of the teacher's head.
 
         Returns:
@@ -194,7 +197,10 @@ class DetectorTerm(nn.Module, ABC):
         """The reason why a head's scores cannot be compared, or None."""
 
     def _why_not_scored(self, own: nn.Module, theirs: nn.Module) -> str | None:
-        for owner, head in (('student', own), ('teacher', theirs)):
+        heads = {'student': own, 'teacher': theirs}
+        if own is theirs:
+            del heads['student']
+        for owner, head in heads.items():
             reason = self._why_no_scores(head)
             if reason is not None:
                 return f"the {owner}'s {type(head).__name__} {reason}"
@@ -344,28 +350,35 @@ class DenseTerm(DetectorTerm):
         self,
         *,
         head: TWIHead,
-        student: nn.Module,
+        student: nn.Module | None,
         student_feats: Features,
         teacher_feats: Sequence[Tensor],
     ) -> str | None:
         """As in the base class."""
         if not isinstance(head, DenseTWIHead):
             return f'{type(head.head).__name__} is not a dense head'
-        theirs, own = head.head, student.bbox_head
+        theirs = head.head
+        own = theirs if student is None else student.bbox_head
         reason = self._why_not_scored(own, theirs)
         if reason is not None:
             return reason
         outs = head.training_forward(teacher_feats)
         self.num_levels = len(outs[0])
-        found = student_feats[self.sources[0]][: self.num_levels]
-        shapes = [[tuple(o.shape[1:]) for o in x] for x in (found, outs[0])]
-        if shapes[0] != shapes[1]:
-            return (
-                f'the student scores {shapes[0]} and the teacher {shapes[1]}: '
-                'anchors and classes must agree'
+        if student is not None:
+            found = student_feats[self.sources[0]][: self.num_levels]
+            own_shapes, shapes = (
+                [tuple(level.shape[1:]) for level in scores]
+                for scores in (found, outs[0])
             )
-        if not same_priors(own, theirs, outs[0]):
-            return 'the anchors of the two have different sizes or positions'
+            if own_shapes != shapes:
+                return (
+                    f'the student scores {own_shapes} and the teacher '
+                    f'{shapes}: anchors and classes must agree'
+                )
+            if not same_priors(own, theirs, outs[0]):
+                return (
+                    'the anchors of the two have different sizes or positions'
+                )
         self.num_classes = theirs.cls_out_channels
         self.bins = getattr(theirs, 'reg_max', 0) + 1
         self.box_width = 4 * self.bins
@@ -481,14 +494,15 @@ class RoITerm(DetectorTerm):
         self,
         *,
         head: TWIHead,
-        student: nn.Module,
+        student: nn.Module | None,
         student_feats: Features,
         teacher_feats: Sequence[Tensor],
     ) -> str | None:
         """As in the base class."""
         if not isinstance(head, TwoStageTWIHead):
             return f'{type(head.head).__name__} is not a RoI head'
-        own, theirs = student.roi_head, head.head
+        theirs = head.head
+        own = theirs if student is None else student.roi_head
         reason = self._why_not_scored(own, theirs)
         if reason is not None:
             return reason
@@ -496,18 +510,19 @@ class RoITerm(DetectorTerm):
         classes = [one.num_classes for one in boxes]
         if classes[0] != classes[1]:
             return f'student and teacher have {classes} classes'
-        self._student = Unregistered(own)
-        self._source = next(iter(student_feats))
-        size = 8 * teacher_feats[0].shape[-1]
-        rois = teacher_feats[0].new_tensor([[0, 0, 0, size, size]])
-        try:
-            with torch.no_grad(), evaluating(own):
-                self._run(own, student_feats[self._source], rois)
-        except Exception as error:
-            return (
-                f"the student's RoI head cannot read {self._source!r} "
-                f'({type(error).__name__}: {error})'
-            )
+        if student is not None:
+            self._student = Unregistered(own)
+            self._source = next(iter(student_feats))
+            size = 8 * teacher_feats[0].shape[-1]
+            rois = teacher_feats[0].new_tensor([[0, 0, 0, size, size]])
+            try:
+                with torch.no_grad(), evaluating(own):
+                    self._run(own, student_feats[self._source], rois)
+            except Exception as error:
+                return (
+                    f"the student's RoI head cannot read {self._source!r} "
+                    f'({type(error).__name__}: {error})'
+                )
         if self.box_weight and (
             coder_of(boxes[0]) != coder_of(boxes[1])
             or boxes[0].reg_class_agnostic != boxes[1].reg_class_agnostic

@@ -105,11 +105,15 @@ class LogitTerm:
         self,
         *,
         head: TWIHead,
-        student: nn.Module,
+        student: nn.Module | None,
         student_feats: Features,
         teacher_feats: Sequence[Tensor],
     ) -> str | None:
-        """The reason why the logits cannot be compared, or None."""
+        """The reason why the logits cannot be compared, or None.
+
+        Without a student the teacher's head is compared with itself, by
+        ``of_estimate``.
+        """
         if type(head) is not TWIHead:
             return (
                 f'{self.kind!r} is for the logits of classifiers, and the '
@@ -118,23 +122,26 @@ class LogitTerm:
         kinds = [kind.__name__ for kind in type(head.head).__mro__]
         if 'MultiLabelClsHead' in kinds:
             return f"the teacher's {kinds[0]} may give several classes"
-        for role, module in (
-            ("teacher's", head.head),
-            ("student's", dict(student.named_modules()).get(self.sources[0])),
-        ):
+        modules: dict[str, nn.Module | None] = {"teacher's": head.head}
+        if student is not None:
+            named = dict(student.named_modules())
+            modules["student's"] = named.get(self.sources[0])
+        for role, module in modules.items():
             loss = getattr(module, 'loss_module', None)
             if getattr(loss, 'use_sigmoid', False):
                 return (
                     f'the {role} {type(module).__name__} was trained with a '
                     'sigmoid per class, so no softmax applies to its logits'
                 )
-        own = tuple(student_feats[self.sources[0]][0].shape)
         logits = head(teacher_feats)
         if not isinstance(logits, Tensor):
             return (
                 f"the teacher's {type(head.head).__name__} gives a "
                 f'{type(logits).__name__}, not the logits of classes'
             )
+        if student is None:
+            return None
+        own = tuple(student_feats[self.sources[0]][0].shape)
         theirs = tuple(logits.shape)
         if own != theirs:
             return (

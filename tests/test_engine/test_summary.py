@@ -140,7 +140,8 @@ def test_summary__of_unlike_heads():
     init_default_scope(config.default_scope)
     lines = summary_of(MODELS.build(config.model)).splitlines()
     assert lines[3] == (
-        "  TWI: the teacher's RetinaHead judges estimates by the labels"
+        "  TWI: the teacher's RetinaHead judges estimates by the "
+        "teacher's own outputs"
     )
     assert lines[4].startswith("  the student's own head: no terms (the ")
     assert lines[4].endswith('anchors and classes must agree)')

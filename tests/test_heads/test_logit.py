@@ -14,12 +14,13 @@ def test_logit__of_a_head_that_gives_no_logits_is_left_out():
             return dict(one=feats[0], two=feats[0])
 
     feats = [torch.zeros(1, CLASSES)]
-    reason = LogitTerm().prepare(
-        head=TWIHead(Several()),
-        student=torch.nn.Identity(),
-        student_feats={'head': feats},
-        teacher_feats=feats,
-    )
-    assert reason == (
-        "the teacher's Several gives a dict, not the logits of classes"
-    )
+    for student in (torch.nn.Identity(), None):
+        reason = LogitTerm().prepare(
+            head=TWIHead(Several()),
+            student=student,
+            student_feats={'head': feats},
+            teacher_feats=feats,
+        )
+        assert reason == (
+            "the teacher's Several gives a dict, not the logits of classes"
+        )

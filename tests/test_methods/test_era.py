@@ -655,6 +655,29 @@ class SlowUnits:
         return share * total
 
 
+def slow_terms(pairs, units):
+    """Both terms, of the scores and boxes of both sides at every row."""
+    unit, box_unit = units.score(), units.boxes()
+    scores = boxes = 0.0
+    for (p, b), (q, t) in pairs:
+        scores += sum(
+            kl_of(yes_and_no(sigmoid(x)), yes_and_no(sigmoid(y)))
+            for x, y in zip(q, p, strict=True)
+        )
+        if units.bins == 1:
+            distance = [
+                abs(x - y) / one
+                for x, y, one in zip(b, t, box_unit, strict=True)
+            ]
+        else:
+            distance = [
+                kl_of(x, y) / box_unit
+                for x, y in zip(units.sides(t), units.sides(b), strict=True)
+            ]
+        boxes += sigmoid(max(q)) * sum(distance) / 4
+    return scores / unit / len(pairs), boxes / len(pairs)
+
+
 @pytest.mark.parametrize('head', ['RetinaHead', 'FCOSHead', 'GFLHead'])
 def test_dense__against_a_slow_reference(head, tmp_path):
     # From the docstring of DetectorTerm, in plain loops.
@@ -695,29 +718,10 @@ def test_dense__against_a_slow_reference(head, tmp_path):
             )
             for _, (scores, box) in pairs
         ]
-        unit, box_unit = units.score(), units.boxes()
-        scores = boxes = 0.0
-        for (p, b), (q, t) in pairs:
-            scores += sum(
-                kl_of(yes_and_no(sigmoid(x)), yes_and_no(sigmoid(y)))
-                for x, y in zip(q, p, strict=True)
-            )
-            if bins == 1:
-                distance = [
-                    abs(x - y) / one
-                    for x, y, one in zip(b, t, box_unit, strict=True)
-                ]
-            else:
-                distance = [
-                    kl_of(x, y) / box_unit
-                    for x, y in zip(
-                        units.sides(t), units.sides(b), strict=True
-                    )
-                ]
-            boxes += sigmoid(max(q)) * sum(distance) / 4
+        scores, boxes = slow_terms(pairs, units)
         expected = {
-            'loss_era_logit': 3.0 * scores / 28 / unit,
-            'loss_era_box': 0.5 * boxes / 28,
+            'loss_era_logit': 3.0 * scores,
+            'loss_era_box': 0.5 * boxes,
         }
         for key, value in expected.items():
             assert value > 1e-2, key
@@ -892,15 +896,24 @@ def test_logit__dense_heads_that_differ_are_refused(change, message, said):
     assert not {'loss_era_logit', 'loss_era_box'} & set(losses)
     era = model.distillers['distiller']
     assert era.student_sources == ('neck',)
-    # The ground truth remains, where its classes are the teacher's.
     if 'num_classes' in change:
         assert era.twi_steps == 'none'
-    else:
+    elif 'loss_cls' in change:
+        # The ground truth remains.
         assert era.twi_targets == 'labels'
         assert losses['loss_era_twi_bbox'].isfinite()
         for targets in ('teacher', 'both'):
-            with pytest.raises(ValueError, match="twi_targets='labels'"):
+            with pytest.raises(
+                ValueError, match=f"{message}.*twi_targets='labels'"
+            ):
                 build(teacher=teacher, twi_targets=targets)
+    else:
+        # The teacher's head can be compared with itself.
+        assert era.twi_targets == 'teacher'
+        assert {key for key in losses if 'twi' in key} == {
+            'loss_era_twi_logit',
+            'loss_era_twi_box',
+        }
 
 
 @pytest.mark.parametrize(
@@ -1002,6 +1015,15 @@ def test_logit__knows_heads_by_what_their_scores_are(change, message):
             message.replace('student', 'teacher') if swapped else message
         )
         assert found is expected is None or expected in found
+    # Without a student the head is the teacher's.
+    alone = DenseTerm().prepare(
+        head=DenseTWIHead(Head(**change)),
+        student=None,
+        student_feats={},
+        teacher_feats=maps,
+    )
+    expected = message and message.replace('student', 'teacher')
+    assert alone is expected is None or expected in alone
 
 
 @pytest.mark.parametrize(
@@ -1067,6 +1089,216 @@ def test_logit__modes_alone_run_no_head_of_the_student(teacher_file):
         with torch.no_grad():
             model(**data, mode='predict')
         assert len(calls) == times, mode
+
+
+# -- a student of another head ------------------------------------------------
+
+
+@pytest.fixture
+def unlike_pair(tmp_path):
+    """RetinaNet with two anchors to GFL, the teacher of some opinion."""
+    config = dense_config('RetinaHead', width=16, channels=24)
+    file = save_teacher(config, tmp_path / 'teacher.pth')
+
+    def make(**kwargs):
+        student = dense_config('GFLHead')
+        model = build(file, student=student, teacher=config, **kwargs)
+        model.init_weights()
+        give_opinions(model.teachers['teacher'].model.bbox_head)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize('twi_targets', ['teacher', 'both'])
+def test_unlike__twi_compares_the_teachers_head_with_itself(
+    twi_targets, unlike_pair, said
+):
+    """One estimate, e_0 of the released form, row by row."""
+    model = unlike_pair(
+        form='released',
+        mbrnet=dict(num_branches=1),
+        loss=dict(scales=[0.0]),
+        twi_targets=twi_targets,
+    ).double()
+    # The released form has no such terms on detectors, so none is missed.
+    assert said == []
+    era = model.distillers['distiller']
+    teacher = model.teachers['teacher'].model
+    units = SlowUnits(1)
+    for seed in (0, 1):
+        data = model.data_preprocessor(detection_batch(2, seed=seed), True)
+        data['inputs'] = data['inputs'].double()
+        with torch.no_grad():
+            net = copy.deepcopy(era.mbrnet)
+            maps = copy.deepcopy(model.student).extract_feat(data['inputs'])
+            outs = [
+                teacher.bbox_head(tuple(feats))
+                for feats in (
+                    net.align(maps),
+                    teacher.extract_feat(data['inputs']),
+                )
+            ]
+        found = model(**data, mode='loss')
+        pairs = []
+        for image in range(2):
+            own, theirs = (rows_by_hand(out, image, 3, 4) for out in outs)
+            best = sorted(
+                range(len(theirs)), key=lambda row: -max(theirs[row][0])
+            )
+            pairs += [(own[row], theirs[row]) for row in best[:100]]
+        assert len(pairs) == 200
+        units.rows += [
+            ([sigmoid(z) for z in scores], box, sigmoid(max(scores)))
+            for _, (scores, box) in pairs
+        ]
+        halved = 2 if twi_targets == 'both' else 1
+        for name, value in zip(
+            ('logit', 'box'), slow_terms(pairs, units), strict=True
+        ):
+            assert value > 1e-2, name
+            assert found[f'loss_era_twi_{name}'].item() == pytest.approx(
+                value / halved, rel=1e-6
+            ), name
+            assert reached(found[f'loss_era_twi_{name}'], model) == {
+                'backbone',
+                'align',
+            }
+        assert not {'loss_era_logit', 'loss_era_box'} & set(found)
+        assert ('loss_era_twi_cls' in found) == (twi_targets == 'both')
+        # Extras that no gradient reached would be asked for in the next step.
+        model.parse_losses(found)[0].backward()
+
+
+def test_unlike__an_estimate_that_equals_the_feature_costs_nothing(
+    unlike_pair, said
+):
+    model = unlike_pair(twi_steps='all')
+    assert len(said) == 1
+    assert said[0].startswith("ERA without a term on the student's own logits")
+    assert said[0].endswith('anchors and classes must agree.')
+    era = model.distillers['distiller']
+    assert era.twi_targets == 'teacher'
+    # The student's head runs for its own losses alone.
+    assert era.student_sources == era.predict_sources == ('neck',)
+    losses = losses_of(model)
+    assert {key for key in losses if 'loss_era' in key} == {
+        'loss_era_align',
+        'loss_era_residual',
+        'loss_era_twi_logit',
+        'loss_era_twi_box',
+    }
+    assert set(era.loss_weights()) == {
+        'loss_era_align',
+        'loss_era_residual',
+        'loss_era_twi_*',
+    }
+    data = model.data_preprocessor(detection_batch(2), True)
+    with torch.no_grad():
+        feats = model.teachers['teacher'].model.extract_feat(data['inputs'])
+        said_of = era.logit.target(era.twi_head, feats, data['data_samples'])
+        for change, least, most in ((0.0, 0.0, 1e-5), (0.1, 1e-3, 1e3)):
+            (found,) = era.twi_head.judge(
+                [[feat + change * torch.randn_like(feat) for feat in feats]],
+                data['data_samples'],
+                by_labels=False,
+                term=era.logit,
+                said=said_of,
+            )
+            assert set(found) == {'logit', 'box'}
+            for value in found.values():
+                assert least <= value.abs() < most
+
+
+def test_unlike__units_are_measured_where_twi_is_and_resumed(unlike_pair):
+    options = dict(twi_interval=2, twi_steps='all')
+    model = unlike_pair(**options)
+    term = model.distillers['distiller'].logit
+    term.first_batches.number = 2
+    seen = []
+    for step in range(6):
+        MessageHub.get_current_instance().update_info('iter', step)
+        losses = losses_of(model, seed=step)
+        assert ('loss_era_twi_logit' in losses) == (step % 2 == 0)
+        model.parse_losses(losses)[0].backward()
+        seen.append(int(term.first_batches.seen))
+    assert seen == [1, 1, 2, 2, 2, 2]
+    assert term.score_unit.value != 1
+    assert (term.box_unit.value != 1).all()
+    again = unlike_pair(**options)
+    again.load_state_dict(model.state_dict())
+    MessageHub.get_current_instance().update_info('iter', 0)
+    for one, other in zip(
+        again.distillers['distiller'].logit.buffers(),
+        term.buffers(),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    first, second = losses_of(model), losses_of(again)
+    for key in ('loss_era_twi_logit', 'loss_era_twi_box'):
+        torch.testing.assert_close(first[key], second[key])
+
+
+def test_unlike__flops_are_of_the_passes_of_the_teachers_head(unlike_pair):
+    def passes(**options):
+        model = unlike_pair(**options)
+        era = model.distillers['distiller']
+        with torch.no_grad():
+            x = model.data_preprocessor(detection_batch(1), False)['inputs']
+            feats = [
+                dict(neck=one.extract_feat(x))
+                for one in (model.student, model.teachers['teacher'].model)
+            ]
+        calls = []
+
+        def count(run):
+            calls.append(run)
+            # The branches first, which are free here.
+            return float(len(calls) == 2)
+
+        return era.extra_flops(
+            count, student_feats=feats[0], teacher_feats=feats[1]
+        )
+
+    # Two for an estimate, one for the teacher's own feature.
+    assert passes() == 3
+    assert passes(twi_interval=2) == 1.5
+    assert passes(twi_targets='labels') == 2
+    assert passes(twi_steps='none') == 0
+
+
+@pytest.mark.parametrize(
+    'options', [dict(twi_targets='labels'), dict(twi_steps='none')]
+)
+def test_unlike__no_term_is_kept_that_nothing_uses(options, unlike_pair):
+    model = unlike_pair(**options)
+    era = model.distillers['distiller']
+    assert era.logit is None
+    assert era.uses_predictions == (era.twi_steps != 'none')
+    assert not any('logit' in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize('logit', [dict(), dict(kind='dense')])
+def test_unlike__terms_on_the_students_own_head_are_refused(
+    logit, unlike_pair
+):
+    with pytest.raises(ValueError, match=r'must agree\. Remove `logit`'):
+        unlike_pair(logit=logit, twi_targets='teacher')
+
+
+def test_unlike__other_classes_leave_twi(unlike_pair, said):
+    model = unlike_pair()
+    era = model.distillers['distiller']
+    said.clear()
+    era.leave_predictions('the classes differ')
+    assert len(said) == 1
+    assert said[0].startswith('ERA without TWI: the classes differ')
+    assert not era.uses_predictions
+    losses = losses_of(model)
+    assert {key for key in losses if 'loss_era' in key} == {
+        'loss_era_align',
+        'loss_era_residual',
+    }
 
 
 # -- TWI on the heads ---------------------------------------------------------

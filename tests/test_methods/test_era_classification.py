@@ -293,6 +293,43 @@ def test_targets__of_the_teacher_are_its_logits_alone(build):
     assert relative(again['loss_era_twi_logit'], expected) < 1e-10
 
 
+def test_targets__of_the_teacher_need_no_softmax_of_the_student(build):
+    # Its own sigmoids are left out; the teacher's logits judge estimates.
+    student_head = dict(
+        loss=dict(type='mmpretrain.CrossEntropyLoss', use_sigmoid=True)
+    )
+    assert build(student_head=student_head).distillers['distiller'].logit is (
+        None
+    )
+    model = build(
+        student_head=student_head,
+        mbrnet=dict(num_branches=1),
+        loss=dict(scales=[0.0]),
+        twi_targets='teacher',
+    )
+    inputs, labels, samples = batch()
+    for sample, label in zip(samples, labels, strict=True):
+        # Sigmoids are trained by a score for each class.
+        sample.set_gt_score(torch.eye(CLASSES)[label])
+    found = model(inputs, samples, mode='loss')
+    assert {k for k in found if 'logit' in k} == {'loss_era_twi_logit'}
+    era = model.distillers['distiller']
+    teacher = model.teachers['teacher'].model
+    u = era.mbrnet.aligns[0](model.student.extract_feat(inputs)[-1])
+    p = softmax(teacher.head(teacher.extract_feat(inputs)), 1)
+    gap = p * (p.log() - log_softmax(teacher.head((u,)), 1))
+    expected = 2 * gap.sum() / len(inputs)
+    assert relative(found['loss_era_twi_logit'], expected) < 1e-10
+    with pytest.raises(ValueError, match="student's LinearClsHead was train"):
+        build(student_head=student_head, logit={}, twi_targets='teacher')
+    # The loss that judges by the labels is the student's; scores are not.
+    for options in (dict(logit={}), dict(twi_targets='teacher')):
+        with pytest.raises(
+            ValueError, match="teacher's LinearClsHead was trained"
+        ):
+            build(teacher_head=student_head, **options)
+
+
 def test_logit__of_several_labels_is_left_out():
     # A softmax over classes that may hold together would teach nonsense.
     init_default_scope('mmpretrain')

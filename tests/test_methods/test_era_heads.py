@@ -720,12 +720,21 @@ def test_heads__of_other_kinds_are_left_out_and_said(
     model.init_weights()
     losses = model(**batch_of(model), mode='loss')
     era = model.distillers['distiller']
-    assert era.logit is None
     assert not {'loss_era_logit', 'loss_era_box'} & set(losses)
-    # Where the head can judge, the ground truth does.
+    # Where the teacher's head can judge, it does so by its own outputs.
     assert any('twi' in key for key in losses) == (era.twi_steps != 'none')
     assert (era.twi_steps == 'none') == ('without TWI' in message)
-    assert era.twi_targets == 'labels'
+    assert (era.logit is None) == (era.twi_steps == 'none')
+    if era.logit is None:
+        assert era.twi_targets == 'labels'
+        return
+    # The RPN, which the term does not compare, is judged by the labels.
+    assert era.twi_targets == (
+        'both' if teacher == 'faster_rcnn' else 'teacher'
+    )
+    for term in ('logit', 'box'):
+        assert losses[f'loss_era_twi_{term}'].isfinite()
+    assert era.logit.score_unit.value != 1
 
 
 @pytest.mark.parametrize('twi_steps', ['all', 'none'])

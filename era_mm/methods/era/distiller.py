@@ -99,15 +99,17 @@ class ERADistiller(HeadUser):
         logit: Terms on the student's own logits and boxes: arguments of
             ``LogitTerm`` (classifiers), ``DenseTerm`` or ``RoITerm``
             (detectors), with the ``kind``: 'kl', 'dist', 'dense', 'roi'.
-            'auto': by the teacher's head; None: no such terms.
+            'auto': by the teacher's head, and only in TWI where the student's
+            cannot be compared with it; None: no such terms.
         twi_targets: What the teacher's head compares estimates with:
             'labels', the ground truth, in classifiers by the student's own
             loss with its smoothing and its weight [official code]; 'teacher',
             its own outputs on the teacher's feature, by the ``logit`` term
             [ours]; or 'both', each halved [official code, its option featKL].
             'auto': by the form; in the normalised one 'both' for two-stage
-            detectors, whose RPN is judged by labels alone; 'labels' without a
-            ``logit`` term.
+            detectors, whose RPN is judged by labels alone; 'labels' with
+            ``logit=None`` or if the teacher's scores cannot be compared. The
+            student's own head has no part in it and may be of another kind.
         twi_interval: Iterations between two uses of TWI, whose weight is
             multiplied by this number: the same expectation in less time.
             [ours].
@@ -240,10 +242,10 @@ class ERADistiller(HeadUser):
         self._find_head(student, teacher)
         self._choose_logit(student)
         self.student_sources = self.feature_sources
-        if self.logit is not None:
+        if self._own_term is not None:
             self.student_sources += tuple(
                 source
-                for source in self.logit.sources
+                for source in self._own_term.sources
                 if source not in self.student_sources
             )
         if self._proposals is not None:
@@ -314,7 +316,7 @@ class ERADistiller(HeadUser):
         if self.twi_head is not None:
             self._try_head(teacher_maps)
         if self.logit is not None:
-            self._meet_logit(student, student_feats, teacher_maps)
+            self._meet_logit(student, teacher, student_feats, teacher_maps)
         if self.twi_steps != 'none' and self.mbrnet.space is not None:
             #: Running share of the teacher's variance that each estimate
             #: explains.
@@ -404,9 +406,12 @@ class ERADistiller(HeadUser):
             self._explain(losses)
         if self._proposals is not None and self.uses_predictions:
             data_samples = self._proposals.attach(student_feats, data_samples)
+        judges = (
+            self.twi_steps != 'none' and self.step % self.twi_interval == 0
+        )
         said: Any = None
-        term = self._term
-        if term is not None:
+        term, own_term = self._term, self._own_term
+        if term is not None and (judges or own_term is not None):
             if own_feats is not None:
                 own = self._maps(own_feats, self.teacher_sources)
                 targets = tuple(full_precision(t) for t in own)
@@ -414,9 +419,10 @@ class ERADistiller(HeadUser):
                 said = term.target(self._head, targets, data_samples)
                 if learns:
                     term.measure(said)
-            terms = term.of_student(student_feats, said)
+        if own_term is not None:
+            terms = own_term.of_student(student_feats, said)
             losses |= {f'loss_era_{k}': value for k, value in terms.items()}
-        if self.twi_steps != 'none' and self.step % self.twi_interval == 0:
+        if judges:
             losses |= self._twi_losses(parts, data_samples, said)
         return losses
 
@@ -499,7 +505,8 @@ class ERADistiller(HeadUser):
             return total
         head = count(lambda: self._head(targets))
         if self._term is not None and not isinstance(self._term, RoITerm):
-            total += head
+            every = self.twi_interval if self._own_term is None else 1
+            total += head / every
         if self.twi_steps != 'none':
             weights = self.loss_terms.step_weights(self.mbrnet.num_branches)
             judged = sum(weight > 0 for weight in weights)
@@ -515,10 +522,10 @@ class ERADistiller(HeadUser):
         }
         if self.twi_steps != 'none':
             weights['loss_era_twi_*'] = self.loss_terms.twi_weight
-        if self._term is not None:
+        if self._own_term is not None:
             weights |= {
                 f'loss_era_{name}': weight
-                for name, weight in self._term.loss_weights().items()
+                for name, weight in self._own_term.loss_weights().items()
             }
         return weights
 

@@ -191,13 +191,18 @@ class HeadUser(BaseDistiller):
 
     @property
     def _term(self) -> LogitTerm | DetectorTerm | None:
-        """The term on the student's own logits, where it counts."""
+        """The term for TWI and for the student's own logits, if it counts."""
         return None if self.left_predictions else self.logit
+
+    @property
+    def _own_term(self) -> LogitTerm | DetectorTerm | None:
+        """The term on the student's own logits, where it counts."""
+        return None if 'logit' in self._left_out else self._term
 
     @property
     def uses_predictions(self) -> bool:
         """Whether there is TWI, or a term on the student's own logits."""
-        return self.twi_steps != 'none' or self._term is not None
+        return self.twi_steps != 'none' or self._own_term is not None
 
     def leave_predictions(self, reason: str) -> None:
         """Go on without TWI and without terms on the student's own logits.
@@ -218,7 +223,7 @@ class HeadUser(BaseDistiller):
                     f'{reason}. Leave it out for ERA on features alone.'
                 )
         parts = ['TWI'] if self.twi_steps != 'none' else []
-        if self.logit is not None:
+        if self._own_term is not None:
             parts.append("terms on the student's own logits")
         print_log(
             f'ERA without {" and ".join(parts)}: {reason}. Where only their '
@@ -248,10 +253,11 @@ class HeadUser(BaseDistiller):
             )
         self.twi_steps = 'none'
         self.twi_head = self._proposals = None
+        self._left_out['logit'] = reason
         self._leave_logit(reason)
 
     def _choose_logit(self, student: nn.Module) -> None:
-        """The term for the student's own head."""
+        """The term for TWI by the teacher and for the student's own head."""
         if self._logit_cfg is None or self.twi_head is None:
             return
         if (
@@ -260,7 +266,9 @@ class HeadUser(BaseDistiller):
             and type(self.twi_head) is not TWIHead
         ):
             # The released code has a term for the logits of classifiers.
-            return
+            if not self._asks_for_targets:
+                return
+            self._left_out['logit'] = 'released form'
         cfg: dict[str, Any] = {}
         if isinstance(self._logit_cfg, Mapping):
             cfg |= self._logit_cfg
@@ -280,18 +288,26 @@ class HeadUser(BaseDistiller):
             )
         # Now: a student without the term's source would be told of that.
         self.logit = term_for(self.twi_head, kind, **cfg)
+        if 'logit' in self._left_out:
+            return
         modules = dict(student.named_modules())
         lacking = [s for s in self.logit.sources if s not in modules]
         if is_query_based(student):
-            self._drop_logit(
+            self._leave_own_logit(
                 f'{type(student).__name__} predicts from queries, not from '
                 'features'
             )
         elif lacking and not self._asks_for_logit:
-            self._drop_logit(f'{type(student).__name__} has no {lacking[0]!r}')
+            self._leave_own_logit(
+                f'{type(student).__name__} has no {lacking[0]!r}'
+            )
 
-    def _drop_logit(self, reason: str) -> None:
-        """Go on without the term, unless the config sets it."""
+    def _leave_own_logit(self, reason: str) -> None:
+        """Leave the student's own head out, unless the config sets it.
+
+        TWI can still use the term: it compares the teacher's head on an
+        estimate with the same head on the teacher's feature.
+        """
         if self._asks_for_logit:
             raise ValueError(
                 f'`logit` cannot be distilled: {reason}. Remove `logit`, or '
@@ -302,16 +318,16 @@ class HeadUser(BaseDistiller):
             logger='current',
             level=logging.WARNING,
         )
-        self._leave_logit(reason)
+        self._left_out['logit'] = reason
 
     def _leave_logit(self, reason: str) -> None:
-        self._left_out['logit'] = reason
+        """Go on without the term, also in TWI, unless the config asks."""
         self.logit = None
         if self._asks_for_targets and self.twi_steps != 'none':
             raise ValueError(
-                f'`twi_targets={self.twi_targets!r}` needs the `logit` term, '
-                'which is not possible for this pair. Set '
-                "twi_targets='labels'."
+                f'`twi_targets={self.twi_targets!r}` compares with the '
+                "teacher's outputs by the `logit` term, which is not possible "
+                f"for this teacher: {reason}. Set twi_targets='labels'."
             )
         self.twi_targets = 'labels'
 
@@ -340,48 +356,66 @@ class HeadUser(BaseDistiller):
     def _meet_logit(
         self,
         student: nn.Module,
+        teacher: nn.Module,
         student_feats: Features,
         teacher_maps: tuple[Tensor, ...],
     ) -> None:
+        """Prepare the term for the pair, or for TWI alone."""
         assert self.logit is not None
-        if self.connections.resamplers and isinstance(self.logit, RoITerm):
-            # Its RoI head reads what its neck gives.
-            reason: str | None = 'the outputs of its neck are resampled'
-        else:
-            reason = self._try_logit(student, student_feats, teacher_maps)
-        if reason is None:
+        # Not `twi_head`, which may have the student's loss.
+        head = find_head(teacher, self.twi_place)
+        assert head is not None
+        reason: str | None
+        if 'logit' not in self._left_out:
+            if self.connections.resamplers and isinstance(self.logit, RoITerm):
+                # Its RoI head reads what its neck gives.
+                reason = 'the outputs of its neck are resampled'
+            else:
+                reason = self._try_logit(
+                    head, student, student_feats, teacher_maps
+                )
+            if reason is None:
+                return
+            self.student_sources = tuple(
+                source
+                for source in self.student_sources
+                if source in self.feature_sources
+                or source not in self.logit.sources
+            )
+            self._leave_own_logit(reason)
+        if self.twi_steps == 'none' or self.twi_targets == 'labels':
+            self.logit = None
             return
-        self.student_sources = tuple(
-            source
-            for source in self.student_sources
-            if source in self.feature_sources
-            or source not in self.logit.sources
-        )
-        self._drop_logit(reason)
+        reason = self._try_logit(head, None, student_feats, teacher_maps)
+        if reason is not None:
+            self._leave_logit(reason)
 
     def _try_logit(
         self,
-        student: nn.Module,
+        head: TWIHead,
+        student: nn.Module | None,
         student_feats: Features,
         teacher_maps: tuple[Tensor, ...],
     ) -> str | None:
-        """The reason why the term cannot compare this pair, or None."""
+        """The reason why the term cannot be used, or None.
+
+        Without a student, for the teacher's head on both sides.
+        """
         assert self.logit is not None
         try:
             reason = self.logit.prepare(
-                head=self._head,
+                head=head,
                 student=student,
                 student_feats=student_feats,
                 teacher_feats=teacher_maps,
             )
             if reason is None:
                 said: Any = self.logit.target(
-                    self._head,
-                    teacher_maps,
-                    [self._head.trial_sample(teacher_maps)],
+                    head, teacher_maps, [head.trial_sample(teacher_maps)]
                 )
-                self.logit.of_student(student_feats, said)
-                self.logit.of_estimate(self._head, teacher_maps, said)
+                if student is not None:
+                    self.logit.of_student(student_feats, said)
+                self.logit.of_estimate(head, teacher_maps, said)
         except Exception as error:
             # Heads of third parties nest their outputs as they like.
             return f'{type(error).__name__}: {error}'
@@ -403,7 +437,7 @@ class HeadUser(BaseDistiller):
             )
         reason = 'logit=None' if self._logit_cfg is None else 'released form'
         own = f'no terms ({self._left_out.get("logit", reason)})'
-        if self.logit is not None:
+        if self.logit is not None and 'logit' not in self._left_out:
             own = ', '.join(f'loss_era_{k}' for k in self.logit.loss_weights())
         return f'TWI: {judge}', f"the student's own head: {own}"
 
