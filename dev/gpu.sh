@@ -38,30 +38,42 @@ background() {
     names+=("$name") pids+=($!)
 }
 
+stage() {
+    local name="$1_$2_b$3_$4"
+    background "$name" "$python" -m dev.gpu_benchmark "$1" "$2" \
+        --batch-sizes "$3" --precisions "$4" \
+        --out "$out/$name.json" --lock "$lock"
+}
+
 measure() {
-    local lock config stage name failed=() i
+    local lock config batch precision name failed=() i
     mkdir -p "$out"
     lock=$(mktemp)
     background tests flock "$lock" "$python" -m pytest -q -m gpu tests/test_gpu.py
     # In the order in which they ask for the GPU.
     sleep 1
-    for config in era_retinanet_r101_r50 era_gfl_r101_r50 era_faster_rcnn_r101_r50
-    do
-        background "$config" "$python" -m dev.gpu_benchmark settings "$config" \
-            --out "$out/$config.json" --lock "$lock"
+    for batch in 2 8; do
+        for config in era_retinanet_r101_r50 era_gfl_r101_r50 \
+            era_faster_rcnn_r101_r50
+        do
+            for precision in full mixed; do
+                stage settings "$config" "$batch" "$precision"
+            done
+        done
     done
-    for stage in profile variants compiled; do
-        background "$stage" "$python" -m dev.gpu_benchmark "$stage" \
-            era_retinanet_r101_r50 --batch-sizes 2 \
-            --out "$out/$stage.json" --lock "$lock"
-    done
+    stage profile era_retinanet_r101_r50 2 full
+    stage profile era_faster_rcnn_r101_r50 2 full
+    stage profile era_retinanet_r101_r50 8 mixed
+    stage variants era_retinanet_r101_r50 2 full
+    stage variants era_retinanet_r101_r50 8 mixed
+    stage compiled era_retinanet_r101_r50 8 mixed
     for i in "${!pids[@]}"; do
         wait "${pids[$i]}" || failed+=("${names[$i]}")
     done
     rm -f "$lock"
     for name in "${names[@]}"; do
         echo "== $name"
-        tail -n 22 "$out/$name.log"
+        tail -n 12 "$out/$name.log"
     done
     if [ "${#failed[@]}" -gt 0 ]; then
         echo "failed: ${failed[*]}" >&2

@@ -12,7 +12,8 @@
 - `profile`: the kernels that take the time, of the plain step and of ERA's.
 
 Weights, images and objects are random. With `--lock FILE` several of these
-processes start together and take turns on the GPU. `dev/gpu.sh` runs them all.
+processes start together, build their models, and take turns on the GPU.
+`dev/gpu.sh` runs them all.
 """
 
 import argparse
@@ -48,10 +49,13 @@ from era_mm.engine.benchmark_report import (
 from era_mm.engine.preflight import find_config
 from era_mm.engine.random_batch import random_batch
 from era_mm.hosts import versions
+from era_mm.layers import FirstBatches
 from era_mm.methods.era.bottleneck import BottleneckBranches
 
-#: Batches on which ERA measures statistics and units, plus one.
-WARMUP = 21
+#: Rounds to warm up: cuDNN and the allocator; `settings` needs those on which
+#: ERA measures statistics and units, which the others skip.
+WARMUP = 5
+MEASURED = 21
 #: Objects per image.
 OBJECTS = 5
 #: Steps under the profiler, and kernels that are kept.
@@ -70,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--lock', type=Path)
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=[2, 8])
+    parser.add_argument(
+        '--precisions',
+        nargs='+',
+        choices=['full', 'mixed'],
+        default=['full', 'mixed'],
+    )
     parser.add_argument('--size', type=int, nargs=2, default=[800, 1333])
     parser.add_argument('--iters', type=int, default=10)
     parser.add_argument('--warmup', type=int, default=WARMUP)
@@ -89,21 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The config as it is, for each batch size and precision."""
     for batch_size in args.batch_sizes:
-        for amp in (False, True):
-            with turn(args):
-                record = measure(
-                    [config_of(args)],
-                    Options(
-                        batch_size=batch_size,
-                        size=tuple(args.size),
-                        objects=OBJECTS,
-                        iters=args.iters,
-                        warmup=args.warmup,
-                        device=args.device,
-                        amp=amp,
-                    ),
-                )
-                show(record)
+        for amp in precisions(args):
+            record = measure(
+                [config_of(args)],
+                Options(
+                    batch_size=batch_size,
+                    size=tuple(args.size),
+                    objects=OBJECTS,
+                    iters=args.iters,
+                    warmup=max(args.warmup, MEASURED),
+                    device=args.device,
+                    amp=amp,
+                ),
+                alone=turn(args),
+            )
+            show(record)
             yield record
 
 
@@ -130,8 +140,8 @@ def variants(
 ) -> Iterator[dict[str, Any]]:
     """Other ways to compute the step, side by side."""
     device = torch.device(args.device)
-    for amp in (False, True):
-        with turn(args), errors_only():
+    for amp in precisions(args):
+        with errors_only():
             first = config_of(args)
             with DefaultScope.overwrite_default_scope(first.default_scope):
                 models: dict[str, Trained] = {
@@ -144,7 +154,9 @@ def variants(
                     models[name] = Distilled(cfg, device, amp)
             for name, model in models.items():
                 _change(name, model)
-            times = _time_steps(models, args)
+                _skip_first_batches(model)
+            with turn(args):
+                times = _time_steps(models, args)
             rows = {
                 name: step_times(
                     plain=times['plain'],
@@ -180,8 +192,8 @@ def variants(
 def profiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The kernels of the plain step and of the distillation's."""
     device = torch.device(args.device)
-    for amp in (False, True):
-        with turn(args), errors_only():
+    for amp in precisions(args):
+        with errors_only():
             cfg = config_of(args)
             with DefaultScope.overwrite_default_scope(cfg.default_scope):
                 models: dict[str, Trained] = {
@@ -191,11 +203,13 @@ def profiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             subject = models['era']
             assert isinstance(subject, Distilled)
             _label(subject)
+            _skip_first_batches(subject)
             rounds, rows = _rounds_of(models, args)
-            rounds.run(rows, args.warmup, lambda run: run() or 0.0)
             record = _about(args, amp)
-            for name, row in rows.items():
-                record[name] = _profiled(rounds, row, device)
+            with turn(args):
+                rounds.run(rows, args.warmup, lambda run: run() or 0.0)
+                for name, row in rows.items():
+                    record[name] = _profiled(rounds, row, device)
             del models, subject
         yield record
 
@@ -222,6 +236,11 @@ def turn(args: argparse.Namespace) -> Iterator[None]:
         gc.collect()
         if args.device == 'cuda':
             torch.cuda.empty_cache()
+
+
+def precisions(args: argparse.Namespace) -> list[bool]:
+    """Whether to train in mixed precision, for each that is asked for."""
+    return [name == 'mixed' for name in args.precisions]
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -303,43 +322,48 @@ def _change(name: str, model: Trained) -> None:
     distiller = model.model.distillers['distiller']
     branches = distiller.mbrnet.bottlenecks
     if name == 'branches in a loop':
-        branches.forward = lambda feats: looped(branches, feats)
+        branches._hidden = lambda feats: looped(branches, feats)
     elif name == 'compiled branches':
-        branches.compile()
+        branches._hidden = torch.compile(branches._hidden)
     elif name == 'compiled teacher':
         for teacher in model.model.teachers.values():
             teacher.model.backbone.compile()
 
 
+def _skip_first_batches(model: Trained) -> None:
+    """Measure statistics and units on two batches only."""
+    for module in model.model.modules():
+        if isinstance(module, FirstBatches):
+            module.number = 2
+
+
 def looped(
     branches: BottleneckBranches, feats: Sequence[Tensor]
 ) -> list[Tensor]:
-    """What the branches compute, one after the other.
+    """The first layers of the branches, one branch after the other.
 
     Only without norms.
     """
     number = branches.num_branches
     levels = []
-    for level, feat in enumerate(feats):
-        parts = [
-            layer.weight.chunk(number) + layer.bias.chunk(number)
-            for layer in (
-                branches.reduce[level][0],
-                branches.spatial[level][0],
-                branches.expand[level],
+    for feat, reduce, spatial in zip(
+        feats, branches.reduce, branches.spatial, strict=True
+    ):
+        first, second = (
+            zip(
+                layer[0].weight.chunk(number),
+                layer[0].bias.chunk(number),
+                strict=True,
             )
+            for layer in (reduce, spatial)
+        )
+        found = [
+            functional.conv2d(
+                functional.conv2d(feat, w1, b1).relu(), w2, b2, padding=1
+            ).relu()
+            for (w1, b1), (w2, b2) in zip(first, second, strict=True)
         ]
-        found = []
-        for i in range(number):
-            x = feat
-            for depth, part in enumerate(parts):
-                padding = 1 if depth == 1 else 0
-                x = functional.conv2d(
-                    x, part[i], part[number + i], padding=padding
-                )
-                x = x if depth == 2 else x.relu()
-            found.append(x)
-        levels.append(torch.stack(found, dim=1))
+        levels.append(torch.cat(found, dim=1))
     return levels
 
 

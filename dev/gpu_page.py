@@ -31,25 +31,24 @@ SETTINGS = """\
 ## What a step costs
 
 ERA as configured, 800 x 1333, random weights and images, measured as in
-[benchmark.md](benchmark.md): `a` is the plain student's step, `b` the teacher's
-forward pass, the ratio is that of ERA's step to `a + b`, the median of
-{iters} rounds with the 10th and 90th percentile. Full precision is torch's
-default: TF32 in convolutions. Memory is the peak of a step; its ratio is to the
-plain step's, plus the teacher, its features and what ERA trains.
+[benchmark.md](benchmark.md): `a` is the plain student's step, `b` the
+teacher's forward pass, the ratio is that of ERA's step to `a + b`, the median
+of {iters} rounds with the 10th and 90th percentile. Full precision is torch's
+default: TF32 in convolutions. Memory is the peak of a step; its ratio is to
+the plain step's, plus the teacher, its features and what ERA trains.
 """
 VARIANTS = """\
 ## The same step, computed in other ways
 
-{config}, batch {batch_size}. All ratios are to the same `a + b`: plain student and
-the teacher as shipped. A row is what would be gained by the change; only the
-first is the default.
+Side by side in one process. All ratios of a table are to the same `a + b`:
+the plain student and the teacher as shipped. 'as shipped' is the default; the
+others are what a change would gain.
 """
 PROFILE = """\
 ## Where the time goes
 
-{config}, batch {batch_size}, per step. Kernels: the sum of their times on the
-GPU. The distiller's part is its forward pass, on the CPU's clock; backward passes
-are in no part.
+Per step. Kernels: the sum of their times on the GPU. Teacher and distiller are
+their forward passes, on the CPU's clock; backward passes are in neither.
 """
 
 
@@ -94,33 +93,47 @@ def _lines(folder: Path) -> Iterator[str]:
             map(_setting_row, settings),
         )
         yield ''
-    variants = [
-        found[name] for name in ('variants', 'compiled') if name in found
-    ]
-    if variants:
-        yield VARIANTS.format(**_about(variants[0]))
-        rows: dict[str, list[str]] = {}
-        for part in variants:
-            for record in part['records']:
-                for variant in record['variants']:
-                    name = variant['name']
-                    if part['stage'] == 'compiled':
-                        name += ' (with the compiled)'
-                    rows.setdefault(name, []).extend(
-                        [
-                            f'{variant["step_ms"]["median"]:.1f}',
-                            _spread(variant['ratio']),
-                        ]
-                    )
-        yield _table(
-            ['step', 'full, ms', 'ratio', 'mixed, ms', 'ratio'],
-            ([name, *values] for name, values in rows.items()),
-        )
-        yield ''
-    if 'profile' in found:
-        yield PROFILE.format(**_about(found['profile']))
-        for record in found['profile']['records']:
-            yield from _profile(record)
+    for title, stages in (
+        (VARIANTS, ('variants', 'compiled')),
+        (PROFILE, ('profile',)),
+    ):
+        records = [
+            dict(record, stage=part['stage'])
+            for part in found.values()
+            if part['stage'] in stages
+            for record in part['records']
+        ]
+        if records:
+            yield title
+        for record in records:
+            rows = _profile if record['stage'] == 'profile' else _variants
+            yield from rows(record)
+
+
+def _variants(record: dict[str, Any]) -> Iterator[str]:
+    yield f'{_about(record)}:'
+    yield ''
+    plain = {
+        name.removesuffix('_ms').replace('_', ', ', 1): values['median']
+        for name, values in record.items()
+        if name in ('plain_ms', 'plain_channels_last_ms')
+    }
+    yield _table(
+        ['step', 'ms', 'to a + b', 'its teacher, ms'],
+        [
+            *([name, f'{value:.1f}', '', ''] for name, value in plain.items()),
+            *(
+                [
+                    variant['name'],
+                    f'{variant["step_ms"]["median"]:.1f}',
+                    _spread(variant['ratio']),
+                    f'{variant["own_teacher_ms"]["median"]:.1f}',
+                ]
+                for variant in record['variants']
+            ),
+        ],
+    )
+    yield ''
 
 
 def _machine(folder: Path, record: dict[str, Any]) -> Iterator[str]:
@@ -134,9 +147,13 @@ def _machine(folder: Path, record: dict[str, Any]) -> Iterator[str]:
     yield ''
 
 
-def _about(part: dict[str, Any]) -> dict[str, Any]:
-    record = part['records'][0]
-    return dict(record['setting'], config=f'`{record["config"]}`')
+def _about(record: dict[str, Any]) -> str:
+    setting = record['setting']
+    precision = 'mixed' if setting['amp'] else 'full'
+    return (
+        f'`{record["config"]}`, batch {setting["batch_size"]}, {precision} '
+        'precision'
+    )
 
 
 def _setting_row(record: dict[str, Any]) -> list[str]:
@@ -156,13 +173,14 @@ def _setting_row(record: dict[str, Any]) -> list[str]:
 
 def _profile(record: dict[str, Any]) -> Iterator[str]:
     plain, era = record['plain'], record['era']
-    name = 'Mixed' if record['setting']['amp'] else 'Full'
     parts = ', '.join(f'{k} {v:.1f}' for k, v in era['parts'].items())
+    own = ', '.join(
+        f'{whose} {found["kernels_ms"]:.1f} ms in {found["launches"]:.0f}'
+        for whose, found in (('the plain step', plain), ('ERA', era))
+    )
     yield (
-        f'{name} precision: kernels of the plain step {plain["kernels_ms"]:.1f} '
-        f"ms in {plain['launches']:.0f} launches, of ERA's "
-        f'{era["kernels_ms"]:.1f} ms in {era["launches"]:.0f}; on the CPU, in '
-        f'ms: {parts}.'
+        f'{_about(record)}. Kernels and their number: {own}. On the CPU, ms: '
+        f'{parts}.'
     )
     yield ''
     theirs = {kernel['name']: kernel for kernel in plain['kernels']}

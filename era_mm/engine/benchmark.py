@@ -164,7 +164,11 @@ class Rounds:
         return values
 
 
-def measure(cfgs: Sequence[Config], options: Options) -> dict[str, Any]:
+def measure(
+    cfgs: Sequence[Config],
+    options: Options,
+    alone: contextlib.AbstractContextManager | None = None,
+) -> dict[str, Any]:
     """Measure the distillations of one student.
 
     Times are in ms. Memory is in bytes, the peak of a step:
@@ -184,6 +188,8 @@ def measure(cfgs: Sequence[Config], options: Options) -> dict[str, Any]:
         cfgs: Whole configs of distillations; the plain student is trained
             with the first one's ``optim_wrapper``.
         options: See :class:`Options`.
+        alone: Entered for the measurement, when the models have been built.
+            None: nothing.
 
     Returns:
         ``versions``, ``machine``, ``setting``; of the ``plain`` student
@@ -216,7 +222,8 @@ def measure(cfgs: Sequence[Config], options: Options) -> dict[str, Any]:
             setting['start_iter'] = max(
                 START_ITER, *(subject.late for subject in subjects)
             )
-        found = _run(plain, subjects, setting, device)
+        with alone or contextlib.nullcontext():
+            found = _run(plain, subjects, setting, device)
         return dict(
             versions=versions(),
             machine=machine(device),

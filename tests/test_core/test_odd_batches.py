@@ -14,6 +14,7 @@ from era_mm.engine.random_batch import random_batch
 from era_mm.engine.step_cost import cost_line
 from era_mm.layers import spare_lone_values
 from era_mm.methods.era.losses import ERALoss
+from era_mm.methods.era.residuals import step_errors
 from era_mm.testing import (
     classifier_config,
     detection_batch,
@@ -134,9 +135,14 @@ def test_unknown_variance__counts_as_one_without_gradient(levels):
     terms = ERALoss()
     aligned = [torch.full((1, 2), 2.0, requires_grad=True)] * levels
     losses = terms.of_shares(
-        aligned=aligned,
-        residuals=[torch.zeros(1, 4, 2)] * levels,
-        targets=[torch.zeros(1, 2)] * levels,
+        errors=[
+            step_errors(
+                aligned=level,
+                residuals=torch.zeros(1, 4, 2),
+                target=torch.zeros(1, 2),
+            )
+            for level in aligned
+        ],
         share_weights=torch.tensor([0.0, 0.5][:levels]),
     )
     found = losses['era_unexplained_e0']

@@ -40,8 +40,8 @@ def test_measure__goes_on_after_what_fails(tmp_path):
     done, commands = run(tmp_path, 'measure', str(tmp_path / 'out'))
     assert done.returncode == 1
     told = done.stderr.splitlines()[-1]
-    assert told.startswith('failed: tests era_retinanet_r101_r50')
-    assert len(told.split()) == 1 + len(commands) == 8
+    assert told.startswith('failed: tests settings_era_retinanet_r101_r50_b2')
+    assert len(told.split()) == 1 + len(commands)
     tests = [c for c in commands if c[1] == 'pytest']
     assert tests == [['-m', 'pytest', '-q', '-m', 'gpu', 'tests/test_gpu.py']]
     stages = [c for c in commands if c[1] == 'dev.gpu_benchmark']
@@ -50,7 +50,9 @@ def test_measure__goes_on_after_what_fails(tmp_path):
         find_config(command[3])
         assert command[command.index('--lock') + 1]
     outs = {c[c.index('--out') + 1] for c in stages}
-    assert len(outs) == len(stages) == 6
+    assert len(outs) == len(stages) == len(commands) - 1
+    settings = [c for c in stages if c[2] == 'settings']
+    assert len(settings) == 3 * 2 * 2
 
 
 def test_suite__gets_the_options(tmp_path):

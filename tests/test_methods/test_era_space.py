@@ -15,9 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from era_mm.heads.detector_terms import DenseTerm, RoITerm
 from era_mm.methods.era import ERADistiller, ERALoss, MBRNet, TWIHook
 from era_mm.methods.era import distiller as distiller_module
-from era_mm.methods.era.losses import (
-    estimates_of,
-    residual_targets,
+from era_mm.methods.era.losses import estimates_of, residual_targets
+from era_mm.methods.era.residuals import (
+    FactoredResiduals,
+    ListedResiduals,
+    factored_errors,
     step_errors,
 )
 from era_mm.methods.era.space import LEAST_SHARE, FeatureSpace
@@ -182,9 +184,12 @@ def share(space, predictions, feats):
     """What a prediction of a feature leaves unexplained, by the loss."""
     normal, wanted = space.normalize(predictions), space.normalize(feats)
     losses = ERALoss(align_weight=1.0, residual_weight=1.0).of_shares(
-        aligned=normal,
-        residuals=[torch.zeros_like(n)[:, None] for n in normal],
-        targets=wanted,
+        errors=[
+            step_errors(
+                aligned=n, residuals=torch.zeros_like(n)[:, None], target=t
+            )
+            for n, t in zip(normal, wanted, strict=True)
+        ],
         share_weights=space.share_weights[: len(feats)],
     )
     found = losses['era_unexplained_e0']
@@ -290,6 +295,110 @@ def test_step_errors__of_half_precision_are_those_of_float32():
     assert residuals.grad.item() == 400
 
 
+def factors(*shape, branches=3, width=2, out=5):
+    """Hidden features, weights with biases, and the residuals they make."""
+    hidden = noise(shape[0], branches * width, *shape[1:], seed=3)
+    weight = noise(branches, out, width + 1, seed=4)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    residuals = torch.einsum(
+        'bcw,nbw...->nbc...',
+        weight[..., :-1],
+        hidden.unflatten(1, (branches, width)),
+    ) + weight[..., -1].view(1, branches, out, *(1,) * (len(shape) - 1))
+    return hidden, weight, residuals
+
+
+@pytest.mark.parametrize('shape', [(4, 7), (2, 3, 6)])
+def test_factored_errors__are_those_of_the_products(shape):
+    aligned, target = (
+        noise(shape[0], 5, *shape[1:], seed=s).requires_grad_() for s in (0, 1)
+    )
+    hidden, weight, residuals = factors(*shape)
+    inputs = [aligned, hidden, weight, target]
+    found = factored_errors(
+        aligned=aligned, hidden=hidden, weight=weight, target=target
+    )
+    expected = step_errors(aligned=aligned, residuals=residuals, target=target)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    for step in range(4):
+        ours, theirs = (
+            torch.autograd.grad(3 * errors[step], inputs, retain_graph=True)
+            for errors in (found, expected)
+        )
+        for own, want in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(own, want, **CLOSE)
+
+
+@pytest.mark.parametrize('step', [0, 1, 2, 3])
+def test_factored_estimates__are_those_of_the_list(step):
+    aligned = noise(2, 5, 3, 6, seed=0).requires_grad_()
+    hidden, weight, residuals = factors(2, 3, 6)
+    inputs = [aligned, hidden, weight]
+    found, expected = (
+        parts.estimate(aligned, step)
+        for parts in (
+            FactoredResiduals(hidden, weight),
+            ListedResiduals(residuals.unbind(dim=1)),
+        )
+    )
+    torch.testing.assert_close(found, expected, **CLOSE)
+    factor = noise(*found.shape, seed=9)
+    ours, theirs = (
+        torch.autograd.grad(
+            (factor * estimate).sum(),
+            inputs,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for estimate in (found, expected)
+    )
+    for own, want in zip(ours, theirs, strict=True):
+        if step == 0 and own is None:
+            continue
+        torch.testing.assert_close(own, want, **CLOSE)
+
+
+def test_factored_errors__of_half_precision_are_those_of_float32():
+    hidden = torch.full((1, 1, 1), -100.0, dtype=torch.bfloat16)
+    hidden.requires_grad_()
+    weight = torch.tensor([[[1.0, 0.25]]])
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = factored_errors(
+            aligned=torch.full((1, 1, 1), 300.0),
+            hidden=hidden,
+            weight=weight,
+            target=torch.zeros(1, 1, 1, dtype=torch.bfloat16),
+        )
+        # bfloat16 has no 200.25.
+        assert found.dtype == torch.float32
+        assert found.tolist() == [90000, 200.25**2]
+        found[1].backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    assert hidden.grad.item() == 400
+
+
+def test_bottlenecks__keep_no_residual():
+    net = MBRNet(
+        8,
+        64,
+        num_branches=4,
+        branch='bottleneck',
+        branch_width=4,
+        normalize=True,
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x
+    ):
+        (level,) = net.residuals_of_levels([torch.randn(2, 8, 16, 16)])
+        level.errors(
+            aligned=torch.randn(2, 64, 16, 16),
+            target=torch.randn(2, 64, 16, 16),
+        )
+    # The two maps that are given, and nothing wider than the branches.
+    assert sorted(kept)[-3:] == [16 * 512, 64 * 512, 64 * 512]
+
+
 # -- bottlenecks --------------------------------------------------------------
 
 
@@ -365,7 +474,7 @@ def test_bottleneck__branches_are_separate_chains(dims, norm):
                 found[branch][level], expected, rtol=1e-9, atol=1e-10
             )
     # The same stacked, and of the first ones alone.
-    for level, stacked in enumerate(net.stacked_residuals(feats)):
+    for level, stacked in enumerate(net.bottlenecks(feats)):
         for branch in range(3):
             assert torch.equal(stacked[:, branch], found[branch][level])
     for count in range(4):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...layers import full_precision
 from .losses import ERALoss, estimates_of, residual_targets
 from .mbrnet import MBRNet
+from .residuals import ListedResiduals, Residuals
 from .space import FeatureSpace
 
 
@@ -21,11 +22,11 @@ class Parts(NamedTuple):
 
     Args:
         aligned: u by level.
-        residuals: d by level and branch.
+        residuals: d by level.
     """
 
     aligned: list[Tensor]
-    residuals: list[Sequence[Tensor]]
+    residuals: list[Residuals]
 
 
 def approximate(
@@ -54,21 +55,12 @@ def approximate(
     if space is not None:
         if learns:
             space.update(targets)
-        stacked = mbrnet.stacked_residuals(seen)
-        losses = terms.of_shares(
-            aligned=aligned,
-            residuals=stacked,
-            targets=space.normalize(targets),
-            share_weights=space.share_weights,
-        )
-        return losses, Parts(aligned, [d.unbind(dim=1) for d in stacked])
-    parts = Parts(
-        aligned,
-        [
-            [full_precision(d) for d in level]
-            for level in zip(*mbrnet.residuals(seen), strict=True)
-        ],
-    )
+        parts = Parts(aligned, mbrnet.residuals_of_levels(seen))
+        return _of_shares(terms, space, parts, targets), parts
+    residuals = [
+        [full_precision(d) for d in level]
+        for level in zip(*mbrnet.residuals(seen), strict=True)
+    ]
     # Of estimates only the values count here.
     with torch.no_grad():
         missing = [
@@ -76,15 +68,32 @@ def approximate(
                 estimates=estimates_of(aligned=u, residuals=d),
                 teacher_feat=target,
             )
-            for u, d, target in zip(*parts, targets, strict=True)
+            for u, d, target in zip(aligned, residuals, targets, strict=True)
         ]
     losses = terms(
         aligned=aligned,
-        residuals=list(zip(*parts.residuals, strict=True)),
+        residuals=list(zip(*residuals, strict=True)),
         targets=list(zip(*missing, strict=True)),
         teacher_feats=targets,
     )
-    return losses, parts
+    return losses, Parts(aligned, [ListedResiduals(d) for d in residuals])
+
+
+def _of_shares(
+    terms: ERALoss,
+    space: FeatureSpace,
+    parts: Parts,
+    targets: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    return terms.of_shares(
+        errors=[
+            d.errors(aligned=u, target=target)
+            for u, d, target in zip(
+                *parts, space.normalize(targets), strict=True
+            )
+        ],
+        share_weights=space.share_weights,
+    )
 
 
 def unexplained_shares(
@@ -105,11 +114,14 @@ def unexplained_shares(
         targets: The teacher's.
     """
     return shares_in(
-        terms.of_shares(
-            aligned=[full_precision(u) for u in mbrnet.align(maps)],
-            residuals=mbrnet.stacked_residuals(maps),
-            targets=space.normalize([full_precision(t) for t in targets]),
-            share_weights=space.share_weights,
+        _of_shares(
+            terms,
+            space,
+            Parts(
+                [full_precision(u) for u in mbrnet.align(maps)],
+                mbrnet.residuals_of_levels(maps),
+            ),
+            [full_precision(t) for t in targets],
         )
     )
 
@@ -148,9 +160,7 @@ def estimate_from(
     if detach and step:
         start = [u.detach() for u in start]
     estimate = [
-        estimates_of(
-            aligned=u, residuals=[full_precision(x) for x in d[:step]]
-        )[-1]
+        d.estimate(u, step)
         for u, d in zip(start, parts.residuals, strict=True)
     ]
     return estimate if space is None else space.restore(estimate)

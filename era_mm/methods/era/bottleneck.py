@@ -6,10 +6,12 @@ w channels of a branch, L levels, * spatial dimensions.
 
 from collections.abc import Sequence
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .building import LAYERS, build_activation, build_norm
+from .residuals import FactoredResiduals
 
 
 def _layer(
@@ -107,6 +109,22 @@ class BottleneckBranches(BaseModule):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def residuals(self, feats: Sequence[Tensor]) -> list[FactoredResiduals]:
+        """The residuals of each level, not yet multiplied.
+
+        Shape:
+            - feats: L of ``(N, C_s, *)``
+        """
+        found = []
+        for level, hidden in enumerate(self._hidden(feats)):
+            last = self.expand[level]
+            weight = last.weight.view(self.num_branches, -1, self.width)
+            bias = last.bias.view(self.num_branches, -1, 1)
+            found.append(
+                FactoredResiduals(hidden, torch.cat([weight, bias], dim=2))
+            )
+        return found
+
     def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
         """All residuals.
 
@@ -114,10 +132,18 @@ class BottleneckBranches(BaseModule):
             - feats: L of ``(N, C_s, *)``
             - out: L of ``(N, B, C_t, *)``
         """
-        layers = zip(self.reduce, self.spatial, self.expand, strict=True)
         return [
-            expand(spatial(reduce(feat))).unflatten(1, (self.num_branches, -1))
-            for feat, (reduce, spatial, expand) in zip(
-                feats, layers, strict=True
+            last(hidden).unflatten(1, (self.num_branches, -1))
+            for last, hidden in zip(
+                self.expand, self._hidden(feats), strict=True
+            )
+        ]
+
+    def _hidden(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        """The input of the last layers, L of ``(N, B * w, *)``."""
+        return [
+            spatial(reduce(feat))
+            for feat, reduce, spatial in zip(
+                feats, self.reduce, self.spatial, strict=True
             )
         ]

@@ -5,7 +5,6 @@ estimate, r what is still missing, all ``(N, C_t, *)``.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,73 +70,6 @@ def _mse(prediction: Tensor, target: Tensor) -> Tensor:
     # Half precision loses the small last residuals.
     prediction = full_precision(prediction)
     return mse_loss(prediction, target.to(prediction.dtype))
-
-
-def _error(prediction: Tensor, target: Tensor) -> Tensor:
-    """The difference, in float32 or better."""
-    prediction = full_precision(prediction)
-    return prediction - target.to(prediction.dtype)
-
-
-class _StepErrors(torch.autograd.Function):
-    """See :func:`step_errors`.
-
-    It keeps its inputs, which exist anyway, and recomputes the differences in
-    the backward pass; otherwise a map of each estimate would be kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, aligned: Tensor, residuals: Tensor, target: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(aligned, residuals, target)
-        error = _error(aligned, target)
-        errors = [error.square().mean()]
-        for residual in residuals.unbind(dim=1):
-            error += residual
-            errors.append(error.square().mean())
-        return torch.stack(errors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        aligned, residuals, target = ctx.saved_tensors
-        error = _error(aligned, target)
-        scales = (2 / error.numel() * grad).unbind()
-        of_first = scales[0] * error
-        of_later = torch.empty_like(residuals)
-        for step, residual in enumerate(residuals.unbind(dim=1)):
-            error += residual
-            of_later[:, step] = scales[step + 1] * error
-        return (
-            of_first.to(aligned.dtype),
-            of_later,
-            # SoKD is trained to refine the teacher's feature.
-            -of_first.to(target.dtype) if ctx.needs_input_grad[2] else None,
-        )
-
-
-def step_errors(
-    *, aligned: Tensor, residuals: Tensor, target: Tensor
-) -> Tensor:
-    """The squared error of each estimate of a level.
-
-        MSE(e_0, t), MSE(d_1, r_1), ..., MSE(d_n, r_n)
-        r_i = sg(t - e_(i-1))
-
-    In value all are MSE(e_i, t); the gradient of the first reaches u and t
-    alone, that of the others d_i alone. In float32 or better.
-
-    Source: ERA [official code] for the targets; in one function is ours.
-
-    Shape:
-        - aligned, target: ``(N, C_t, *)``
-        - residuals: ``(N, B, C_t, *)``
-        - out: ``(B + 1,)``
-    """
-    return _StepErrors.apply(aligned, residuals, target)
 
 
 @explain_unknown_keys
@@ -289,9 +221,7 @@ class ERALoss(nn.Module):
     def of_shares(
         self,
         *,
-        aligned: Sequence[Tensor],
-        residuals: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        errors: Sequence[Tensor],
         share_weights: Tensor,
     ) -> dict[str, Tensor]:
         """Feature losses of a batch in a normalised space.
@@ -303,9 +233,7 @@ class ERALoss(nn.Module):
         Source: ours.
 
         Args:
-            aligned: u by level.
-            residuals: d by level, ``(N, B, C_t, *)``.
-            targets: The teacher's feature by level.
+            errors: MSE of e_0 ... e_n by level, ``(B + 1,)`` each.
             share_weights: Weights of the levels, from the space; 0: the
                 level's variance is not known.
 
@@ -313,12 +241,7 @@ class ERALoss(nn.Module):
             The two losses, and ``era_unexplained_e0`` ...
             ``era_unexplained_en`` for the log.
         """
-        by_level = torch.stack(
-            [
-                step_errors(aligned=u, residuals=d, target=t)
-                for u, d, t in zip(aligned, residuals, targets, strict=True)
-            ]
-        )
+        by_level = torch.stack(list(errors))
         weights = share_weights[:, None]
         by_level = torch.where(weights > 0, weights * by_level, 1.0)
         shares = by_level.mean(dim=0)

@@ -22,6 +22,7 @@ from .residual_branch import (
     init_like_released,
     projection,
 )
+from .residuals import ListedResiduals, Residuals
 from .space import FeatureSpace
 
 
@@ -359,18 +360,17 @@ class MBRNet(BaseModule):
         ]
         return [list(branch) for branch in zip(*by_level, strict=True)]
 
-    def stacked_residuals(self, feats: Sequence[Tensor]) -> list[Tensor]:
-        """All residuals, by level.
+    def residuals_of_levels(self, feats: Sequence[Tensor]) -> list[Residuals]:
+        """The residuals, by level, as the losses need them.
 
         Shape:
             - feats: L of ``(N, C_s, *)``
-            - out: L of ``(N, B, C_t, *)``
         """
         if self.branch == 'bottleneck':
             self._check(feats)
-            return self.bottlenecks(feats)
+            return list(self.bottlenecks.residuals(feats))
         return [
-            torch.stack(level, dim=1)
+            ListedResiduals(level)
             for level in zip(*self.residuals(feats), strict=True)
         ]
 
