@@ -375,10 +375,10 @@ def _label(subject: Distilled) -> None:
         (wiring, 'teach', 'teacher'),
         (distiller, 'loss', 'distiller'),
     ):
-        setattr(owner, method, _named(getattr(owner, method), part))
+        setattr(owner, method, _labelled(getattr(owner, method), part))
 
 
-def _named(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+def _labelled(function: Callable[..., Any], part: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with record_function(part):
             return function(*args, **kwargs)

@@ -130,7 +130,7 @@ methods = dict(
             'model.distiller.schedules': dict(loss_era_logit=dict(scale=0.0))
         },
     ),
-    # One branch, of which nobody hears.
+    # One branch without any loss: it stays at zero, where it starts.
     era_no_branches=dict(
         part_of='era',
         title='without branches',

@@ -108,7 +108,7 @@ methods = dict(
         },
         pairs=['r18w32_r18w16'],
     ),
-    # One branch, of which nobody hears: it stays at zero, where it begins.
+    # One branch without any loss: it stays at zero, where it starts.
     era_no_branches=dict(
         part_of='era',
         title='without branches',
