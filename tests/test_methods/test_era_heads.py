@@ -503,6 +503,33 @@ def test_masks__of_the_teacher_alone_are_left_out(tmp_path, said):
             assert 'masks' not in sample.pred_instances
 
 
+def test_masks__of_both_are_judged_by_labels(tmp_path, said):
+    # There is no term on the teacher's own masks.
+    options = dict(form='auto', logit='auto')
+    model = pair_of('mask_rcnn', tmp_path, **options)
+    assert model.distillers['distiller'].twi_targets == 'both'
+    assert len(said) == 1
+    assert 'by the labels as well' in said[0]
+    assert 'masks are judged by labels alone' in said[0]
+    losses = model(**batch_of(model), mode='loss')
+    assert {'loss_era_twi_mask', 'loss_era_twi_rpn_logit'} <= set(losses)
+
+    model = pair_of('mask_rcnn', tmp_path, twi_targets='teacher', **options)
+    assert model.distillers['distiller'].twi_targets == 'teacher'
+    assert 'by its own outputs without the rest' in said[1]
+    losses = model(**batch_of(model), mode='loss')
+    assert {key for key in losses if 'twi' in key} == {
+        'loss_era_twi_logit',
+        'loss_era_twi_box',
+        'loss_era_twi_rpn_logit',
+        'loss_era_twi_rpn_box',
+    }
+
+    # The labels judge all of it where they are asked for: nothing to say.
+    pair_of('mask_rcnn', tmp_path, twi_targets='both', **options)
+    assert len(said) == 2
+
+
 def test_masks__that_only_the_student_predicts_leave_no_modes(said):
     # An evaluator of masks would stop at the first validation.
     model = build(

@@ -252,6 +252,34 @@ def softmax_rpn():
     return config
 
 
+BOTH = 'RPNHead and StandardRoIHead judge estimates by the'
+
+
+@pytest.mark.parametrize(
+    ('options', 'softmax', 'expected'),
+    [
+        (dict(), False, f"{BOTH} teacher's own outputs"),
+        (dict(logit=None), False, f'{BOTH} labels'),
+        (dict(), True, f"{BOTH} labels and the teacher's own outputs"),
+        (
+            dict(twi_targets='teacher'),
+            True,
+            "StandardRoIHead judges estimates by the teacher's own outputs",
+        ),
+    ],
+)
+def test_uses__names_the_heads_that_judge(
+    options, softmax, expected, tmp_path
+):
+    teacher = softmax_rpn() if softmax else None
+    era = pair_of(tmp_path, teacher, **options).distillers['distiller']
+    twi, own = era.uses()
+    assert twi == f"TWI: the teacher's {expected}"
+    # The student's RPN has no terms.
+    if era.logit is not None:
+        assert own.endswith(': loss_era_logit, loss_era_box')
+
+
 def test_fallback__is_the_labels_as_well_and_said(tmp_path, said):
     model = pair_of(tmp_path, softmax_rpn())
     era = model.distillers['distiller']

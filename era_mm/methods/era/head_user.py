@@ -465,8 +465,17 @@ class HeadUser(BaseDistiller):
                 'teacher': "the teacher's own outputs",
                 'both': "the labels and the teacher's own outputs",
             }[self.twi_targets]
+            heads = self._head.heads
+            term = self.logit
+            if (
+                self.twi_targets == 'teacher'
+                and isinstance(term, RoITerm)
+                and term.rpn is None
+            ):
+                heads = heads[1:]
+            names = ' and '.join(type(head).__name__ for head in heads)
             judge = (
-                f"the teacher's {type(self._head.head).__name__} judges "
+                f"the teacher's {names} judge{'s' * (len(heads) == 1)} "
                 f'estimates by {by}'
             )
         reason = 'logit=None' if self._logit_cfg is None else 'released form'
