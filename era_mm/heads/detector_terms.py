@@ -47,6 +47,7 @@ class Said(NamedTuple):
         sure: Its confidence, ``(R,)``.
         number: Number of rows to average over, the same for every image,
             whether it has that many or not.
+        rpn: What its RPN says; None: not compared.
     """
 
     rows: Any
@@ -54,6 +55,7 @@ class Said(NamedTuple):
     boxes: Tensor | None
     sure: Tensor
     number: int
+    rpn: 'Said | None' = None
 
 
 class Unit(nn.Module):
@@ -474,13 +476,19 @@ class RoITerm(DetectorTerm):
     The student's RoI head runs on these regions a second time, in eval mode,
     so that its norms do not count a batch twice.
 
+    After ``add_rpn``, ``of_estimate`` has two terms more, ``rpn_logit`` and
+    ``rpn_box``: those of a ``DenseTerm`` with the same arguments, which
+    compares the teacher's RPN on an estimate with the same RPN on the
+    teacher's feature. Their rows are the anchors of the teacher's RPN, their
+    units its own. The student's RPN has no part in them.
+
     Source: ours; that both heads judge the same regions is DIST's (arXiv
     2205.10536).
 
     Args:
         weight: Weight of the scores.
         box_weight: Weight of the boxes.
-        topk: Number of regions per image.
+        topk: Number of regions per image, and of the RPN's anchors.
     """
 
     def __init__(
@@ -489,6 +497,41 @@ class RoITerm(DetectorTerm):
         super().__init__(weight, box_weight, topk)
         self._student: Unregistered | None = None
         self._source = ''
+        # Boxes of the RoI heads may be left out, those of the RPN not.
+        self._settings = weight, box_weight, topk
+        #: The term of the teacher's RPN; None: it is not compared.
+        self.rpn: DenseTerm | None = None
+
+    def add_rpn(
+        self, head: TwoStageTWIHead, teacher_feats: Sequence[Tensor]
+    ) -> str | None:
+        """Compare the teacher's RPN in ``of_estimate`` as well.
+
+        Args:
+            head: The teacher's head.
+            teacher_feats: Its input.
+
+        Returns:
+            The reason why the RPN cannot be compared; None if it can.
+        """
+        term = DenseTerm(*self._settings)
+        reason = term.prepare(
+            head=head.rpn,
+            student=None,
+            student_feats={},
+            teacher_feats=teacher_feats,
+        )
+        if reason is not None:
+            return reason
+        outs = head.rpn.training_forward(teacher_feats)
+        if len(outs) != 2:
+            # Guided anchors: what a box means depends on a third output.
+            return (
+                f"the teacher's {type(head.rpn.head).__name__} predicts more "
+                'than scores and boxes'
+            )
+        self.rpn = term
+        return None
 
     def prepare(
         self,
@@ -583,7 +626,20 @@ class RoITerm(DetectorTerm):
         classes = scores[:, :-1].argmax(dim=1)
         at = self._boxes_at(full_precision(coded), classes)
         number = len(samples) * self.topk
-        return Said((rois, classes), scores, at, 1 - scores[:, -1], number)
+        said = Said((rois, classes), scores, at, 1 - scores[:, -1], number)
+        if self.rpn is None:
+            return said
+        assert isinstance(head, TwoStageTWIHead)
+        return said._replace(
+            rpn=self.rpn.target(head.rpn, teacher_feats, samples)
+        )
+
+    def measure(self, said: Said) -> None:
+        """As in the base class."""
+        super().measure(said)
+        if self.rpn is not None:
+            assert said.rpn is not None
+            self.rpn.measure(said.rpn)
 
     def of_student(
         self, student_feats: Features, said: Said
@@ -598,7 +654,13 @@ class RoITerm(DetectorTerm):
         self, head: TWIHead, feats: Sequence[Tensor], said: Said
     ) -> dict[str, Tensor]:
         """As in the base class."""
-        return self._of(head.head, feats, said)
+        terms = self._of(head.head, feats, said)
+        if self.rpn is not None:
+            assert isinstance(head, TwoStageTWIHead)
+            assert said.rpn is not None
+            found = self.rpn.of_estimate(head.rpn, feats, said.rpn)
+            terms |= {f'rpn_{name}': value for name, value in found.items()}
+        return terms
 
     def _of(
         self, roi_head: nn.Module, feats: Sequence[Tensor], said: Said

@@ -9,7 +9,12 @@ from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 
 from ..core import Unregistered
-from .twi_heads import DetectorTWIHead, one_class, with_children
+from .twi_heads import (
+    DetectorTWIHead,
+    ProposalTWIHead,
+    one_class,
+    with_children,
+)
 
 
 class TwoStageTWIHead(DetectorTWIHead):
@@ -30,6 +35,11 @@ class TwoStageTWIHead(DetectorTWIHead):
 
     def __init__(self, rpn_head: nn.Module, roi_head: nn.Module) -> None:
         super().__init__(rpn_head, roi_head)
+
+    @property
+    def rpn(self) -> ProposalTWIHead:
+        """The RPN alone, as a dense head of one class."""
+        return ProposalTWIHead(self._first)
 
     @property
     def has_masks(self) -> bool:

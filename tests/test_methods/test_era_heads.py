@@ -322,8 +322,8 @@ def test_twin__says_by_default_what_the_teacher_says(family, tmp_path):
     era = model.distillers['distiller']
     data = batch_of(model)
     found = era_losses(model, data)
-    if family in TWO_STAGE:
-        # Labels judge beside it, because the term leaves the RPN out.
+    if 'mask' in family:
+        # Labels judge beside it, because the term leaves masks out.
         assert era.twi_targets == 'both'
         weight = era.twi_interval * sum(era.loss_terms.step_weights(2)) / 2
         for key, value in teacher_losses(model, data).items():
@@ -333,6 +333,7 @@ def test_twin__says_by_default_what_the_teacher_says(family, tmp_path):
             ), key
     else:
         assert era.twi_targets == 'teacher'
+    two_stages = family in TWO_STAGE
     # RepPoints predicts no sides of a box.
     names = {'logit'} if family == 'reppoints' else {'logit', 'box'}
     assert {k for k in found if 'loss' in k} == {
@@ -340,6 +341,7 @@ def test_twin__says_by_default_what_the_teacher_says(family, tmp_path):
         'loss_era_residual',
         *(f'loss_era_{name}' for name in names),
         *(f'loss_era_twi_{name}' for name in names),
+        *(f'loss_era_twi_rpn_{name}' for name in names if two_stages),
     }
     for key, value in found.items():
         if 'loss' not in key:
@@ -347,10 +349,11 @@ def test_twin__says_by_default_what_the_teacher_says(family, tmp_path):
         # Random teachers say nearly the same of everything: a tiny unit,
         # by which rounding is divided.
         unit = torch.ones(())
+        term = era.logit.rpn if 'rpn' in key else era.logit
         if 'logit' in key:
-            unit = era.logit.score_unit.value
+            unit = term.score_unit.value
         elif 'box' in key:
-            unit = era.logit.box_unit.value
+            unit = term.box_unit.value
         assert value.abs() * unit.min() < 1e-5, key
 
 
@@ -498,6 +501,33 @@ def test_masks__of_the_teacher_alone_are_left_out(tmp_path, said):
     for mode in model.active_modes:
         for sample in model.mode_predictions[mode]:
             assert 'masks' not in sample.pred_instances
+
+
+def test_masks__of_both_are_judged_by_labels(tmp_path, said):
+    # There is no term on the teacher's own masks.
+    options = dict(form='auto', logit='auto')
+    model = pair_of('mask_rcnn', tmp_path, **options)
+    assert model.distillers['distiller'].twi_targets == 'both'
+    assert len(said) == 1
+    assert 'by the labels as well' in said[0]
+    assert 'masks are judged by labels alone' in said[0]
+    losses = model(**batch_of(model), mode='loss')
+    assert {'loss_era_twi_mask', 'loss_era_twi_rpn_logit'} <= set(losses)
+
+    model = pair_of('mask_rcnn', tmp_path, twi_targets='teacher', **options)
+    assert model.distillers['distiller'].twi_targets == 'teacher'
+    assert 'by its own outputs without the rest' in said[1]
+    losses = model(**batch_of(model), mode='loss')
+    assert {key for key in losses if 'twi' in key} == {
+        'loss_era_twi_logit',
+        'loss_era_twi_box',
+        'loss_era_twi_rpn_logit',
+        'loss_era_twi_rpn_box',
+    }
+
+    # The labels judge all of it where they are asked for: nothing to say.
+    pair_of('mask_rcnn', tmp_path, twi_targets='both', **options)
+    assert len(said) == 2
 
 
 def test_masks__that_only_the_student_predicts_leave_no_modes(said):
@@ -728,10 +758,7 @@ def test_heads__of_other_kinds_are_left_out_and_said(
     if era.logit is None:
         assert era.twi_targets == 'labels'
         return
-    # The RPN, which the term does not compare, is judged by the labels.
-    assert era.twi_targets == (
-        'both' if teacher == 'faster_rcnn' else 'teacher'
-    )
+    assert era.twi_targets == 'teacher'
     for term in ('logit', 'box'):
         assert losses[f'loss_era_twi_{term}'].isfinite()
     assert era.logit.score_unit.value != 1

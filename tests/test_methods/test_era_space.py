@@ -1273,8 +1273,7 @@ def test_roi__is_the_default_of_two_stages(tmp_path):
     era = model.distillers['distiller']
     assert type(era.logit) is RoITerm
     assert era.logit.topk == 100
-    # The RPN, which the term does not compare, is judged by the labels.
-    assert era.twi_targets == 'both'
+    assert era.twi_targets == 'teacher'
     losses = model(**batch_of(model), mode='loss')
     assert {key for key in losses if 'loss_era' in key} == {
         'loss_era_align',
@@ -1283,10 +1282,8 @@ def test_roi__is_the_default_of_two_stages(tmp_path):
         'loss_era_box',
         'loss_era_twi_logit',
         'loss_era_twi_box',
-        'loss_era_twi_cls',
-        'loss_era_twi_bbox',
-        'loss_era_twi_rpn_cls',
-        'loss_era_twi_rpn_bbox',
+        'loss_era_twi_rpn_logit',
+        'loss_era_twi_rpn_box',
     }
 
 

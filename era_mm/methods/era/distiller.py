@@ -107,7 +107,8 @@ class ERADistiller(HeadUser):
             its own outputs on the teacher's feature, by the ``logit`` term
             [ours]; or 'both', each halved [official code, its option featKL].
             'auto': by the form; in the normalised one 'both' for two-stage
-            detectors, whose RPN is judged by labels alone; 'labels' with
+            detectors of which a part is judged by labels alone (masks, or an
+            RPN whose scores cannot be compared); 'labels' with
             ``logit=None`` or if the teacher's scores cannot be compared. The
             student's own head has no part in it and may be of another kind.
         twi_interval: Iterations between two uses of TWI, whose weight is
@@ -317,6 +318,7 @@ class ERADistiller(HeadUser):
             self._try_head(teacher_maps)
         if self.logit is not None:
             self._meet_logit(student, teacher, student_feats, teacher_maps)
+            self._meet_two_stages(teacher_maps)
         if self.twi_steps != 'none' and self.mbrnet.space is not None:
             #: Running share of the teacher's variance that each estimate
             #: explains.
@@ -349,11 +351,6 @@ class ERADistiller(HeadUser):
             self.twi_targets = settings.twi_targets
             if self.logit is None:
                 self.twi_targets = 'labels'
-            elif self.twi_targets == 'teacher' and isinstance(
-                self.logit, RoITerm
-            ):
-                # Which compares no outputs of the RPN.
-                self.twi_targets = 'both'
 
     # -- losses ------------------------------------------------------------
 
@@ -504,7 +501,11 @@ class ERADistiller(HeadUser):
         if self.twi_head is None:
             return total
         head = count(lambda: self._head(targets))
-        if self._term is not None and not isinstance(self._term, RoITerm):
+        term = self._term
+        # Of two stages, `head` is the RPN.
+        if term is not None and not (
+            isinstance(term, RoITerm) and term.rpn is None
+        ):
             every = self.twi_interval if self._own_term is None else 1
             total += head / every
         if self.twi_steps != 'none':

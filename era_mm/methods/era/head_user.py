@@ -390,6 +390,40 @@ class HeadUser(BaseDistiller):
         if reason is not None:
             self._leave_logit(reason)
 
+    @torch.no_grad()
+    def _meet_two_stages(self, teacher_maps: tuple[Tensor, ...]) -> None:
+        """Let the teacher judge its RPN as well, or the labels.
+
+        Masks are judged by the labels alone, and so is an RPN whose scores
+        cannot be compared. So the default is 'both' with one of these.
+        """
+        head, term = self.twi_head, self.logit
+        if (
+            not isinstance(head, TwoStageTWIHead)
+            or not isinstance(term, RoITerm)
+            or self.twi_steps == 'none'
+            or self.twi_targets == 'labels'
+        ):
+            return
+        reasons = []
+        reason = term.add_rpn(head, teacher_maps)
+        if reason is not None:
+            reasons.append(f'those of its RPN cannot be compared: {reason}')
+        if head.has_masks:
+            reasons.append('its masks are judged by labels alone')
+        if not reasons or self.twi_targets == 'both':
+            return
+        judged = 'by its own outputs without the rest'
+        if not self._asks_for_targets:
+            self.twi_targets = 'both'
+            judged = 'by the labels as well as by its own outputs'
+        print_log(
+            f"TWI: the teacher's {type(head.head).__name__} judges estimates "
+            f'{judged}, because {" and ".join(reasons)}.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
     def _try_logit(
         self,
         head: TWIHead,
@@ -431,8 +465,17 @@ class HeadUser(BaseDistiller):
                 'teacher': "the teacher's own outputs",
                 'both': "the labels and the teacher's own outputs",
             }[self.twi_targets]
+            heads = self._head.heads
+            term = self.logit
+            if (
+                self.twi_targets == 'teacher'
+                and isinstance(term, RoITerm)
+                and term.rpn is None
+            ):
+                heads = heads[1:]
+            names = ' and '.join(type(head).__name__ for head in heads)
             judge = (
-                f"the teacher's {type(self._head.head).__name__} judges "
+                f"the teacher's {names} judge{'s' * (len(heads) == 1)} "
                 f'estimates by {by}'
             )
         reason = 'logit=None' if self._logit_cfg is None else 'released form'
