@@ -66,6 +66,8 @@ measure() {
     stage profile era_retinanet_r101_r50 8 mixed
     stage variants era_retinanet_r101_r50 2 full
     stage variants era_retinanet_r101_r50 8 mixed
+    # Compiling takes a minute, in which the others would wait.
+    wait "${pids[@]}" || true
     stage compiled era_retinanet_r101_r50 8 mixed
     for i in "${!pids[@]}"; do
         wait "${pids[$i]}" || failed+=("${names[$i]}")
