@@ -7,7 +7,7 @@
 # `measure` writes to FOLDER, by default results/gpu; its processes start
 # together and take turns. `suite` is `era_mm suite` (docs/suite.md) for MINUTES
 # (8); called again, it goes on. It needs the digit scenes (python
-# tools/make_digit_scenes.py).
+# tools/make_digit_scenes.py). `python -m dev.gpu_page` makes docs/gpu.md.
 set -euo pipefail
 script=$(realpath "$0")
 command=${1:-}
@@ -73,6 +73,7 @@ measure() {
         wait "${pids[$i]}" || failed+=("${names[$i]}")
     done
     rm -f "$lock"
+    tail -n 1 "$out/tests.log" > "$out/tests.txt"
     for name in "${names[@]}"; do
         echo "== $name"
         tail -n 12 "$out/$name.log"

@@ -48,6 +48,7 @@ from era_mm.engine.benchmark_report import (
 )
 from era_mm.engine.preflight import find_config
 from era_mm.engine.random_batch import random_batch
+from era_mm.engine.suite.command import commit_of_code
 from era_mm.hosts import versions
 from era_mm.layers import FirstBatches
 from era_mm.methods.era.bottleneck import BottleneckBranches
@@ -89,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for record in STAGES[args.stage](args):
         records.append(record)
         # After each: the machine may not come back.
-        write(dict(stage=args.stage, records=records), args.out)
+        write(
+            dict(stage=args.stage, commit=commit_of_code(), records=records),
+            args.out,
+        )
     return 0
 
 

@@ -3,6 +3,7 @@
 python -m dev.gpu_page [results/gpu]
 """
 
+import itertools
 import json
 import re
 import sys
@@ -16,6 +17,12 @@ from era_mm.engine.whole_files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
+#: What `dev/gpu.sh measure` measures.
+CONFIGS = (
+    'era_retinanet_r101_r50',
+    'era_gfl_r101_r50',
+    'era_faster_rcnn_r101_r50',
+)
 #: Kernels of the profile that are shown.
 SHOWN = 15
 #: Length of a kernel's name.
@@ -25,7 +32,8 @@ INTRO = """\
 # On a GPU
 
 Written by `python -m dev.gpu_page` from `results/gpu/`, which
-`dev/gpu.sh measure` writes on a machine with a GPU.
+`dev/gpu.sh measure` writes on a machine with a GPU. What was not run is shown
+as such.
 """
 SETTINGS = """\
 ## What a step costs
@@ -84,13 +92,13 @@ def _lines(folder: Path) -> Iterator[str]:
     first = (
         settings or [r for part in found.values() for r in part['records']]
     )[0]
-    yield from _machine(folder, first)
+    yield from _machine(folder, found, first)
     if settings:
         yield SETTINGS.format(iters=first['setting']['iters'])
         yield _table(
             ['config', 'batch', 'precision', 'a, ms', 'b, ms', 'ERA, ms']
             + ['ratio', 'GiB', 'ratio'],
-            map(_setting_row, settings),
+            _setting_rows(settings),
         )
         yield ''
     for title, stages in (
@@ -136,14 +144,18 @@ def _variants(record: dict[str, Any]) -> Iterator[str]:
     yield ''
 
 
-def _machine(folder: Path, record: dict[str, Any]) -> Iterator[str]:
+def _machine(
+    folder: Path, found: dict[str, Any], record: dict[str, Any]
+) -> Iterator[str]:
     machine, versions = record['machine'], record['versions']
     yield f'- {machine.get("gpu", machine["cpu"])}'
     yield '- ' + ', '.join(f'{k} {v}' for k, v in versions.items())
-    log = folder / 'tests.log'
-    if log.exists():
-        last = log.read_text().strip().splitlines()[-1]
-        yield f'- `pytest -m gpu tests/test_gpu.py`: {last.strip("= ")}'
+    commits = sorted({part['commit'] for part in found.values()})
+    yield f'- commit {", ".join(commits)}'
+    tests = folder / 'tests.txt'
+    if tests.exists():
+        last = tests.read_text().strip('= \n')
+        yield f'- `pytest -m gpu tests/test_gpu.py`: {last}'
     yield ''
 
 
@@ -156,12 +168,30 @@ def _about(record: dict[str, Any]) -> str:
     )
 
 
-def _setting_row(record: dict[str, Any]) -> list[str]:
-    setting, entry = record['setting'], record['distillers'][0]
+def _setting_rows(records: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """A row for each setting of `dev/gpu.sh`, measured or not."""
+    found = {
+        (
+            record['distillers'][0]['config'],
+            record['setting']['batch_size'],
+            record['setting']['amp'],
+        ): record
+        for record in records
+    }
+    for config, batch, amp in itertools.product(
+        CONFIGS, (2, 8), (False, True)
+    ):
+        name = 'mixed' if amp else 'full'
+        record = found.get((config, batch, amp))
+        values = ['not run', *[''] * 5]
+        if record is not None:
+            values = _setting_values(record)
+        yield [config, str(batch), name, *values]
+
+
+def _setting_values(record: dict[str, Any]) -> list[str]:
+    entry = record['distillers'][0]
     return [
-        entry['config'],
-        str(setting['batch_size']),
-        'mixed' if setting['amp'] else 'full',
         f'{record["plain"]["step_ms"]["median"]:.1f}',
         f'{entry["teacher_ms"]["median"]:.1f}',
         f'{entry["step_ms"]["median"]:.1f}',
