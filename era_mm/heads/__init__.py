@@ -2,20 +2,16 @@
 
 In reading order: ``twi`` (which head of a model can be reused), ``twi_heads``
 and ``two_stage`` (how it is reused), ``twi_blend`` (its outputs blended with
-the student's), ``logit`` and ``detector_terms`` (losses between the outputs
-of the student's head and the teacher's), ``choice`` (which of these fits a
-pair).
+the student's), ``logit``, ``dense_term`` and ``roi_term`` (losses between
+the outputs of the student's head and the teacher's; ``detector_term`` is the
+base of the last two), ``choice`` (which of these fits a pair).
 """
 
 from .choice import kind_for, term_for
-from .detector_terms import (
-    DenseTerm,
-    DetectorTerm,
-    RoITerm,
-    Said,
-    why_no_sigmoid_scores,
-)
+from .dense_term import DenseTerm, why_no_sigmoid_scores
+from .detector_term import DetectorTerm, Said
 from .logit import LogitTerm
+from .roi_term import RoITerm
 from .twi import (
     find_head,
     plain_towers,

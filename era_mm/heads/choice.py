@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from .detector_terms import DenseTerm, DetectorTerm, RoITerm
+from .dense_term import DenseTerm
+from .detector_term import DetectorTerm
 from .logit import LogitTerm
+from .roi_term import RoITerm
 from .twi_heads import DenseTWIHead, TWIHead
 from .two_stage import TwoStageTWIHead
 

@@ -1,8 +1,8 @@
 """Distillation of the logits of classifiers.
 
-``detector_terms`` has the same for detectors. A term compares the teacher's
-outputs with the student's own, or with those of the teacher's head on an
-estimate.
+``dense_term`` and ``roi_term`` have the same for detectors. A term compares
+the teacher's outputs with the student's own, or with those of the teacher's
+head on an estimate.
 
 Legend: N batch, K classes.
 """

@@ -56,7 +56,7 @@ class LogitDistiller(BaseDistiller):
 
     Source: KL: arXiv 1503.02531; DIST: arXiv 2205.10536; DKD: arXiv
     2203.08679; logit standardisation: arXiv 2403.01427. 'dense' and 'roi' are
-    [ours], the same terms that ERA uses; see ``era_mm.heads.detector_terms``.
+    [ours], the same terms that ERA uses; see ``era_mm.heads.DetectorTerm``.
 
     Args:
         logit: Arguments of ``LogitTerm``, ``DenseTerm`` or ``RoITerm``, with

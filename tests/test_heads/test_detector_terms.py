@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from era_mm.heads.detector_terms import DenseTerm, RoITerm, Said
+from era_mm.heads import DenseTerm, RoITerm
+from era_mm.heads.detector_term import Said
 from era_mm.testing import noise
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)

@@ -9,7 +9,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
 from torch import nn
 
-from era_mm.heads.detector_terms import DenseTerm
+from era_mm.heads import DenseTerm
 from era_mm.heads.twi import find_head
 from era_mm.heads.twi_heads import DenseTWIHead, TWIHead
 from era_mm.testing import (

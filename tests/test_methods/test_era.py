@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from torch.nn.functional import conv2d
 
 from era_mm.core import Distillation
-from era_mm.heads.detector_terms import DenseTerm, RoITerm
+from era_mm.heads import DenseTerm, RoITerm
 from era_mm.heads.twi_heads import DenseTWIHead
 from era_mm.methods.era import (
     ERADistiller,
@@ -299,7 +299,7 @@ def released(*args, **kwargs):
 def said(monkeypatch):
     """What the distiller and its terms say."""
     messages = []
-    for module in ('methods.era.head_user', 'heads.detector_terms'):
+    for module in ('methods.era.head_user', 'heads.detector_term'):
         monkeypatch.setattr(
             f'era_mm.{module}.print_log',
             lambda message, **kwargs: messages.append(message),

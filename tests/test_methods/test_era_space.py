@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from era_mm.heads.detector_terms import DenseTerm, RoITerm
+from era_mm.heads import DenseTerm, RoITerm
 from era_mm.methods.era import ERADistiller, ERALoss, MBRNet, TWIHook
 from era_mm.methods.era import distiller as distiller_module
 from era_mm.methods.era.losses import estimates_of, residual_targets
@@ -1400,7 +1400,7 @@ def test_roi__boxes_of_another_code_are_left_out(
 ):
     said = []
     monkeypatch.setattr(
-        'era_mm.heads.detector_terms.print_log',
+        'era_mm.heads.detector_term.print_log',
         lambda text, **kwargs: said.append(text),
     )
     teacher = two_stage_config(16, 24)

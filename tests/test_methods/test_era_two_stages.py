@@ -10,7 +10,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
 from torch import nn
 
-from era_mm.heads.detector_terms import RoITerm
+from era_mm.heads import RoITerm
 from era_mm.heads.two_stage import TwoStageTWIHead
 from era_mm.testing import (
     detection_batch,

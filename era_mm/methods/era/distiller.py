@@ -8,19 +8,10 @@ from mmengine.dist import all_reduce
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ...core import (
-    Features,
-    HostModel,
-    MeasuredPair,
-    Plan,
-)
+from ...core import Features, HostModel, MeasuredPair, Plan
 from ...core.host_models import is_query_based
 from ...core.utils import evaluating, run_seed
-from ...heads import (
-    RoITerm,
-    find_head,
-    tower_sources,
-)
+from ...heads import RoITerm, find_head, tower_sources
 from ...layers import check_alike, full_precision, levels_of
 from ...registry import MODELS
 from .approximation import (

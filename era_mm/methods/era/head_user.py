@@ -110,8 +110,8 @@ class HeadUser(BaseDistiller):
         assert head is not None
         _, teacher_feats = pair.match(cover=True).feats()
         with torch.no_grad(), preserve_rng():
-            problem = head.why_not_judged(teacher_feats, training=True)
-        return problem and f'{type(head.head).__name__}: {problem}'
+            reason = head.why_not_judged(teacher_feats, training=True)
+        return reason and f'{type(head.head).__name__}: {reason}'
 
     def _find_head(self, student: nn.Module, teacher: nn.Module) -> None:
         """Find the teacher's head, and how to blend the student's with it."""
@@ -334,23 +334,23 @@ class HeadUser(BaseDistiller):
     @torch.no_grad()
     def _try_head(self, teacher_maps: tuple[Tensor, ...]) -> None:
         """Let the head judge the teacher's features of the dry run."""
-        problem = self._head.why_not_judged(
+        reason = self._head.why_not_judged(
             teacher_maps, training=self.twi_steps != 'none'
         )
-        if problem is None:
+        if reason is None:
             return
-        problem = (
+        reason = (
             f"the teacher's head ({type(self._head.head).__name__}) "
             f'cannot judge the source {", ".join(self.teacher_sources)!r}: '
-            f'{problem}'
+            f'{reason}'
         )
         if self._asks_for_twi or self._asks_for_logit:
             raise ValueError(
-                f'{problem[0].upper()}{problem[1:]}. TWI needs the source '
+                f'{reason[0].upper()}{reason[1:]}. TWI needs the source '
                 "that feeds the head, usually 'neck', and the config the "
                 "teacher was trained with; else set twi_steps='none'."
             )
-        self._leave_head(problem)
+        self._leave_head(reason)
 
     @torch.no_grad()
     def _meet_logit(
