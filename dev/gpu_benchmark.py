@@ -128,7 +128,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     SHIPPED: {},
     "twi_steps='all'": {'model.distiller.twi_steps': 'all'},
     "twi_steps='none'": {'model.distiller.twi_steps': 'none'},
-    "teacher's dtype='float16'": {'model.teacher.dtype': 'float16'},
+    "teacher's dtype='bfloat16'": {'model.teacher.dtype': 'bfloat16'},
     'channels_last': {},
     'branches in a loop': {},
 }
@@ -408,21 +408,25 @@ def _profiled(
         _wait(device.type)
     events = profiler.key_averages()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    own = 'self_device_time_total' if on_gpu else 'self_cpu_time_total'
+    # Before torch 2.4 they are called `cuda_time_total`.
+    name = 'cpu'
+    if on_gpu:
+        name = 'device' if hasattr(events[0], 'device_time_total') else 'cuda'
+    total, own = f'{name}_time_total', f'self_{name}_time_total'
     # Ranges are shown on the device too; they are no kernels.
     kernels = [
         event
         for event in events
         if event.device_type == kind
         and event.key not in PARTS
-        and not event.is_user_annotation
+        # Which torch 2.1 does not tell.
+        and not getattr(event, 'is_user_annotation', False)
     ]
 
     def per_step(microseconds: float) -> float:
         return round(microseconds / 1000 / PROFILED, 4)
 
     kernels.sort(key=lambda event: getattr(event, own), reverse=True)
-    total = 'device_time_total' if on_gpu else 'cpu_time_total'
     return dict(
         kernels_ms=per_step(sum(getattr(event, own) for event in kernels)),
         launches=sum(event.count for event in kernels) / PROFILED,
