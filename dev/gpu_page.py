@@ -55,8 +55,9 @@ others are what a change would gain.
 PROFILE = """\
 ## Where the time goes
 
-Per step. Kernels: the sum of their times on the GPU. Teacher and distiller are
-their forward passes, on the CPU's clock; backward passes are in neither.
+Per step, on the GPU: the sum of the times of the kernels. Teacher and distiller
+are the kernels of their forward passes; backward passes are in neither. Where
+the sum is far below the time of the step, the GPU waits for the CPU.
 """
 
 
@@ -205,13 +206,10 @@ def _profile(record: dict[str, Any]) -> Iterator[str]:
     plain, era = record['plain'], record['era']
     parts = ', '.join(f'{k} {v:.1f}' for k, v in era['parts'].items())
     own = ', '.join(
-        f'{whose} {found["kernels_ms"]:.1f} ms in {found["launches"]:.0f}'
+        f'{whose} {found["kernels_ms"]:.1f} ms in {found["launches"]:.0f} launches'
         for whose, found in (('the plain step', plain), ('ERA', era))
     )
-    yield (
-        f'{_about(record)}. Kernels and their number: {own}. On the CPU, ms: '
-        f'{parts}.'
-    )
+    yield (f'{_about(record)}. Kernels: {own}. Of ERA, ms: {parts}.')
     yield ''
     theirs = {kernel['name']: kernel for kernel in plain['kernels']}
     yield _table(
