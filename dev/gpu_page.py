@@ -55,9 +55,10 @@ others are what a change would gain.
 PROFILE = """\
 ## Where the time goes
 
-Per step, on the GPU: the sum of the times of the kernels. Teacher and distiller
-are the kernels of their forward passes; backward passes are in neither. Where
-the sum is far below the time of the step, the GPU waits for the CPU.
+Per step, on the GPU: the sum of the times of the kernels. Teacher and
+distiller are the kernels of their forward passes; backward passes are in
+neither. Where the sum is far below the time of the step, the GPU waits for the
+CPU.
 """
 
 
@@ -206,7 +207,8 @@ def _profile(record: dict[str, Any]) -> Iterator[str]:
     plain, era = record['plain'], record['era']
     parts = ', '.join(f'{k} {v:.1f}' for k, v in era['parts'].items())
     own = ', '.join(
-        f'{whose} {found["kernels_ms"]:.1f} ms in {found["launches"]:.0f} launches'
+        f'{whose} {found["kernels_ms"]:.1f} ms in {found["launches"]:.0f} '
+        'launches'
         for whose, found in (('the plain step', plain), ('ERA', era))
     )
     yield (f'{_about(record)}. Kernels: {own}. Of ERA, ms: {parts}.')
