@@ -144,9 +144,11 @@ def test_train__names_the_image(host, workers, tmp_path, capsys, monkeypatch):
     for part in ('val', 'test'):
         for key in ('cfg', 'dataloader', 'evaluator'):
             cfg[f'{part}_{key}'] = None
-    Config(cfg.to_dict()).dump(tmp_path / 'toy.py')
+    # mmengine keeps a run's scope by the config's name and the second.
+    file = tmp_path / f'{host}_{workers}.py'
+    Config(cfg.to_dict()).dump(file)
     cut(path)
-    arguments = [str(tmp_path / 'toy.py'), '--work-dir', str(tmp_path / 'w')]
+    arguments = [str(file), '--work-dir', str(tmp_path / 'w')]
     assert cli.run_train(arguments) == 1
     printed = capsys.readouterr().err.rpartition('\nerror: ')[2]
     assert printed.startswith(f'{path}: cannot be read as an image (')
