@@ -29,7 +29,7 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUNBUFFERED=1
 export KINETO_LOG_LEVEL=99
 
 # background NAME COMMAND...: what fails is named at the end; the rest is run
-# all the same, as the machine may not come back.
+# all the same.
 names=() pids=()
 background() {
     local name=$1

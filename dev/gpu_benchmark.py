@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = []
     for record in STAGES[args.stage](args):
         records.append(record)
-        # After each: the machine may not come back.
+        # After each, so that a later failure leaves what was measured.
         write(
             dict(stage=args.stage, commit=commit_of_code(), records=records),
             args.out,

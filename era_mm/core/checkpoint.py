@@ -193,8 +193,19 @@ def _read(filename: str, sha256: str | None) -> tuple[OrderedDict, dict]:
     return plain, dict(meta) if isinstance(meta, Mapping) else {}
 
 
+#: What to do about weights that do not fit.
+OF_THE_SAME_MODEL = (
+    'Give the config and the checkpoint of the same model (classes, depth and '
+    'widths included).'
+)
+
+
 def load_strictly(
-    model: nn.Module, state_dict: Mapping[str, Tensor], *, name: str
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    name: str,
+    advice: str = OF_THE_SAME_MODEL,
 ) -> None:
     """Load weights that must fit a model in every key and shape.
 
@@ -205,13 +216,15 @@ def load_strictly(
         model: The model.
         state_dict: The weights.
         name: What the message calls the weights, usually the file's name.
+        advice: What to do.
 
     Raises:
         ValueError: Missing or unexpected keys, other shapes, integers
             instead of floating-point numbers, or values that are not finite.
             The first ones are shown.
     """
-    _refuse(model, name, find_misfits(model.state_dict(), state_dict))
+    problems = find_misfits(model.state_dict(), state_dict)
+    _refuse(model, name, problems, advice)
     incompatible = model.load_state_dict(state_dict, strict=False)
     assert not incompatible.unexpected_keys, incompatible
 
@@ -277,14 +290,18 @@ def load_whole(
         )
 
 
-def _refuse(model: nn.Module, name: str, problems: Sequence[str]) -> None:
+def _refuse(
+    model: nn.Module,
+    name: str,
+    problems: Sequence[str],
+    advice: str = OF_THE_SAME_MODEL,
+) -> None:
     """Raise an error that says how a file differs, if it does."""
     if problems:
         raise ValueError(
             f'The weights in {name!r} do not fit {type(model).__name__}. '
             + '; '.join(problems)
-            + '. Give the config and the checkpoint of the same model '
-            '(classes, depth and widths included).'
+            + f'. {advice}'
         )
 
 

@@ -229,6 +229,9 @@ class StudentModel(BaseModel):
                 distiller,
                 entry['state_dict'],
                 name=f'extras of {name!r} in the checkpoint',
+                advice='Give the config that the run was trained with. If it '
+                'is that one, the file is of an older era_mm, with which it '
+                'must be used (CHANGELOG.md).',
             )
             if 'teacher' in entry:
                 self.teachers[distiller.teacher].take(entry['teacher'])

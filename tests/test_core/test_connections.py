@@ -103,6 +103,29 @@ def test_padding__is_cut_off_without_a_connector(unpadded):
             assert torch.equal(found, feat[..., :side, :side])
 
 
+def test_padding__of_a_source_that_is_left_out_later_is_not_cut_off():
+    found_by = connections.Connections(
+        None, student=('neck', 'bbox_head'), teacher=('neck',), owner='Some'
+    )
+    maps = {
+        side: (torch.zeros(1, 2, side, side), torch.zeros(1, 2, 2, 2))
+        for side in (4, 5)
+    }
+    found_by.meet(
+        student_feats=dict(neck=maps[4], bbox_head=maps[4]),
+        teacher_feats=dict(neck=maps[4]),
+    )
+    found = found_by.connect(
+        student_feats=dict(neck=maps[5]), teacher_feats=dict(neck=maps[4])
+    )
+    assert {role: list(feats) for role, feats in found.items()} == {
+        'student_feats': ['neck'],
+        'teacher_feats': ['neck'],
+    }
+    for feats in found.values():
+        assert [feat.shape[2] for feat in feats['neck']] == [4, 2]
+
+
 def test_padding__explains_no_other_stride():
     """Maps of 2x2 and 1x1 on the trial image, of strides 32 and 64 or 128."""
     between = Hearing().connections

@@ -654,6 +654,13 @@ def test_classes__that_differ_in_a_roi_head_turn_twi_off(said):
             "needs the student's proposals, but RetinaNet has no RPN",
         ),
         (
+            'retinanet',
+            'faster_rcnn',
+            dict(twi_targets='teacher'),
+            "needs the teacher's head to judge estimates, but the teacher's "
+            "RoI head needs the student's proposals.*Remove `twi_targets`",
+        ),
+        (
             'faster_rcnn',
             'faster_rcnn',
             dict(twi_place='predictors'),

@@ -361,7 +361,7 @@ def test_factored_estimates__are_those_of_the_list(step):
 def test_factored_errors__of_half_precision_are_those_of_float32():
     hidden = torch.full((1, 1, 1), -100.0, dtype=torch.bfloat16)
     hidden.requires_grad_()
-    weight = torch.tensor([[[1.0, 0.25]]])
+    weight = torch.tensor([[[1.0, 0.25]]], requires_grad=True)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         found = factored_errors(
             aligned=torch.full((1, 1, 1), 300.0),
@@ -375,6 +375,60 @@ def test_factored_errors__of_half_precision_are_those_of_float32():
         found[1].backward()
     assert hidden.grad.dtype == torch.bfloat16
     assert hidden.grad.item() == 400
+    # Nor 400.5.
+    assert weight.grad.tolist() == [[[-40050, 400.5]]]
+
+
+def test_errors__of_an_aligned_feature_in_half_precision():
+    aligned = torch.full((1, 1, 1), 300.0, dtype=torch.bfloat16)
+    target = torch.full((1, 1, 1), 0.25)
+    for residuals in (
+        ListedResiduals([torch.ones(1, 1, 1)]),
+        FactoredResiduals(torch.ones(1, 1, 1), torch.tensor([[[1.0, 0.0]]])),
+    ):
+        u = aligned.clone().requires_grad_()
+        found = residuals.errors(aligned=u, target=target)
+        # bfloat16 has neither 299.75 nor 300.75.
+        assert found.tolist() == [299.75**2, 300.75**2]
+        found[0].backward()
+        assert u.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('last', ['aligned', 'hidden', 'target', 'all'])
+def test_factored_errors__of_channels_last_are_the_same(last):
+    aligned, target = (noise(2, 5, 3, 6, seed=s) for s in (0, 1))
+    hidden, weight, _ = factors(2, 3, 6)
+    maps = dict(aligned=aligned, hidden=hidden, target=target)
+
+    def results(chosen):
+        own = {
+            name: value.detach()
+            .contiguous(
+                memory_format=torch.channels_last
+                if name in chosen
+                else torch.contiguous_format
+            )
+            .requires_grad_()
+            for name, value in maps.items()
+        }
+        inputs = [*own.values(), weight]
+        errors = factored_errors(**own, weight=weight)
+        estimate = FactoredResiduals(own['hidden'], weight).estimate(
+            own['aligned'], 2
+        )
+        total = (errors * noise(4, seed=5)).sum() + estimate.square().sum()
+        found = torch.autograd.grad(
+            total, inputs, allow_unused=True, materialize_grads=True
+        )
+        return [errors, estimate, *found]
+
+    expected = results(())
+    for own, want in zip(
+        results(tuple(maps) if last == 'all' else (last,)),
+        expected,
+        strict=True,
+    ):
+        torch.testing.assert_close(own, want, **CLOSE)
 
 
 def test_bottlenecks__keep_no_residual():

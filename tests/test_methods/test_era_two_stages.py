@@ -372,6 +372,18 @@ def test_units__are_those_of_a_resumed_run(tmp_path):
     assert int(eras[1].logit.rpn.first_batches.seen) == 3
 
 
+def test_units__that_an_older_file_lacks_are_named(tmp_path):
+    model = pair_of(tmp_path)
+    state = model.state_dict()
+    extras = state._metadata['']['era_mm']['distiller']['state_dict']
+    for key in [key for key in extras if key.startswith('logit.rpn.')]:
+        del extras[key]
+    with pytest.raises(
+        ValueError, match=r'missing.*logit\.rpn.*the file is of an older'
+    ):
+        model.load_state_dict(state)
+
+
 def test_rpn__terms_of_half_precision_are_close(tmp_path):
     # Only the RPN: mmcv's RoIAlign has no bfloat16.
     model = pair_of(tmp_path)

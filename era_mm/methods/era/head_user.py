@@ -241,6 +241,11 @@ class HeadUser(BaseDistiller):
             raise ValueError(
                 f'`logit` cannot be distilled: {reason}. Remove `logit`.'
             )
+        if self._asks_for_targets and self.twi_steps != 'none':
+            raise ValueError(
+                f"`twi_targets={self.twi_targets!r}` needs the teacher's head "
+                f'to judge estimates, but {reason}. Remove `twi_targets`.'
+            )
         parts = ['TWI'] if self.twi_steps != 'none' else []
         self._left_out |= {'TWI': reason} if parts else {}
         if self._logit_cfg is not None and self.form != 'released':
@@ -389,6 +394,13 @@ class HeadUser(BaseDistiller):
         reason = self._try_logit(head, None, student_feats, teacher_maps)
         if reason is not None:
             self._leave_logit(reason)
+            print_log(
+                f"TWI: the teacher's {type(head.head).__name__} judges "
+                'estimates by the labels, because its own outputs cannot be '
+                f'compared: {reason}.',
+                logger='current',
+                level=logging.WARNING,
+            )
 
     @torch.no_grad()
     def _meet_two_stages(self, teacher_maps: tuple[Tensor, ...]) -> None:
