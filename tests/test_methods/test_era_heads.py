@@ -764,6 +764,8 @@ def test_heads__of_other_kinds_are_left_out_and_said(
     assert (era.logit is None) == (era.twi_steps == 'none')
     if era.logit is None:
         assert era.twi_targets == 'labels'
+        for line in era.uses():
+            assert 'RetinaNet has no RPN' in line
         return
     assert era.twi_targets == 'teacher'
     for term in ('logit', 'box'):

@@ -246,6 +246,62 @@ def test_labels__are_asked_by_name_alone(targets, tmp_path, monkeypatch):
     assert (set(losses) >= LABELS) == (targets == 'both')
 
 
+def test_rpn__is_not_compared_where_labels_alone_judge(tmp_path):
+    model = pair_of(tmp_path, twi_targets='labels')
+    assert model.distillers['distiller'].logit.rpn is None
+    losses = model(**batch_of(model), mode='loss')
+    assert not TERMS & set(losses)
+    assert set(losses) >= LABELS | {'loss_era_logit'}
+
+
+def test_resampled__maps_are_no_input_of_the_students_roi_head(tmp_path, said):
+    levels = dict(levels=[0, 1])
+    source = dict(
+        student='neck', teacher='neck', resample=dict(student=levels)
+    )
+    model = pair_of(tmp_path, source=source)
+    assert len(said) == 1
+    assert 'the outputs of its neck are resampled' in said[0]
+    losses = model(**batch_of(model), mode='loss')
+    # The teacher's heads judge estimates all the same.
+    era_terms = {key for key in losses if key.startswith('loss_era_')}
+    assert era_terms - {'loss_era_align', 'loss_era_residual'} == {
+        'loss_era_twi_logit',
+        'loss_era_twi_box',
+        *TERMS,
+    }
+
+
+def test_own_features__are_what_the_teachers_heads_are_asked_about(tmp_path):
+    # SoKD refines the targets; the heads know the teacher's own features.
+    model = pair_of(tmp_path, twi_steps='all')
+    era = model.distillers['distiller']
+    half_explained(model)
+    data = batch_of(model)
+    student_feats = _rpn_outputs(model, data)
+    own = model.teachers['teacher'].extract(data['inputs'])
+    refined = dict(neck=tuple(1 + 2 * level for level in own['neck']))
+
+    def losses_of(**feats):
+        with torch.no_grad():
+            return era.loss(
+                student_feats=student_feats,
+                data_samples=data['data_samples'],
+                **feats,
+            )
+
+    plain = losses_of(teacher_feats=own)
+    found = losses_of(teacher_feats=refined, own_feats=own)
+    assert found['loss_era_align'] != plain['loss_era_align']
+    for name in ('logit', 'box', 'twi_logit', 'twi_box'):
+        key = f'loss_era_{name}'
+        assert found[key] == plain[key], key
+    assert all(found[key] == plain[key] for key in TERMS)
+    wrong = losses_of(teacher_feats=refined)
+    assert wrong['loss_era_logit'] != plain['loss_era_logit']
+    assert all(wrong[key] != plain[key] for key in TERMS)
+
+
 def softmax_rpn():
     config = two_stage_config(16, 24)
     config['rpn_head']['loss_cls'] = dict(type='CrossEntropyLoss')
