@@ -875,6 +875,27 @@ def test_predictors__sources_are_the_last_layers_of_the_towers():
     )
 
 
+def test_predictors__judge_by_the_teachers_own_outputs(tmp_path, said):
+    model = pair_of(
+        'fcos',
+        tmp_path,
+        twi_place='predictors',
+        form='auto',
+        logit='auto',
+    )
+    assert said == []
+    assert model.distillers['distiller'].twi_targets == 'teacher'
+    losses = model(**batch_of(model), mode='loss')
+    assert {key for key in losses if key.startswith('loss_era_')} == {
+        'loss_era_align',
+        'loss_era_residual',
+        'loss_era_logit',
+        'loss_era_box',
+        'loss_era_twi_logit',
+        'loss_era_twi_box',
+    }
+
+
 def test_predictors__share_the_teachers_weights_and_leave_its_head(tmp_path):
     model = pair_of('fcos', tmp_path, twi_place='predictors')
     head = model.teachers['teacher'].model.bbox_head

@@ -178,6 +178,8 @@ def test_rpn__of_the_teachers_feature_costs_nothing(tmp_path):
         {'neck': None, **_rpn_outputs(model, data)}, data['data_samples']
     )
     said = era.logit.target(era.twi_head, targets, samples)
+    # Every image counts alike, however few regions it has.
+    assert said.number == 3 * 100 > len(said.sure)
     terms = era.logit.of_estimate(era.twi_head, targets, said)
     assert set(terms) == {'logit', 'box', 'rpn_logit', 'rpn_box'}
     for name, value in terms.items():
