@@ -121,10 +121,12 @@ def test_image__is_named_by_a_data_worker(dataset):
 @pytest.mark.parametrize('host', ['mmdet', 'mmpretrain'])
 def test_train__names_the_image(host, workers, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '0')
+    # mmengine keeps the scope of a run by this name and the second.
+    name = f'{host}_{workers}'
     distiller = dict(type='era_mm.FeatureImitationDistiller')
     if host == 'mmdet':
         data = write_coco(tmp_path / 'data')
-        cfg = run_config(distillation_config(distiller), data, 'unset')
+        cfg = run_config(distillation_config(distiller), data, name)
         path = Path(data, 'images', '0003.png')
         models = detector_config(), detector_config(width=16, channels=24)
     else:
@@ -134,7 +136,7 @@ def test_train__names_the_image(host, workers, tmp_path, capsys, monkeypatch):
         cfg = run_config(
             {},
             '',
-            'unset',
+            name,
             default_scope='mmpretrain',
             train_dataloader=classifier_loader(data),
         )
@@ -144,8 +146,7 @@ def test_train__names_the_image(host, workers, tmp_path, capsys, monkeypatch):
     for part in ('val', 'test'):
         for key in ('cfg', 'dataloader', 'evaluator'):
             cfg[f'{part}_{key}'] = None
-    # mmengine keeps a run's scope by the config's name and the second.
-    file = tmp_path / f'{host}_{workers}.py'
+    file = tmp_path / 'toy.py'
     Config(cfg.to_dict()).dump(file)
     cut(path)
     arguments = [str(file), '--work-dir', str(tmp_path / 'w')]

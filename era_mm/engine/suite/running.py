@@ -37,7 +37,7 @@ class Watcher(Protocol):
     """Receives the progress of the matrix."""
 
     def expect(self, total: int) -> None:
-        """So many cells will be run or checked again."""
+        """The number of cells to run or to check again."""
 
     def started(self, cell: Cell, goes_on: bool) -> None:
         """A cell has started."""

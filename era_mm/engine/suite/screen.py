@@ -28,7 +28,7 @@ class Screen:
         self._all = progress.add_task('all', total=None, text='')
 
     def expect(self, total: int) -> None:
-        """So many cells will be run or checked again."""
+        """The number of cells to run or to check again."""
         self._total = total
         self._progress.update(self._all, total=total)
 
