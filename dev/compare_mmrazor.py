@@ -26,9 +26,9 @@ import copy
 import importlib
 import math
 import sys
-import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from era_mm.core.utils import errors_only
-from era_mm.engine.benchmark import Rounds, Row
+from era_mm.engine.benchmark import Rounds, Row, clock
 from era_mm.engine.benchmark_models import Distilled, Student, Trained
 from era_mm.engine.benchmark_report import (
     check_out,
@@ -231,13 +231,6 @@ def check_same(found: dict[str, dict[str, float]]) -> None:
                 )
 
 
-def clock(run: Callable[[], Any]) -> float:
-    """Time of a call in ms."""
-    began = time.perf_counter()
-    run()
-    return round((time.perf_counter() - began) * 1000, 4)
-
-
 def measure(pair: Pair, threads: int) -> dict[str, Any]:
     """Train a pair side by side, and measure its steps.
 
@@ -278,8 +271,9 @@ def measure(pair: Pair, threads: int) -> dict[str, Any]:
     rows = {model.name: Row(copy.deepcopy, model.step) for model in models}
     rows['teach'] = Row(own.preprocess, own.teach)
     rounds = Rounds(draw, 1000)
-    rounds.run(rows, pair.warmup, clock)
-    times = rounds.run(rows, pair.rounds, clock)
+    timer = partial(clock, device=torch.device('cpu'))
+    rounds.run(rows, pair.warmup, timer)
+    times = rounds.run(rows, pair.rounds, timer)
     for model in models:
         model.check()
     steps = step_times(

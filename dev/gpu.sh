@@ -39,9 +39,10 @@ background() {
 }
 
 stage() {
-    local name="$1_$2_b$3_$4"
+    local name="$1_$2_b$3_$4" amp=()
+    [ "$4" = full ] || amp=(--amp)
     background "$name" "$python" -m dev.gpu_benchmark "$1" "$2" \
-        --batch-sizes "$3" --precisions "$4" \
+        --batch-size "$3" "${amp[@]}" \
         --out "$out/$name.json" --lock "$lock"
 }
 
@@ -66,7 +67,8 @@ measure() {
     stage profile era_retinanet_r101_r50 8 mixed
     stage variants era_retinanet_r101_r50 2 full
     stage variants era_retinanet_r101_r50 8 mixed
-    # Compiling takes a minute, in which the others would wait.
+    # Compiling takes a minute, in which the others would wait. What failed is
+    # asked below.
     wait "${pids[@]}" || true
     stage compiled era_retinanet_r101_r50 8 mixed
     for i in "${!pids[@]}"; do

@@ -5,8 +5,7 @@
     python -m dev.gpu_benchmark compiled era_retinanet_r101_r50 --out FILE
     python -m dev.gpu_benchmark profile era_retinanet_r101_r50 --out FILE
 
-- `settings`: the config's step, measured as by `tools/benchmark.py`, for each
-  batch size, in full and in mixed precision.
+- `settings`: the config's step, measured as by `tools/benchmark.py`.
 - `variants`: other ways to compute the same step, side by side in each round.
 - `compiled`: the same with `torch.compile`, which first takes a minute.
 - `profile`: the kernels that take the time, of the plain step and of ERA's.
@@ -20,9 +19,7 @@ import argparse
 import contextlib
 import copy
 import fcntl
-import gc
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,7 +34,14 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from era_mm.core.utils import errors_only
-from era_mm.engine.benchmark import START_ITER, Options, Rounds, Row, measure
+from era_mm.engine.benchmark import (
+    START_ITER,
+    Options,
+    Rounds,
+    Row,
+    clock,
+    measure,
+)
 from era_mm.engine.benchmark_models import Distilled, Student, Trained, seed
 from era_mm.engine.benchmark_report import (
     machine,
@@ -74,51 +78,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('config')
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--lock', type=Path)
-    parser.add_argument('--batch-sizes', type=int, nargs='+', default=[2, 8])
-    parser.add_argument(
-        '--precisions',
-        nargs='+',
-        choices=['full', 'mixed'],
-        default=['full', 'mixed'],
-    )
+    parser.add_argument('--batch-size', type=int, default=2)
+    parser.add_argument('--amp', action='store_true')
     parser.add_argument('--size', type=int, nargs=2, default=[800, 1333])
     parser.add_argument('--iters', type=int, default=10)
     parser.add_argument('--warmup', type=int, default=WARMUP)
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda')
     args = parser.parse_args(argv)
-    records = []
-    for record in STAGES[args.stage](args):
-        records.append(record)
-        # After each, so that a later failure leaves what was measured.
-        write(
-            dict(stage=args.stage, commit=commit_of_code(), records=records),
-            args.out,
-        )
+    record = STAGES[args.stage](args)
+    write(dict(stage=args.stage, commit=commit_of_code(), **record), args.out)
     return 0
 
 
 # -- stages ----------------------------------------------------------------
 
 
-def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The config as it is, for each batch size and precision."""
-    for batch_size in args.batch_sizes:
-        for amp in precisions(args):
-            record = measure(
-                [config_of(args)],
-                Options(
-                    batch_size=batch_size,
-                    size=tuple(args.size),
-                    objects=OBJECTS,
-                    iters=args.iters,
-                    warmup=max(args.warmup, MEASURED),
-                    device=args.device,
-                    amp=amp,
-                ),
-                alone=turn(args),
-            )
-            show(record)
-            yield record
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The config as it is."""
+    record = measure(
+        [config_of(args)],
+        Options(
+            batch_size=args.batch_size,
+            size=tuple(args.size),
+            objects=OBJECTS,
+            iters=args.iters,
+            warmup=max(args.warmup, MEASURED),
+            device=args.device,
+            amp=args.amp,
+        ),
+        alone=turn(args),
+    )
+    show(record)
+    return record
 
 
 #: The first of all variants; its teacher is part of everyone's floor.
@@ -141,84 +132,73 @@ COMPILED: dict[str, dict[str, Any]] = {
 
 def variants(
     args: argparse.Namespace, among: dict[str, dict[str, Any]] = VARIANTS
-) -> Iterator[dict[str, Any]]:
+) -> dict[str, Any]:
     """Other ways to compute the step, side by side."""
     device = torch.device(args.device)
-    for amp in precisions(args):
-        with errors_only():
-            first = config_of(args)
-            with DefaultScope.overwrite_default_scope(first.default_scope):
-                models: dict[str, Trained] = {
-                    'plain': Student(first, device, amp),
-                    'plain, channels_last': Student(first, device, amp),
-                }
-                for name, changes in among.items():
-                    cfg = config_of(args)
-                    cfg.merge_from_dict(changes)
-                    models[name] = Distilled(cfg, device, amp)
-            for name, model in models.items():
-                _change(name, model)
-                _skip_first_batches(model)
-            with turn(args):
-                times = _time_steps(models, args)
-            rows = {
-                name: step_times(
-                    plain=times['plain'],
-                    teacher=times[f'{SHIPPED}, teacher'],
-                    step=values,
-                )
-                for name, values in times.items()
-                if name in among
+    with errors_only():
+        first = config_of(args)
+        with DefaultScope.overwrite_default_scope(first.default_scope):
+            models: dict[str, Trained] = {
+                'plain': Student(first, device, args.amp),
+                'plain, channels_last': Student(first, device, args.amp),
             }
-            record = dict(
-                _about(args, amp),
-                plain_ms=timed(times['plain']),
-                plain_channels_last_ms=timed(times['plain, channels_last']),
-                variants=[
-                    dict(
-                        name=name,
-                        own_teacher_ms=timed(times[f'{name}, teacher']),
-                        **row,
-                    )
-                    for name, row in rows.items()
-                ],
-            )
-            for name, row in rows.items():
-                print(
-                    f'{name:<28} {row["step_ms"]["median"]:8.2f} ms '
-                    f'{row["ratio"]["median"]:6.3f}',
-                    flush=True,
-                )
-            del models
-        yield record
+            for name, changes in among.items():
+                cfg = config_of(args)
+                cfg.merge_from_dict(changes)
+                models[name] = Distilled(cfg, device, args.amp)
+        for name, model in models.items():
+            _change(name, model)
+            _skip_first_batches(model)
+        with turn(args):
+            times = _time_steps(models, args)
+    found = [
+        dict(
+            name=name,
+            own_teacher_ms=timed(times[f'{name}, teacher']),
+            **step_times(
+                plain=times['plain'],
+                teacher=times[f'{SHIPPED}, teacher'],
+                step=times[name],
+            ),
+        )
+        for name in among
+    ]
+    for variant in found:
+        print(
+            f'{variant["name"]:<28} {variant["step_ms"]["median"]:8.2f} ms '
+            f'{variant["ratio"]["median"]:6.3f}'
+        )
+    return dict(
+        _about(args),
+        plain_ms=timed(times['plain']),
+        plain_channels_last_ms=timed(times['plain, channels_last']),
+        variants=found,
+    )
 
 
-def profiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def profiles(args: argparse.Namespace) -> dict[str, Any]:
     """The kernels of the plain step and of the distillation's."""
     device = torch.device(args.device)
-    for amp in precisions(args):
-        with errors_only():
-            cfg = config_of(args)
-            with DefaultScope.overwrite_default_scope(cfg.default_scope):
-                models: dict[str, Trained] = {
-                    'plain': Student(cfg, device, amp),
-                    'era': Distilled(cfg, device, amp),
-                }
-            subject = models['era']
-            assert isinstance(subject, Distilled)
-            _label(subject)
-            _skip_first_batches(subject)
-            rounds, rows = _rounds_of(models, args)
-            record = _about(args, amp)
-            with turn(args):
-                rounds.run(rows, args.warmup, lambda run: run() or 0.0)
-                for name, row in rows.items():
-                    record[name] = _profiled(rounds, row, device)
-            del models, subject
-        yield record
+    with errors_only():
+        cfg = config_of(args)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            subject = Distilled(cfg, device, args.amp)
+            models: dict[str, Trained] = {
+                'plain': Student(cfg, device, args.amp),
+                'era': subject,
+            }
+        _label(subject)
+        _skip_first_batches(subject)
+        rounds, rows = _rounds_of(models, args)
+        record = _about(args)
+        with turn(args):
+            rounds.run(rows, args.warmup, partial(clock, device=device))
+            for name, row in rows.items():
+                record[name] = _profiled(rounds, row, device)
+    return record
 
 
-STAGES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = dict(
+STAGES: dict[str, Callable[..., dict[str, Any]]] = dict(
     settings=settings,
     variants=variants,
     compiled=partial(variants, among=COMPILED),
@@ -231,20 +211,12 @@ STAGES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = dict(
 
 @contextlib.contextmanager
 def turn(args: argparse.Namespace) -> Iterator[None]:
-    """Have the GPU alone, and leave its memory behind."""
+    """Have the GPU alone."""
     with contextlib.ExitStack() as stack:
         if args.lock is not None:
             file = stack.enter_context(args.lock.open('w'))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        gc.collect()
-        if args.device == 'cuda':
-            torch.cuda.empty_cache()
-
-
-def precisions(args: argparse.Namespace) -> list[bool]:
-    """Whether to train in mixed precision, for each that is asked for."""
-    return [name == 'mixed' for name in args.precisions]
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -253,18 +225,18 @@ def config_of(args: argparse.Namespace) -> Config:
         return Config.fromfile(find_config(args.config))
 
 
-def _about(args: argparse.Namespace, amp: bool) -> dict[str, Any]:
+def _about(args: argparse.Namespace) -> dict[str, Any]:
     return dict(
         config=args.config,
         versions=versions(),
         machine=machine(torch.device(args.device)),
         setting=dict(
-            batch_size=args.batch_sizes[0],
+            batch_size=args.batch_size,
             size=tuple(args.size),
             objects=OBJECTS,
             iters=args.iters,
             warmup=args.warmup,
-            amp=amp,
+            amp=args.amp,
         ),
     )
 
@@ -276,7 +248,7 @@ def _rounds_of(
     rounds = Rounds(
         lambda: random_batch(
             models['plain'].deployed,
-            args.batch_sizes[0],
+            args.batch_size,
             tuple(args.size),
             OBJECTS,
             generator,
@@ -292,29 +264,17 @@ def _time_steps(
     models: dict[str, Trained], args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Times of the steps and of the teachers, in ms, by round."""
-
-    def clock(run: Callable[[], Any]) -> float:
-        _wait(args.device)
-        began = time.perf_counter()
-        run()
-        _wait(args.device)
-        return round((time.perf_counter() - began) * 1000, 4)
-
+    timer = partial(clock, device=torch.device(args.device))
     rounds, rows = _rounds_of(models, args)
-    rounds.run(rows, args.warmup, clock)
+    rounds.run(rows, args.warmup, timer)
     for name, model in models.items():
         if isinstance(model, Distilled):
             rows[f'{name}, teacher'] = Row(model.preprocess, model.teach)
-    rounds.run(rows, 2, clock)
-    times = rounds.run(rows, args.iters, clock)
+    rounds.run(rows, 2, timer)
+    times = rounds.run(rows, args.iters, timer)
     for model in models.values():
         model.check()
     return times
-
-
-def _wait(device: str) -> None:
-    if device == 'cuda':
-        torch.cuda.synchronize()
 
 
 def _change(name: str, model: Trained) -> None:
@@ -400,12 +360,9 @@ def _profiled(
         activities.append(ProfilerActivity.CUDA)
     batch = rounds.draw()
     seed(rounds.iteration)
-    row.run(row.prepare(batch))
-    _wait(device.type)
     with profile(activities=activities) as profiler:
         for _ in range(PROFILED):
-            row.run(row.prepare(batch))
-        _wait(device.type)
+            clock(partial(row.run, row.prepare(batch)), device)
     events = profiler.key_averages()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     # Before torch 2.4 they are called `cuda_time_total`.

@@ -81,43 +81,31 @@ def page(folder: Path) -> str:
 
 def _lines(folder: Path) -> Iterator[str]:
     yield INTRO
-    found = {
-        file.stem: json.loads(file.read_text())
-        for file in sorted(folder.glob('*.json'))
-    }
-    settings = [
-        record
-        for part in found.values()
-        if part['stage'] == 'settings'
-        for record in part['records']
+    records = [
+        json.loads(file.read_text()) for file in sorted(folder.glob('*.json'))
     ]
-    first = (
-        settings or [r for part in found.values() for r in part['records']]
-    )[0]
-    yield from _machine(folder, found, first)
+    yield from _machine(folder, records)
+
+    def of(*stages: str) -> list[dict[str, Any]]:
+        return [record for record in records if record['stage'] in stages]
+
+    settings = of('settings')
     if settings:
-        yield SETTINGS.format(iters=first['setting']['iters'])
+        yield SETTINGS.format(iters=settings[0]['setting']['iters'])
         yield _table(
             ['config', 'batch', 'precision', 'a, ms', 'b, ms', 'ERA, ms']
             + ['ratio', 'GiB', 'ratio'],
             _setting_rows(settings),
         )
         yield ''
-    for title, stages in (
-        (VARIANTS, ('variants', 'compiled')),
-        (PROFILE, ('profile',)),
+    for title, found, part in (
+        (VARIANTS, of('variants', 'compiled'), _variants),
+        (PROFILE, of('profile'), _profile),
     ):
-        records = [
-            dict(record, stage=part['stage'])
-            for part in found.values()
-            if part['stage'] in stages
-            for record in part['records']
-        ]
-        if records:
+        if found:
             yield title
-        for record in records:
-            rows = _profile if record['stage'] == 'profile' else _variants
-            yield from rows(record)
+        for record in found:
+            yield from part(record)
 
 
 def _variants(record: dict[str, Any]) -> Iterator[str]:
@@ -146,13 +134,18 @@ def _variants(record: dict[str, Any]) -> Iterator[str]:
     yield ''
 
 
-def _machine(
-    folder: Path, found: dict[str, Any], record: dict[str, Any]
-) -> Iterator[str]:
-    machine, versions = record['machine'], record['versions']
-    yield f'- {machine.get("gpu", machine["cpu"])}'
-    yield '- ' + ', '.join(f'{k} {v}' for k, v in versions.items())
-    commits = sorted({part['commit'] for part in found.values()})
+def _machine(folder: Path, records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for name in dict.fromkeys(
+        record['machine'].get('gpu', record['machine']['cpu'])
+        for record in records
+    ):
+        yield f'- {name}'
+    for versions in dict.fromkeys(
+        ', '.join(f'{k} {v}' for k, v in record['versions'].items())
+        for record in records
+    ):
+        yield f'- {versions}'
+    commits = dict.fromkeys(record['commit'] for record in records)
     yield f'- commit {", ".join(commits)}'
     tests = folder / 'tests.txt'
     if tests.exists():

@@ -164,6 +164,21 @@ class Rounds:
         return values
 
 
+def clock(run: Callable[[], Any], device: torch.device) -> float:
+    """Time of a call in ms, with all that it starts on the device."""
+    _wait(device)
+    began = time.perf_counter()
+    run()
+    _wait(device)
+    # To 0.1 us.
+    return round((time.perf_counter() - began) * 1000, 4)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
 def measure(
     cfgs: Sequence[Config],
     options: Options,
@@ -253,13 +268,8 @@ def _run(
             generator,
         )
 
-    def clock(run: Callable[[], Any]) -> float:
-        _wait(device)
-        began = time.perf_counter()
-        run()
-        _wait(device)
-        # To 0.1 us.
-        return round((time.perf_counter() - began) * 1000, 4)
+    def timer(run: Callable[[], Any]) -> float:
+        return clock(run, device)
 
     def peak(run: Callable[[], Any]) -> float:
         return peak_of(run, device)
@@ -280,16 +290,16 @@ def _run(
             )
     rounds = Rounds(draw, setting['start_iter'])
     print(f'{setting["warmup"]} rounds to warm up ...', flush=True)
-    rounds.run(steps, setting['warmup'], clock)
+    rounds.run(steps, setting['warmup'], timer)
     # What does not train needs no further warm-up.
-    once = rounds.run(rows, 2, clock)
+    once = rounds.run(rows, 2, timer)
     for model in models:
         model.check()
     seconds = sum(values[-1] for values in once.values()) / 1000
     print(
         f'{setting["iters"]} rounds of about {seconds:.2f} s ...', flush=True
     )
-    times = rounds.run(rows, setting['iters'], clock)
+    times = rounds.run(rows, setting['iters'], timer)
     peaks = {
         name: int(max(values))
         for name, values in rounds.run(steps, MEMORY_STEPS, peak).items()
@@ -381,11 +391,6 @@ def _setting(cfg: Config, options: Options) -> dict[str, Any]:
 
 
 # -- what is put back ------------------------------------------------------
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

@@ -196,7 +196,7 @@ class ListedResiduals(Residuals):
 
     def estimate(self, aligned: Tensor, step: int) -> Tensor:
         """As in the base class."""
-        residuals = [full_precision(d) for d in self.values[:step]]
+        residuals = self.values[:step]
         return estimates_of(aligned=aligned, residuals=residuals)[-1]
 
 
