@@ -7,9 +7,7 @@ import torch
 
 from dev import gpu_benchmark
 from era_mm.methods.era.bottleneck import BottleneckBranches
-from era_mm.testing import (
-    distillation_config,
-)
+from era_mm.testing import distillation_config
 
 
 @pytest.fixture
