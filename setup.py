@@ -103,7 +103,7 @@ setup(
     # Exactly one profile fits in an environment, see era_mm/hosts.py.
     extras_require={
         'onedl': [
-            'torch>=2.6,<2.15',
+            'torch>=2.6,<2.16',
             'onedl-mmengine>=0.10.12,<0.11',
             'onedl-mmcv>=2.3.6,<2.4',
             'onedl-mmdetection>=3.5.1,<3.6',

@@ -45,7 +45,7 @@ class Host:
 
 PROFILES: dict[str, tuple[Host, ...]] = {
     'onedl': (
-        Host('torch', 'torch', '2.6', '2.15'),
+        Host('torch', 'torch', '2.6', '2.16'),
         Host('mmengine', 'onedl-mmengine', '0.10.12', '0.11'),
         Host('mmcv', 'onedl-mmcv', '2.3.6', '2.4'),
         Host('mmdet', 'onedl-mmdetection', '3.5.1', '3.6'),

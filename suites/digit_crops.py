@@ -4,7 +4,7 @@
 title = 'Classification: digit crops'
 metric = dict(key='accuracy/top1', name='top-1')
 seeds = [0, 1, 2, 3, 4]
-keep = ['era_mse_*']
+keep = ['era_mse_*', 'iekd_cos_*', 'residual_kd_mse_*', 'sokd_*']
 options = {
     # Windows of ten iterations that follow one another: their mean times add
     # up to the training's.
@@ -20,6 +20,7 @@ pairs = dict(
     ),
 )
 
+# CWD and PKD are left out: they compare positions of maps for dense prediction.
 methods = dict(
     plain=dict(config='{student}', role='plain'),
     plain_x2=dict(
@@ -27,6 +28,12 @@ methods = dict(
         role='plain',
         schedule=2,
         title='plain, twice the schedule',
+    ),
+    plain_x4=dict(
+        config='{student}',
+        role='plain',
+        schedule=4,
+        title='plain, four times the schedule',
     ),
     fitnet=dict(
         config='era_{pair}_digit_crops',
@@ -40,6 +47,33 @@ methods = dict(
         },
     ),
     logit=dict(config='logit_{pair}_digit_crops', role='baseline', title='KD'),
+    # The labels count fully beside DIST and DKD, 0.1 beside the others.
+    lskd=dict(
+        config='logit_{pair}_digit_crops',
+        role='baseline',
+        title='KD, standardised logits',
+        options={'model.distiller.logit': dict(kind='kl', standardise=True)},
+    ),
+    dist=dict(
+        config='logit_{pair}_digit_crops',
+        role='baseline',
+        title='DIST',
+        options={
+            'model.distiller.logit': dict(kind='dist'),
+            'model.distiller.label_weight': 1.0,
+        },
+    ),
+    dkd=dict(
+        config='logit_{pair}_digit_crops',
+        role='baseline',
+        title='DKD',
+        options={
+            'model.distiller.logit': dict(kind='dkd'),
+            'model.distiller.label_weight': 1.0,
+            # 20 of 240 epochs in the paper.
+            'model.distiller.schedules': dict(loss_logit_score=dict(ramp=107)),
+        },
+    ),
     mgd=dict(config='mgd_{pair}_digit_crops', role='baseline', title='MGD'),
     at=dict(config='at_{pair}_digit_crops', role='baseline', title='AT'),
     reviewkd=dict(

@@ -4,7 +4,12 @@
 title = 'Detection: digit scenes'
 metric = dict(key='coco/bbox_mAP', name='AP', scale=100)
 seeds = [0, 1, 2, 3, 4]
-keep = ['era_unexplained_*']
+keep = [
+    'era_unexplained_*',
+    'iekd_cos_*',
+    'residual_kd_mse_*',
+    'sokd_*',
+]
 options = {
     # Windows of ten iterations that follow one another: their mean times add
     # up to the training's.
@@ -34,6 +39,12 @@ methods = dict(
         role='plain',
         schedule=2,
         title='plain, twice the schedule',
+    ),
+    plain_x4=dict(
+        config='{student}',
+        role='plain',
+        schedule=4,
+        title='plain, four times the schedule',
     ),
     fitnet=dict(
         config='fitnet_retinanet_{pair}_digits',
@@ -108,14 +119,15 @@ methods = dict(
         },
         pairs=['r18w32_r18w16'],
     ),
-    # One branch without any loss: it stays at zero, where it starts.
+    # One branch without any loss: it stays at zero, where it starts. The one
+    # estimate has the weight of all five of ERA.
     era_no_branches=dict(
         part_of='era',
         title='without branches',
         options={
             'model.distiller.mbrnet.num_branches': 1,
             'model.distiller.loss.residual_weight': 0.0,
-            'model.distiller.loss.twi_scales': (1.0, 0.0),
+            'model.distiller.loss.twi_scales': (2.0, 0.0),
         },
         pairs=['r18w32_r18w16'],
     ),

@@ -243,14 +243,10 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _verdicts(pair: PairResults) -> Iterator[str]:
-    """The methods that are better than plain here, and those that are not.
-
-    Without the seeds of collapsed runs, one of which makes every interval
-    useless.
-    """
+    """The methods that are better than plain here, and those that are not."""
     better, worse, same = [], [], []
     for method in _by_mean(pair, pair.methods('baseline', 'method')):
-        more = pair.more_than_sound(pair.plain, method)
+        more = pair.more_than(pair.plain, method)
         if more is None or more.half is None:
             continue
         title = pair.title_of(method)
@@ -260,22 +256,19 @@ def _verdicts(pair: PairResults) -> Iterator[str]:
             worse.append(title)
         else:
             same.append(title)
-    seeds = ''
-    if any(map(pair.collapsed, pair.methods('plain', 'baseline', 'method'))):
-        seeds = ', without the seeds of collapsed runs'
     for names, text in (
         (better, 'Better than plain here (the whole interval is above 0)'),
         (same, 'Not distinguishable from plain by these runs'),
         (worse, 'Worse than plain here'),
     ):
         if names:
-            yield f'- {text}{seeds}: {"; ".join(names)}.'
+            yield f'- {text}: {"; ".join(names)}.'
     if better or worse or same:
         yield ''
 
 
 def _collapsed(pair: PairResults) -> Iterator[str]:
-    """Runs that collapsed, and how methods compare without their seeds."""
+    """Runs that collapsed, and the differences that count them."""
     digits = pair.metric.digits
     methods = pair.methods('plain', 'baseline', 'method', 'part')
     runs = [
@@ -286,19 +279,21 @@ def _collapsed(pair: PairResults) -> Iterator[str]:
     if not runs:
         return
     yield (
-        "- Collapsed, which means below half of their method's median, and "
-        f'counted above: {"; ".join(runs)}.'
+        "- Collapsed, which means below half of their method's median: "
+        f'{"; ".join(runs)}. They count in the means of '
+        f'{pair.metric.name}; the differences leave their seeds out.'
     )
     others = [method for method in methods if method != pair.plain]
     found = [
         f'{pair.title_of(method)} {shown(more, digits)}'
         for method in _by_mean(pair, others)
-        if (more := pair.more_than_sound(pair.plain, method)) is not None
+        if (more := pair.more_than_counting_all(pair.plain, method))
+        is not None
         and more.half is not None
     ]
     if found:
         yield (
-            '- More than plain without the seeds of collapsed runs: '
+            '- More than plain with the seeds of collapsed runs: '
             f'{"; ".join(found)}.'
         )
     yield ''

@@ -102,10 +102,25 @@ class PairResults:
     def more_than(
         self, other: str | None, method: str, mode: str = ''
     ) -> Estimate | None:
-        """Difference of a method to another, by pairs of seeds."""
+        """Difference of a method to another, by pairs of seeds.
+
+        Without the seeds in which a run of either collapsed: one of them
+        makes the interval useless.
+        """
         if other is None:
             return None
-        return paired(self.values(method, mode), self.values(other))
+        left = self.collapsed(other) | self.collapsed(method)
+        mine, theirs = (
+            {seed: v for seed, v in values.items() if seed not in left}
+            for values in (self.values(method, mode), self.values(other))
+        )
+        return paired(mine, theirs)
+
+    def more_than_counting_all(
+        self, other: str, method: str
+    ) -> Estimate | None:
+        """As :meth:`more_than`, with the seeds of collapsed runs."""
+        return paired(self.values(method), self.values(other))
 
     def collapsed(self, method: str) -> BySeed:
         """Runs far below the others of a method, which say little of it.
@@ -117,15 +132,6 @@ class PairResults:
             return {}
         least = statistics.median(values.values()) / 2
         return {seed: v for seed, v in values.items() if v < least}
-
-    def more_than_sound(self, other: str, method: str) -> Estimate | None:
-        """As :meth:`more_than`, without seeds in which either collapsed."""
-        left = self.collapsed(other) | self.collapsed(method)
-        mine, theirs = (
-            {s: v for s, v in self.values(name).items() if s not in left}
-            for name in (method, other)
-        )
-        return paired(mine, theirs)
 
     # -- what a method is compared with ------------------------------------
 
