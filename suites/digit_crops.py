@@ -20,7 +20,7 @@ pairs = dict(
     ),
 )
 
-# CWD and PKD are left out: they compare positions of maps for dense prediction.
+# Without CWD and PKD, which compare positions of maps for dense prediction.
 methods = dict(
     plain=dict(config='{student}', role='plain'),
     plain_x2=dict(

@@ -198,7 +198,7 @@ def test_page__collapsed_runs_count_and_are_told_of(tmp_path):
 
     # Without seed 1: era 8 and 10, fitnet 5 and 5, twice the schedule 1 and 3.
     # The interval of two values a and b is 12.7 * |a - b| / 2.
-    assert "median: plain, seed 1 (1.0). They count in the means" in text
+    assert 'median: plain, seed 1 (1.0). They count in the means' in text
     assert (
         '- Better than plain here (the whole interval is above 0): fitnet.'
     ) in text
