@@ -139,6 +139,7 @@ def test_detectors__of_other_padding_are_cut_to_what_both_have(make):
         'ie_kd',
         'logit',
         'mgd',
+        'pkd',
         'residual_kd',
         'reviewkd',
         'sokd',
@@ -153,6 +154,11 @@ def test_detectors__of_other_padding_train_by_every_method(make, method):
         # Alike on every level, however small its maps are.
         assert config.model.distiller.num_positions == 256
         assert config.model.distiller.loss_weight == 30
+    if method == 'pkd':
+        # Published for one-stage detectors.
+        assert config.model.distiller == dict(
+            type='era_mm.PKDDistiller', loss_weight=10.0
+        )
     assert 'resampling none needed' in printed
     train_and_predict(build(config), lambda: detection_batch(2, size=100))
 
@@ -218,8 +224,17 @@ def test_classifiers__train_by_the_baselines(make, method):
         assert f'student {" ".join(stages + pooled)}' in printed
         assert '[0] stride 4, 8 channels' in printed
         assert 'num_positions' not in config.model.distiller
+    if method == 'mgd':
+        assert config.model.distiller.mask == 'channels'
     losses = train_and_predict(build(config), images)
     assert len([key for key in losses if 'loss' in key]) == 2
+
+
+def test_pkd__has_the_weight_of_two_stages(make):
+    config, _ = make('faster_rcnn', 'mask_rcnn_swin', '--method', 'pkd')
+    assert config.model.distiller == dict(
+        type='era_mm.PKDDistiller', loss_weight=6.0
+    )
 
 
 def test_simkd__puts_the_teachers_classifier_into_the_student(
