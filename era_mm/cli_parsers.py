@@ -139,8 +139,9 @@ def make_config_parser() -> argparse.ArgumentParser:
         action='append',
         metavar='NAME',
         help='a method with a teacher, by the name of its module in '
-        'era_mm/methods (default: era); may be given several times; an '
-        'unknown name lists all',
+        'era_mm/methods, or a recipe on logits: kl, dist, dkd, lskd '
+        '(default: era); may be given several times; an unknown name lists '
+        'all',
     )
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='where to write, a .py'

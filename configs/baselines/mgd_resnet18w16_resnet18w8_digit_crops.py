@@ -21,6 +21,8 @@ model = dict(
             teacher='backbone',
             resample=dict(student=dict(scales=[2.0])),
         ),
+        # As released for classifiers.
+        mask='channels',
         mask_ratio=0.15,
         loss_weight=7e-5,
     ),

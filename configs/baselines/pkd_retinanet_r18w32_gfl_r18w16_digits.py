@@ -6,7 +6,8 @@ _base_ = '../feature_imitation/fitnet_retinanet_r18w32_gfl_r18w16_digits.py'
 model = dict(
     distiller=dict(
         _delete_=True,
-        type='era_mm.FeatureImitationDistiller',
-        measure='pearson',
+        type='era_mm.PKDDistiller',
+        # Published for RetinaNet; GFL is one-stage too.
+        loss_weight=10.0,
     )
 )

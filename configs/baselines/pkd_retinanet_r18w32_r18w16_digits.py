@@ -13,5 +13,6 @@ model = dict(
         config='{{ fileDirname }}/../plain/plain_retinanet_r18w32_digits.py',
         checkpoint='work_dirs/plain_retinanet_r18w32_digits/epoch_15.pth',
     ),
-    distiller=dict(type='era_mm.FeatureImitationDistiller', measure='pearson'),
+    # Published for RetinaNet.
+    distiller=dict(type='era_mm.PKDDistiller', loss_weight=10.0),
 )

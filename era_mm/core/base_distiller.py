@@ -49,7 +49,8 @@ class BaseDistiller(BaseModule):
     - :meth:`loss_weights`: the weight of each loss term, for the summary.
     - :meth:`is_complete`: False where a step leaves out some loss terms.
     - :meth:`choose_sources`: sources that depend on the pair.
-    - :meth:`plan_for`: what ``tools/make_config.py`` writes for a pair.
+    - :meth:`plan_for`: what ``tools/make_config.py`` writes for a pair;
+      :meth:`recipes`: further settings that have a name there.
     - :meth:`student_config`: a student that is more than the given model,
       for methods that keep a module at inference; ``moved_sources``: which
       modules of the given model have other names there.
@@ -141,6 +142,14 @@ class BaseDistiller(BaseModule):
             distiller=dict(type=f'era_mm.{cls.__name__}', **match.config()),
             match=match,
         )
+
+    @classmethod
+    def recipes(cls) -> dict[str, Callable[[MeasuredPair], Plan]]:
+        """Plans for settings that are known by a name of their own.
+
+        They are names of ``--method`` too, besides the module's.
+        """
+        return {}
 
     @property
     def predict_sources(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import importlib
 import os
 import pkgutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,13 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 import era_mm.methods
-from era_mm.core import BaseDistiller, Distillation, Plan, distillation_kind
+from era_mm.core import (
+    BaseDistiller,
+    Distillation,
+    MeasuredPair,
+    Plan,
+    distillation_kind,
+)
 from era_mm.core.host_models import whole_model
 from era_mm.core.teacher import RANDOM
 from era_mm.core.utils import preserve_rng
@@ -30,6 +36,19 @@ from era_mm.engine.preflight import check_checkpoints, find_fault_among
 from era_mm.errors import UserError
 
 LINE_LENGTH = 79
+#: Methods of two students, with configs to copy: of classifiers, of detectors.
+MUTUAL = {
+    'dml': (
+        'dml_resnet18w8_resnet18w8_digit_crops',
+        'dml_retinanet_r18w16_r18w16_digits',
+    ),
+    'ie_dml': (
+        'ie_dml_resnet18w8_resnet18w8_digit_crops',
+        'ie_dml_retinanet_r18w16_r18w16_digits',
+    ),
+}
+#: What plans a method for a pair.
+Planner = Callable[[MeasuredPair], Plan]
 
 
 class Draft(NamedTuple):
@@ -58,12 +77,13 @@ class Code(str):
     __repr__ = str.__str__
 
 
-def methods() -> dict[str, type[BaseDistiller]]:
-    """The methods that learn from a teacher, by name.
+def methods() -> dict[str, Planner]:
+    """What plans the methods that learn from a teacher, by name.
 
-    The name is the module's, or the class's if a module has several.
+    The name is the module's, or the class's if a module has several; a
+    method's ``recipes`` have their own.
     """
-    found: dict[str, type[BaseDistiller]] = {}
+    found: dict[str, Planner] = {}
     for info in pkgutil.iter_modules(era_mm.methods.__path__):
         module = importlib.import_module(f'era_mm.methods.{info.name}')
         classes = [
@@ -76,18 +96,28 @@ def methods() -> dict[str, type[BaseDistiller]]:
         ]
         for cls in classes:
             name = info.name if len(classes) == 1 else cls.__name__
-            found[name] = cls
+            found[name] = cls.plan_for
+            found |= cls.recipes()
     return found
 
 
-def find_methods(names: Sequence[str]) -> dict[str, type[BaseDistiller]]:
+def find_methods(names: Sequence[str]) -> dict[str, Planner]:
     """Some of :func:`methods`, by name.
 
     Raises:
-        UserError: A name is unknown or given twice.
+        UserError: A name is unknown, given twice, or a method without
+            teacher.
     """
     known = methods()
     for name in names:
+        if name in MUTUAL:
+            classifiers, detectors = MUTUAL[name]
+            raise UserError(
+                f'--method: expected a method with a teacher, but {name!r} '
+                'has two students that teach each other. Copy the config '
+                f'{classifiers} for classifiers, or {detectors} for '
+                'detectors, and set its `students`.'
+            )
         if name not in known:
             raise UserError(
                 f'--method: expected one of {", ".join(sorted(known))}, but '
@@ -151,12 +181,13 @@ def make_config(
     pair = pair_of(student, teacher)
     try:
         with preserve_rng():
-            plans = {name: cls.plan_for(pair) for name, cls in chosen.items()}
+            plans = {name: plan(pair) for name, plan in chosen.items()}
     except UserError:
         # Of the pair, which names the model that is at fault.
         raise
     except ValueError as error:
         raise UserError(f'--method: {error}') from error
+    _check_different(plans)
     for plan in plans.values():
         pair.check_training(match_of(plan))
     draft = Draft(
@@ -179,6 +210,19 @@ def make_config(
         if offered:
             modes.setdefault(plan.hook, []).extend(offered)
     return Made(_text(draft, modes), pair, plans, model)
+
+
+def _check_different(plans: Mapping[str, Plan]) -> None:
+    kinds: dict[str, str] = {}
+    for name, plan in plans.items():
+        kind = plan.distiller['type']
+        if kind in kinds:
+            raise UserError(
+                f'--method: expected different methods, but {kinds[kind]} and '
+                f'{name} are both settings of {kind}. Write two distillers of '
+                'the same method by hand.'
+            )
+        kinds[kind] = name
 
 
 def check_student(student: HostConfig) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import (
     log_softmax,
 )
 
-from ..core import BaseDistiller, Features, MeasuredPair, Plan
+from ..core import BaseDistiller, Features, MeasuredPair, Plan, Unregistered
 from ..core.classes import why_other_classes
 from ..core.host_models import is_query_based
 from ..heads import (
@@ -34,6 +34,37 @@ from ..registry import MODELS
 
 #: Number of layers of the student's towers before the crossing.
 LAYER = 3
+#: Released weights of the boxes, by what the teacher's head predicts.
+BOX_WEIGHT, DISTRIBUTION_WEIGHT = 1.0, 4.0
+
+
+def match_statistics(
+    *, student_feat: Tensor, teacher_feat: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """Give the student's channels the teacher's mean and deviation.
+
+        (F_s - mean_s) * sqrt((var_t + eps) / (var_s + eps)) + mean_t
+
+    mean and var (biased) are of a channel over batch and positions; on
+    several ranks, of each rank's images. The student's are not detached, as
+    in a norm, so no gradient moves the mean or scale of a channel, which the
+    teacher's head would not notice. The teacher's are constants.
+
+    Source: CrossKD, arXiv 2306.11369, in its released form. That the
+    statistics are the batch's, their gradient and eps, which is that of batch
+    norm, are [ours].
+
+    Shape:
+        - student_feat, teacher_feat, out: ``(N, C, H, W)``
+    """
+    student, teacher = map(full_precision, (student_feat, teacher_feat))
+    var, mean = torch.var_mean(student, (0, 2, 3), correction=0, keepdim=True)
+    target_var, target_mean = torch.var_mean(
+        teacher.detach(), (0, 2, 3), correction=0, keepdim=True
+    )
+    scale = ((target_var + eps) / (var + eps)).sqrt()
+    matched = (student - mean) * scale + target_mean
+    return matched.to(student_feat.dtype)
 
 
 def quality_focal_loss(
@@ -83,30 +114,36 @@ def weighted_giou_loss(
 class CrossKDDistiller(BaseDistiller):
     """Cross-head distillation of dense detectors.
 
-    The outputs of the ``layer``-th layers of the student's two towers go
-    through the rest of the teacher's frozen head. The result is pulled
-    towards the head's outputs for the teacher's own features::
+    The outputs of the ``layer``-th layers of the student's two towers get the
+    mean and deviation of the teacher's, channel by channel, and go through
+    the rest of the teacher's frozen head. The result is pulled towards the
+    head's outputs for the teacher's own features::
 
-        z = head_T^{> layer}(align(f_S)),   t = head_T(F_T)
+        z = head_T^{> layer}(match(align(f_S), f_T)),   t = head_T(F_T)
         loss_crosskd_score = score_weight * QFL(z_cls, sigmoid(t_cls)) / sum w
         loss_crosskd_box   = box_weight * sum_r w_r D(z_r, t_r) / sum w
 
-    w_r is the teacher's highest score at a position; D is 1 - GIoU of decoded
-    boxes or, for heads that predict distributions (GFL), the KL of each of
-    the four. The student's own last layers are trained only by the labels.
+    match is :func:`match_statistics`, level by level. w_r is the teacher's
+    highest score at a position; D is 1 - GIoU of decoded boxes or, for heads
+    that predict distributions (GFL), the KL summed over the bins, averaged
+    over the four sides. The student's own last layers are trained only by the
+    labels.
 
     Source: CrossKD, Wang et al., arXiv 2306.11369, section 3. ``layer`` 3 of
-    4, weights of 1 and QFL's beta of 1 are its released settings. The paper
-    leaves the normalisation open; dividing by sum w is [ours], as are the
-    1x1 convolutions (one per tower, for all levels) where the towers' widths
-    differ. Written from the paper.
+    4, the weights, QFL's beta of 1 and the matched statistics are its
+    released settings. What is summed and averaged inside the losses is not
+    known to us; dividing by sum w and D's mean over the sides are [ours], as
+    are the 1x1 convolutions (one per tower, for all levels; without bias,
+    which the matching would remove) where the towers' widths differ. Written
+    from the paper.
 
     Args:
         layer: Number of layers of the student's towers before the crossing.
             None: 3, or all if there are fewer. If the teacher's towers are
             shorter, the features enter its predictors.
         score_weight: Weight of the scores.
-        box_weight: Weight of the boxes.
+        box_weight: Weight of the boxes. None: 1; 4 for heads that predict
+            distributions.
         beta: Exponent of the quality focal loss.
         teacher: Name of the teacher.
         schedules: Schedules of ``loss_crosskd_score`` and
@@ -122,7 +159,7 @@ class CrossKDDistiller(BaseDistiller):
         self,
         layer: int | None = None,
         score_weight: float = 1.0,
-        box_weight: float = 1.0,
+        box_weight: float | None = None,
         beta: float = 1.0,
         teacher: str = 'teacher',
         schedules: dict[str, dict] | None = None,
@@ -130,9 +167,9 @@ class CrossKDDistiller(BaseDistiller):
     ) -> None:
         super().__init__('neck', teacher, schedules, init_cfg)
         self.layer = layer
-        self.score_weight, self.box_weight = score_weight, box_weight
-        self.beta = beta
-        self.head: DenseTWIHead
+        self.score_weight, self.beta = score_weight, beta
+        self._given_box_weight = box_weight
+        self.box_weight: float
         self.rest: PredictorTWIHead
         self.aligns: nn.ModuleList
 
@@ -184,13 +221,20 @@ class CrossKDDistiller(BaseDistiller):
         self.student_sources = tower_sources(student, layer)
         has_neck = getattr(teacher, 'neck', None) is not None
         self.teacher_sources = ('neck' if has_neck else 'backbone',)
-        self.head = DenseTWIHead(teacher.bbox_head)
         theirs = plain_towers(teacher)
         left_out = min(layer, *map(len, theirs.values()))
         self.rest = PredictorTWIHead(predictors_of(teacher, left_out))
+        self._towers = [
+            Unregistered(nn.Sequential(*tower[:left_out]))
+            for tower in theirs.values()
+        ]
         self._widths = [
             tower[left_out - 1].out_channels for tower in theirs.values()
         ]
+        weight = self._given_box_weight
+        if weight is None:
+            weight = BOX_WEIGHT if self._bins == 1 else DISTRIBUTION_WEIGHT
+        self.box_weight = weight
 
     @torch.no_grad()
     def prepare(
@@ -214,12 +258,13 @@ class CrossKDDistiller(BaseDistiller):
         self.aligns = nn.ModuleList(
             nn.Identity()
             if maps[0].shape[1] == width
-            else nn.Conv2d(maps[0].shape[1], width, kernel_size=1)
+            else nn.Conv2d(maps[0].shape[1], width, kernel_size=1, bias=False)
             for maps, width in zip(own, self._widths, strict=True)
         )
-        outs = self.head.training_forward(theirs)
+        told = self._tower_outputs(theirs)
+        outs = self.rest.training_forward(told)
         self._leave_boxes_if(self._why_no_boxes(outs))
-        self._compare(self._cross(own), outs)
+        self._compare(self._cross(own, told), outs)
 
     @property
     def uses_predictions(self) -> bool:
@@ -229,10 +274,10 @@ class CrossKDDistiller(BaseDistiller):
     @property
     def _bins(self) -> int:
         """Bins of a distribution; 1 if a side of a box is one number."""
-        return getattr(self.head.head, 'reg_max', 0) + 1
+        return getattr(self.rest.head, 'reg_max', 0) + 1
 
     def _why_no_boxes(self, outs: Any) -> str | None:
-        head = self.head.head
+        head = self.rest.head
         anchors = outs[0][0].shape[1] // head.cls_out_channels
         widths = {level.shape[1] for level in outs[1]}
         name = type(head).__name__
@@ -255,17 +300,27 @@ class CrossKDDistiller(BaseDistiller):
 
     # -- losses ------------------------------------------------------------
 
-    def _cross(self, towers: Sequence[Sequence[Tensor]]) -> Any:
+    def _tower_outputs(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        """The teacher's own features where the student's enter its head."""
+        return [tower.module(f) for tower in self._towers for f in feats]
+
+    def _cross(
+        self, towers: Sequence[Sequence[Tensor]], told: Sequence[Tensor]
+    ) -> Any:
         """Outputs of the rest of the teacher's head for student's towers."""
-        feats = [
+        aligned = [
             align(feat)
             for align, tower in zip(self.aligns, towers, strict=True)
             for feat in tower
         ]
+        feats = [
+            match_statistics(student_feat=own, teacher_feat=their)
+            for own, their in zip(aligned, told, strict=True)
+        ]
         return self.rest.training_forward(feats)
 
     def _compare(self, crossed: Any, said: Any) -> dict[str, Tensor]:
-        classes = self.head.head.cls_out_channels
+        classes = self.rest.head.cls_out_channels
         logits, told = (
             full_precision(rows_of_levels(outs[0], classes).flatten(0, 1))
             for outs in (crossed, said)
@@ -316,7 +371,7 @@ class CrossKDDistiller(BaseDistiller):
 
     def _decode(self, levels: Sequence[Tensor]) -> Tensor:
         """Boxes in pixels, image by image, ``(R, 4)``."""
-        head = self.head.head
+        head = self.rest.head
         sizes = [level.shape[2:] for level in levels]
         priors = head.prior_generator.grid_priors(
             sizes, device=levels[0].device
@@ -348,8 +403,9 @@ class CrossKDDistiller(BaseDistiller):
             )
             towers.append(maps)
         with torch.no_grad():
-            said = self.head.training_forward(feats)
-        return self._compare(self._cross(towers), said)
+            told = self._tower_outputs(feats)
+            said = self.rest.training_forward(told)
+        return self._compare(self._cross(towers, told), said)
 
     def loss_weights(self) -> dict[str, float]:
         """Weights of scores and boxes."""

@@ -93,7 +93,8 @@ class FeatureImitationDistiller(BaseDistiller):
         source: Module whose output is imitated; several are levels.
         measure: 'mse' (FitNet) or 'pearson' (PKD).
         loss_weight: Its weight. None: 1 for 'mse' [ours]; 6 for 'pearson'
-            (published for Faster R-CNN; for RetinaNet it is 10).
+            (published for Faster R-CNN; one-stage detectors have 10, which
+            ``PKDDistiller`` gets from ``make_config``).
         connector: True: at all levels; False: none, for features of equal
             channels. None: True for 'mse'; for 'pearson' only where channels
             differ.

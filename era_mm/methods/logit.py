@@ -5,7 +5,8 @@ Legend: N batch, K classes, L levels.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -72,7 +73,8 @@ class LogitDistiller(BaseDistiller):
 
             'dense' and 'roi': 1, for scores and for boxes [ours].
         label_weight: Factor on the label loss of a classifier's head. 1: the
-            student's own losses do not change.
+            student's own losses do not change. ``make_config`` writes that of
+            the recipe.
         teacher: Name of the teacher.
         schedules: Schedules of ``loss_logit_score`` and
             ``loss_logit_box``; see ``BaseDistiller``.
@@ -90,6 +92,16 @@ class LogitDistiller(BaseDistiller):
         'standardised': dict(weight=9.0, temperature=2.0),
         'dist': dict(weight=2.0, temperature=4.0),
         'dkd': dict(weight=1.0, temperature=4.0),
+    }
+    #: These recipes for classifiers as ``--method`` names them, with the
+    #: arguments that differ from the defaults.
+    RECIPES: ClassVar[dict[str, dict[str, Any]]] = {
+        'kl': dict(label_weight=0.1),
+        'dist': dict(logit=dict(kind='dist')),
+        'dkd': dict(logit=dict(kind='dkd')),
+        'lskd': dict(
+            logit=dict(kind='kl', standardise=True), label_weight=0.1
+        ),
     }
 
     def __init__(
@@ -113,11 +125,30 @@ class LogitDistiller(BaseDistiller):
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
-        """The kind for the teacher's head, with its defaults.
+        """The kind for the teacher's head, with the recipe of 'kl'.
 
         Raises:
             ValueError: The outputs cannot be compared.
         """
+        return cls._plan(pair, {} if pair.is_detector else cls.RECIPES['kl'])
+
+    @classmethod
+    def recipes(cls) -> dict[str, Callable[[MeasuredPair], Plan]]:
+        """Those of ``RECIPES``; a ValueError if the pair are detectors."""
+        return {name: partial(cls._plan_recipe, name) for name in cls.RECIPES}
+
+    @classmethod
+    def _plan_recipe(cls, name: str, pair: MeasuredPair) -> Plan:
+        if pair.is_detector:
+            raise ValueError(
+                f'{name!r} is for the logits of two classifiers, but '
+                f'{pair.student.name} is a detector. Take --method logit, '
+                'which compares scores and boxes.'
+            )
+        return cls._plan(pair, cls.RECIPES[name])
+
+    @classmethod
+    def _plan(cls, pair: MeasuredPair, settings: Mapping[str, Any]) -> Plan:
         student, teacher = pair.student, pair.teacher
         reason = _why_not(student.model, teacher.model)
         reason = reason or why_other_classes(student.classes, teacher.classes)
@@ -128,11 +159,15 @@ class LogitDistiller(BaseDistiller):
             )
         head = find_head(teacher.model)
         assert head is not None
-        kind = type(head.head).__name__
+        kind = settings.get('logit', {}).get('kind', kind_for(head))
+        about = f'its outputs are distilled ({type(head.head).__name__}'
+        about = f'{about}, {kind!r})'
+        if 'label_weight' in settings:
+            about += f'; the labels weigh {settings["label_weight"]:g}'
         return Plan(
-            dict(type=f'era_mm.{cls.__name__}'),
+            dict(type=f'era_mm.{cls.__name__}', **copy.deepcopy(settings)),
             pair.match(),
-            head=f'its outputs are distilled ({kind}, {kind_for(head)!r})',
+            head=about,
         )
 
     def student_config(self, config: ConfigDict) -> ConfigDict:

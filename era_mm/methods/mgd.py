@@ -3,6 +3,8 @@
 Legend: N batch, C channels of the teacher, L levels.
 """
 
+from typing import Any
+
 import torch
 from mmengine.dist import get_rank, get_world_size
 from torch import Tensor, nn
@@ -31,18 +33,29 @@ def generation_loss(*, student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
 
 
 def keep_mask(
-    feat: Tensor, mask_ratio: float, generator: torch.Generator
+    feat: Tensor,
+    mask_ratio: float,
+    generator: torch.Generator,
+    mask: str = 'positions',
 ) -> Tensor:
-    """1 at positions that are kept, 0 at masked ones, ``(N, 1, H, W)``.
+    """1 where a map is kept, 0 where it is masked, drawn for each image.
 
-    Source: MGD, arXiv 2205.01529, eq. 1.
+    Source: MGD, arXiv 2205.01529, eq. 1; 'channels' is the [official code]
+    for classifiers.
 
     Args:
         feat: The map to be masked.
-        mask_ratio: Average share of masked positions.
+        mask_ratio: Average share of what is masked.
         generator: On the CPU, so that every device draws the same.
+        mask: 'positions', the same ones in all channels, or whole
+            'channels'.
+
+    Shape:
+        - feat: ``(N, C, H, W)``
+        - out: ``(N, 1, H, W)`` for positions, ``(N, C, 1, 1)`` for channels
     """
-    size = (len(feat), 1, *feat.shape[2:])
+    num, channels, *places = feat.shape
+    size = (num, channels, 1, 1) if mask == 'channels' else (num, 1, *places)
     drawn = torch.rand(size, generator=generator)
     return (drawn >= mask_ratio).to(feat)
 
@@ -53,16 +66,18 @@ class MGDDistiller(BaseDistiller):
 
         L = loss_weight * sum_l MGD(G_l(M * align_l(S_l)), T_l)
 
-    M masks random positions, the same for all channels; G is a 3x3
-    convolution, a ReLU and a 3x3 convolution; ``align`` is a 1x1 convolution
-    if the channels differ. All are trained with the student.
+    M masks random positions, the same for all channels, or random channels;
+    G is a 3x3 convolution, a ReLU and a 3x3 convolution; ``align`` is a 1x1
+    convolution if the channels differ. All are trained with the student.
 
     Source: MGD, arXiv 2205.01529, and its [official code]. The defaults are
-    those of one-stage detectors [paper]: 2e-5 and 0.65; two-stage ones have
-    5e-7 and 0.45, ImageNet classifiers 7e-5 and 0.15, on the last map of the
-    backbone. The paper's detectors also start from the teacher's neck and
-    head: ``inherit`` of ``era_mm.Distillation``. The loss is a sum over
-    channels and positions, so its weight depends on the size of the maps.
+    those of one-stage detectors [paper]: 2e-5 and 0.65 of the positions;
+    two-stage ones have 5e-7 and 0.45. ImageNet classifiers have 7e-5 and 0.15
+    on the last map of the backbone, of the channels [official code].
+    ``plan_for`` chooses among them. The paper's detectors also start from the
+    teacher's neck and head: ``inherit`` of ``era_mm.Distillation``. The loss
+    is a sum over channels and positions, so its weight depends on the size of
+    the maps.
 
     Masks are drawn with a seed from the iteration number [ours], so a resumed
     run draws the same masks, and the run's random state does not change.
@@ -70,22 +85,26 @@ class MGDDistiller(BaseDistiller):
     Args:
         source: Module whose output is distilled, maps ``(N, C, H, W)``; of
             several all are levels.
-        mask_ratio: Share of masked positions.
+        mask_ratio: Share of the positions or channels that are masked.
         loss_weight: Weight of each level.
+        mask: What is masked: 'positions' or 'channels'.
         teacher: Name of the teacher.
         schedules: Schedules of ``loss_mgd``; see ``BaseDistiller``.
         init_cfg: As in mmengine.
 
     Raises:
         ValueError: Features that are not maps or do not fit, a ratio outside
-            of 0 to 1.
+            of 0 to 1, an unknown mask.
     """
+
+    MASKS = ('positions', 'channels')
 
     def __init__(
         self,
         source: str | list | dict = 'neck',
         mask_ratio: float = 0.65,
         loss_weight: float = 2e-5,
+        mask: str = 'positions',
         teacher: str = 'teacher',
         schedules: dict[str, dict] | None = None,
         init_cfg: dict | None = None,
@@ -96,7 +115,12 @@ class MGDDistiller(BaseDistiller):
                 '`mask_ratio` must be at least 0 and less than 1, but got '
                 f'{mask_ratio}.'
             )
+        if mask not in self.MASKS:
+            raise ValueError(
+                f'`mask` must be one of {self.MASKS}, but got {mask!r}.'
+            )
         self.mask_ratio, self.loss_weight = mask_ratio, loss_weight
+        self.mask = mask
         self.aligns: Aligns
         self.generators: nn.ModuleList
 
@@ -104,9 +128,9 @@ class MGDDistiller(BaseDistiller):
     def plan_for(cls, pair: MeasuredPair) -> Plan:
         """On maps, with the paper's settings for such models."""
         match = pair.match(maps=True)
-        settings: dict[str, float] = {}
+        settings: dict[str, Any] = {}
         if not pair.is_detector:
-            settings = dict(mask_ratio=0.15, loss_weight=7e-5)
+            settings = dict(mask='channels', mask_ratio=0.15, loss_weight=7e-5)
         elif hasattr(pair.student.model, 'roi_head'):
             settings = dict(mask_ratio=0.45, loss_weight=5e-7)
         return Plan(
@@ -152,7 +176,8 @@ class MGDDistiller(BaseDistiller):
         terms = [
             generation_loss(
                 student_feat=generate(
-                    feat * keep_mask(feat, self.mask_ratio, generator)
+                    feat
+                    * keep_mask(feat, self.mask_ratio, generator, self.mask)
                 ),
                 teacher_feat=target,
             )

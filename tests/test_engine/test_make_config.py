@@ -139,6 +139,7 @@ def test_detectors__of_other_padding_are_cut_to_what_both_have(make):
         'ie_kd',
         'logit',
         'mgd',
+        'pkd',
         'residual_kd',
         'reviewkd',
         'sokd',
@@ -153,6 +154,11 @@ def test_detectors__of_other_padding_train_by_every_method(make, method):
         # Alike on every level, however small its maps are.
         assert config.model.distiller.num_positions == 256
         assert config.model.distiller.loss_weight == 30
+    if method == 'pkd':
+        # Published for one-stage detectors.
+        assert config.model.distiller == dict(
+            type='era_mm.PKDDistiller', loss_weight=10.0
+        )
     assert 'resampling none needed' in printed
     train_and_predict(build(config), lambda: detection_batch(2, size=100))
 
@@ -208,7 +214,10 @@ def test_ie_kd__puts_the_tokens_of_a_vit_on_their_grid(make):
     assert losses['loss_iekd_inherit'] > 0
 
 
-@pytest.mark.parametrize('method', ['at', 'cwd', 'logit', 'mgd', 'reviewkd'])
+@pytest.mark.parametrize(
+    'method',
+    ['at', 'cwd', 'feature_imitation', 'logit', 'mgd', 'pkd', 'reviewkd'],
+)
 def test_classifiers__train_by_the_baselines(make, method):
     config, printed = make('resnet', 'resnet_wide', '--method', method)
     if method in ('at', 'reviewkd'):
@@ -218,8 +227,95 @@ def test_classifiers__train_by_the_baselines(make, method):
         assert f'student {" ".join(stages + pooled)}' in printed
         assert '[0] stride 4, 8 channels' in printed
         assert 'num_positions' not in config.model.distiller
+    if method == 'mgd':
+        assert config.model.distiller.mask == 'channels'
     losses = train_and_predict(build(config), images)
     assert len([key for key in losses if 'loss' in key]) == 2
+
+
+RECIPES = {
+    'logit': dict(label_weight=0.1),
+    'kl': dict(label_weight=0.1),
+    'dist': dict(logit=dict(kind='dist')),
+    'dkd': dict(logit=dict(kind='dkd')),
+    'lskd': dict(logit=dict(kind='kl', standardise=True), label_weight=0.1),
+}
+
+
+@pytest.mark.parametrize('method', RECIPES)
+def test_recipes__of_logits_write_kind_and_weight_of_the_labels(make, method):
+    config, printed = make('resnet', 'resnet_wide', '--method', method)
+    settings = RECIPES[method]
+    assert config.model.distiller == dict(
+        type='era_mm.LogitDistiller', **settings
+    )
+    kind = settings.get('logit', {}).get('kind', 'kl')
+    assert f'its outputs are distilled (LinearClsHead, {kind!r})' in printed
+    weight = settings.get('label_weight', 1)
+    assert ('the labels weigh 0.1' in printed) is (weight != 1)
+    model = build(config)
+    term = model.distillers['distiller'].term
+    assert (term.kind, term.standardise) == (kind, method == 'lskd')
+    published = dict(dist=(2, 4), dkd=(1, 4), lskd=(9, 2))
+    assert (term.weight, term.temperature) == published.get(method, (0.9, 4))
+    assert model.head.loss_module.loss_weight == weight
+    losses = train_and_predict(model, images)
+    assert losses['loss_logit_score'] > 0
+
+
+def test_recipes__are_for_classifiers_and_logit_for_detectors(
+    make, host, tmp_path, capsys
+):
+    config, _ = make('retinanet', 'retinanet_unpadded', '--method', 'logit')
+    assert config.model.distiller == dict(type='era_mm.LogitDistiller')
+    for method in ('kl', 'dist', 'dkd', 'lskd'):
+        error = fails(
+            capsys,
+            *('--student', host('retinanet'), '--teacher', host('fcos')),
+            *('--teacher-checkpoint', 'random', '--method', method),
+            *('--out', str(tmp_path / 'o.py')),
+        )
+        assert f"'{method}' is for the logits of two classifiers" in error
+        assert 'Take --method logit' in error
+
+
+def test_recipes__go_with_other_methods_but_not_with_one_another(
+    make, host, tmp_path, capsys
+):
+    config, _ = make(
+        'resnet', 'resnet_wide', '--method', 'dkd', '--method', 'pkd'
+    )
+    assert config.model.distiller == dict(
+        dkd=dict(type='era_mm.LogitDistiller', logit=dict(kind='dkd')),
+        pkd=dict(type='era_mm.PKDDistiller', loss_weight=6.0),
+    )
+    losses = train_and_predict(build(config), images)
+    assert {'dkd.loss_logit_score', 'pkd.loss_imitation'} <= set(losses)
+    error = fails(
+        capsys,
+        *('--student', host('resnet'), '--teacher', host('resnet_wide')),
+        *('--teacher-checkpoint', 'random', '--out', str(tmp_path / 'o.py')),
+        *('--method', 'dkd', '--method', 'dist'),
+    )
+    assert 'dkd and dist are both settings of era_mm.LogitDistiller' in error
+
+
+@pytest.mark.parametrize('method', make_config.MUTUAL)
+def test_methods__of_two_students_name_a_config_to_copy(refused, method):
+    error = refused(method=method)
+    assert 'has two students that teach each other' in error
+    for name in make_config.MUTUAL[method]:
+        assert name in error
+        (file,) = CONFIGS.rglob(f'{name}.py')
+        model = Config.fromfile(file).model
+        assert model.type == 'era_mm.MutualDistillation'
+
+
+def test_pkd__has_the_weight_of_two_stages(make):
+    config, _ = make('faster_rcnn', 'mask_rcnn_swin', '--method', 'pkd')
+    assert config.model.distiller == dict(
+        type='era_mm.PKDDistiller', loss_weight=6.0
+    )
 
 
 def test_simkd__puts_the_teachers_classifier_into_the_student(

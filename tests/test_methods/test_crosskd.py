@@ -6,11 +6,16 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from era_mm.methods.crosskd import quality_focal_loss, weighted_giou_loss
+from era_mm.methods.crosskd import (
+    match_statistics,
+    quality_focal_loss,
+    weighted_giou_loss,
+)
 from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    noise,
     save_teacher,
 )
 
@@ -61,6 +66,68 @@ def test_boxes__by_hand():
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_statistics__by_hand():
+    # Mean 2 and variance 1 become mean 10 and variance 9; without eps 7, 13.
+    # The second channel has variance 0: of it only the mean remains.
+    student = torch.tensor([[[[1.0, 3.0]], [[4.0, 4.0]]]])
+    teacher = torch.tensor([[[[13.0, 7.0]], [[0.0, 2.0]]]])
+    pair = dict(student_feat=student, teacher_feat=teacher)
+    found = match_statistics(**pair, eps=0.0)
+    assert found[0, 0].tolist() == [[7, 13]]
+    found = match_statistics(**pair, eps=1.0)
+    root = 5**0.5
+    expected = torch.tensor([[[[10 - root, 10 + root]], [[1.0, 1.0]]]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_statistics__are_of_a_channel_over_batch_and_positions():
+    """On channels of all scales, and of maps of unlike numbers."""
+    own = noise(3, 4, 5, 2) * torch.tensor([1e2, 1, 1, 3.0])[:, None, None]
+    other = 2 * noise(3, 4, 5, 2, seed=1) - 1
+    found = match_statistics(student_feat=own, teacher_feat=other)
+    for channel in range(4):
+        values, wanted, given = (
+            feat[:, channel].flatten() for feat in (found, other, own)
+        )
+        assert values.mean().item() == pytest.approx(wanted.mean().item())
+        assert values.std().item() == pytest.approx(
+            wanted.std().item(), rel=1e-4
+        )
+        # A line with a rise: the order of the values stays.
+        assert torch.equal(values.argsort(), given.argsort())
+    same = match_statistics(student_feat=own, teacher_feat=own)
+    torch.testing.assert_close(same, own)
+
+
+def test_statistics__have_gradients_of_no_mean_and_scale():
+    student = noise(2, 3, 4, 4).requires_grad_()
+    teacher = noise(2, 3, 4, 4, seed=1).requires_grad_()
+
+    def match(feat):
+        return match_statistics(student_feat=feat, teacher_feat=teacher)
+
+    assert torch.autograd.gradcheck(match, student)
+    (match(student) * noise(2, 3, 4, 4, seed=2)).sum().backward()
+    assert teacher.grad is None
+    grad = student.grad
+    assert grad.abs().max() > 0.1
+    centred = student - student.mean((0, 2, 3), keepdim=True)
+    assert grad.sum((0, 2, 3)).abs().max() < 1e-9
+    # All but what eps leaves.
+    assert (grad * centred).sum((0, 2, 3)).abs().max() < 1e-3
+
+
+def test_statistics__of_dead_channels_and_lone_values_are_finite():
+    for own in (torch.zeros(2, 3, 4, 4), torch.ones(1, 3, 1, 1)):
+        own.requires_grad_()
+        other = noise(*own.shape).float()
+        found = match_statistics(student_feat=own, teacher_feat=other)
+        mean = other.mean((0, 2, 3), keepdim=True).expand_as(found)
+        torch.testing.assert_close(found, mean)
+        found.square().sum().backward()
+        assert own.grad.isfinite().all()
+
+
 def losses_and_maps(model):
     data = model.data_preprocessor(detection_batch(2), True)
     losses = model(**data, mode='loss')
@@ -90,6 +157,8 @@ def test_distiller__goes_on_in_the_teachers_head(tmp_path, layer):
     score = box = total = 0.0
     for feat, their, anchors in zip(maps, theirs, priors, strict=True):
         ends = []
+        # The mean and variance of the channels of both images.
+        dims = dict(dim=(0, 2, 3), keepdim=True)
         for index, (tower, predictor) in enumerate(
             (('cls_convs', 'retina_cls'), ('reg_convs', 'retina_reg'))
         ):
@@ -97,10 +166,16 @@ def test_distiller__goes_on_in_the_teachers_head(tmp_path, layer):
             for conv in getattr(own, tower)[:depth]:
                 crossed = conv(crossed)
             crossed = distiller.aligns[index](crossed)
-            for conv in getattr(head, tower)[depth:]:
-                crossed = conv(crossed)
-            for conv in getattr(head, tower):
+            for conv in getattr(head, tower)[:depth]:
                 told = conv(told)
+            own_var, their_var = (
+                feat.var(**dims, correction=0) + 1e-5
+                for feat in (crossed, told)
+            )
+            crossed = (crossed - crossed.mean(**dims)) / own_var.sqrt()
+            crossed = crossed * their_var.sqrt() + told.mean(**dims)
+            for conv in getattr(head, tower)[depth:]:
+                crossed, told = conv(crossed), conv(told)
             last = getattr(head, predictor)
             ends.append((last(crossed), last(told)))
         (z, t), (b, u) = ends
@@ -121,6 +196,58 @@ def test_distiller__goes_on_in_the_teachers_head(tmp_path, layer):
             )
     torch.testing.assert_close(losses['loss_crosskd_score'], 2 * score / total)
     torch.testing.assert_close(losses['loss_crosskd_box'], 0.5 * box / total)
+
+
+def test_distiller__compares_distributions_with_their_own_weight(tmp_path):
+    """GFL: 4 times the KL of a side, averaged over the four."""
+    config = detector_config(head='GFLHead')
+    model = build(tmp_path, config, config)
+    distiller = model.distillers['distiller']
+    assert distiller.loss_weights() == dict(
+        loss_crosskd_score=1, loss_crosskd_box=4
+    )
+    losses, maps, theirs = losses_and_maps(model)
+    own, head = model.student.bbox_head, model.teachers['teacher'].model
+    head = head.bbox_head
+    gap = total = 0.0
+    for level, (feat, their) in enumerate(zip(maps, theirs, strict=True)):
+        told = head.cls_convs[0](their)
+        weights = head.gfl_cls(told).sigmoid().amax(1)
+        told = head.reg_convs[0](their)
+        crossed = match_statistics(
+            student_feat=own.reg_convs[0](feat), teacher_feat=told
+        )
+        z, t = (
+            head.scales[level](head.gfl_reg(f)).unflatten(1, (4, -1))
+            for f in (crossed, told)
+        )
+        p, q = z.softmax(2), t.softmax(2)
+        for side in range(4):
+            kl = (q * (q / p).log())[:, side].sum(1)
+            gap += (weights * kl).sum() / 4
+        total += weights.sum()
+    torch.testing.assert_close(losses['loss_crosskd_box'], 4 * gap / total)
+    given = build(tmp_path, config, config, box_weight=0.5)
+    assert given.distillers['distiller'].box_weight == 0.5
+
+
+def test_distiller__boxes_of_numbers_have_the_weight_of_scores(tmp_path):
+    weights = build(tmp_path).distillers['distiller'].loss_weights()
+    assert weights == dict(loss_crosskd_score=1, loss_crosskd_box=1)
+
+
+def test_distiller__does_not_see_the_scale_of_the_students_tower(tmp_path):
+    config = detector_config()
+    model = build(tmp_path, config, config)
+    before, _, _ = losses_and_maps(model)
+    for tower in ('cls_convs', 'reg_convs'):
+        conv = getattr(model.student.bbox_head, tower)[0].conv
+        conv.weight.data.mul_(50)
+        conv.bias.data.mul_(50)
+    after, _, _ = losses_and_maps(model)
+    assert after['loss_cls'] != before['loss_cls']
+    for key in ('loss_crosskd_score', 'loss_crosskd_box'):
+        assert after[key].item() == pytest.approx(before[key].item(), rel=0.05)
 
 
 def test_distiller__leaves_the_students_last_layers_to_the_labels(tmp_path):

@@ -39,6 +39,50 @@ def test_mask__is_of_places_and_of_the_asked_share():
     assert not torch.equal(mask[0], mask[1])
 
 
+def test_mask__of_channels_hides_whole_channels_of_an_image():
+    feat = torch.zeros(2, 400, 3, 5)
+    mask = keep_mask(
+        feat, 0.15, torch.Generator().manual_seed(0), mask='channels'
+    )
+    drawn = torch.rand(2, 400, generator=torch.Generator().manual_seed(0))
+    assert mask.shape == (2, 400, 1, 1)
+    assert torch.equal(mask[..., 0, 0] == 1, drawn >= 0.15)
+    assert mask.mean().item() == pytest.approx(0.85, abs=0.03)
+    assert not torch.equal(mask[0], mask[1])
+
+
+def test_distiller__of_channels_by_hand():
+    """Of 2 aligned channels the first is masked: only the second counts."""
+    distiller = MGDDistiller(mask='channels', mask_ratio=0.5, loss_weight=3.0)
+    feats = dict(
+        student_feats={'neck': (torch.tensor([[[[1.0]], [[2.0]]]]),)},
+        teacher_feats={'neck': (torch.tensor([[[[0.0]], [[-4.0]]]]),)},
+    )
+    distiller.prepare(student=None, teacher=None, **feats)
+    first, _, second = distiller.generators[0]
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.bias.zero_()
+            layer.weight.zero_()
+            # Both outputs are the sum of both channels.
+            layer.weight[:, :, 1, 1] = 1
+    # Steps whose draws keep both, one and none.
+    found = {}
+    for step in range(40):
+        drawn = torch.rand(2, generator=torch.Generator().manual_seed(step))
+        distiller.begin_step(step)
+        loss = distiller.loss(**feats, data_samples=[])['loss_mgd'].item()
+        found[tuple((drawn >= 0.5).tolist())] = loss
+    # The first layer gives s = 3, 1, 2 or 0 twice, the second 2 s twice:
+    # 3 * ((2 s)^2 + (2 s + 4)^2).
+    assert found == {
+        (True, True): 3 * (36 + 100),
+        (True, False): 3 * (4 + 36),
+        (False, True): 3 * (16 + 64),
+        (False, False): 3 * 16,
+    }
+
+
 def test_distiller__against_its_layers_by_hand(teacher_file):
     model = build(teacher_file, mask_ratio=0.0)
     distiller = model.distillers['distiller']
@@ -105,6 +149,7 @@ def test_distiller__on_the_last_map_of_a_classifier(classifiers, image_batch):
         dict(
             type='era_mm.MGDDistiller',
             source='backbone',
+            mask='channels',
             mask_ratio=0.15,
             loss_weight=7e-5,
         )
@@ -120,3 +165,8 @@ def test_distiller__on_the_last_map_of_a_classifier(classifiers, image_batch):
 def test_distiller__refuses_ratios(ratio):
     with pytest.raises(ValueError, match='less than 1'):
         build(mask_ratio=ratio)
+
+
+def test_distiller__refuses_other_masks():
+    with pytest.raises(ValueError, match=r"'channels'.*got 'pixels'"):
+        build(mask='pixels')
