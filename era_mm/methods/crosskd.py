@@ -222,6 +222,11 @@ class CrossKDDistiller(BaseDistiller):
         self._compare(self._cross(own), outs)
 
     @property
+    def feature_pairs(self) -> tuple[tuple[str, str], ...]:
+        """None: features are only what the heads read."""
+        return ()
+
+    @property
     def uses_predictions(self) -> bool:
         """Always: the crossed ones learn to be them."""
         return True
