@@ -180,7 +180,9 @@ class CrossKDDistiller(BaseDistiller):
                 'MutualDistillation needs a method on features or logits.'
             )
         towers = plain_towers(student).values()
-        layer = self.layer or min(LAYER, *map(len, towers))
+        layer = self.layer
+        if layer is None:
+            layer = min(LAYER, *map(len, towers))
         self.student_sources = tower_sources(student, layer)
         has_neck = getattr(teacher, 'neck', None) is not None
         self.teacher_sources = ('neck' if has_neck else 'backbone',)
