@@ -49,6 +49,7 @@ class BaseDistiller(BaseModule):
     - :meth:`loss_weights`: the weight of each loss term, for the summary.
     - :meth:`is_complete`: False where a step leaves out some loss terms.
     - :meth:`choose_sources`: sources that depend on the pair.
+    - :attr:`feature_pairs`: which sources of the two are compared.
     - :meth:`plan_for`: what ``tools/make_config.py`` writes for a pair;
       :meth:`recipes`: further settings that have a name there.
     - :meth:`student_config`: a student that is more than the given model,
@@ -158,6 +159,18 @@ class BaseDistiller(BaseModule):
         Losses may read more; to predict, those sources need not run.
         """
         return self.student_sources
+
+    @property
+    def feature_pairs(self) -> tuple[tuple[str, str], ...]:
+        """Sources of student and teacher whose features are compared.
+
+        By default the two are paired in their order; what is left of the
+        student's, such as logits, is not compared with a feature. A method
+        that compares predictions alone has none.
+        """
+        return tuple(
+            zip(self.student_sources, self.teacher_sources, strict=False)
+        )
 
     def choose_sources(
         self, *, student: nn.Module, teacher: nn.Module | None

@@ -10,7 +10,7 @@ base of the last two), ``choice`` (which of these fits a pair).
 from .choice import kind_for, term_for
 from .dense_term import DenseTerm, why_no_sigmoid_scores
 from .detector_term import DetectorTerm, Said
-from .logit import LogitTerm
+from .logit import LogitTerm, is_trained_by_sigmoid
 from .roi_term import RoITerm
 from .twi import (
     find_head,
@@ -36,6 +36,7 @@ __all__ = [
     'TWIHead',
     'TwoStageTWIHead',
     'find_head',
+    'is_trained_by_sigmoid',
     'kind_for',
     'plain_towers',
     'predictors_of',

@@ -25,6 +25,16 @@ from ..registry import explain_unknown_keys
 from .twi_heads import TWIHead
 
 
+def is_trained_by_sigmoid(head: nn.Module | None) -> bool:
+    """Whether a classifier's head is trained with a sigmoid per class."""
+    loss = getattr(head, 'loss_module', None)
+    # LabelSmoothLoss keeps its cross-entropy inside, FocalLoss has no switch.
+    return type(loss).__name__ == 'FocalLoss' or any(
+        getattr(part, 'use_sigmoid', False)
+        for part in (loss, getattr(loss, 'ce', None))
+    )
+
+
 class SaidOfClasses(NamedTuple):
     """The teacher's outputs for a batch.
 
@@ -127,8 +137,7 @@ class LogitTerm:
             named = dict(student.named_modules())
             modules["student's"] = named.get(self.sources[0])
         for role, module in modules.items():
-            loss = getattr(module, 'loss_module', None)
-            if getattr(loss, 'use_sigmoid', False):
+            if is_trained_by_sigmoid(module):
                 return (
                     f'the {role} {type(module).__name__} was trained with a '
                     'sigmoid per class, so no softmax applies to its logits'

@@ -217,7 +217,9 @@ class CrossKDDistiller(BaseDistiller):
                 'MutualDistillation needs a method on features or logits.'
             )
         towers = plain_towers(student).values()
-        layer = self.layer or min(LAYER, *map(len, towers))
+        layer = self.layer
+        if layer is None:
+            layer = min(LAYER, *map(len, towers))
         self.student_sources = tower_sources(student, layer)
         has_neck = getattr(teacher, 'neck', None) is not None
         self.teacher_sources = ('neck' if has_neck else 'backbone',)
@@ -265,6 +267,11 @@ class CrossKDDistiller(BaseDistiller):
         outs = self.rest.training_forward(told)
         self._leave_boxes_if(self._why_no_boxes(outs))
         self._compare(self._cross(own, told), outs)
+
+    @property
+    def feature_pairs(self) -> tuple[tuple[str, str], ...]:
+        """None: features are only what the heads read."""
+        return ()
 
     @property
     def uses_predictions(self) -> bool:

@@ -187,6 +187,11 @@ class LogitDistiller(BaseDistiller):
         return config
 
     @property
+    def feature_pairs(self) -> tuple[tuple[str, str], ...]:
+        """None: features are only what the heads read."""
+        return ()
+
+    @property
     def uses_predictions(self) -> bool:
         """Always: it has no other term."""
         return True

@@ -308,8 +308,9 @@ def test_distiller__boxes_of_fcos_are_decoded_in_pixels(tmp_path):
 
 
 def test_distiller__refuses(tmp_path):
-    with pytest.raises(ValueError, match='`layer` must be 1 to 1'):
-        build(tmp_path, layer=2)
+    for layer in (-1, 0, 2):
+        with pytest.raises(ValueError, match=f'must be 1 to 1,.*got {layer}'):
+            build(tmp_path, layer=layer)
     student = detector_config()
     with pytest.raises(ValueError, match='this one learns'):
         MODELS.build(

@@ -204,6 +204,99 @@ def test_era__of_a_classifier_hears_the_teachers_own_logits(tmp_path):
     assert not torch.equal(*(each['loss_era_align'] for each in found))
 
 
+def test_era__measures_its_space_on_the_teachers_own_feature(teacher_file):
+    """Under a strong policy it is that of ERA alone."""
+    plain = build(teacher_file, BASES['era'])
+    model = build(
+        teacher_file,
+        base=BASES['era'],
+        dafa=dict(init=(0, 1.0, 0.9)),
+        dam=False,
+    )
+    for step in range(2):
+        total(losses_of(plain, seed=step)).backward()
+        found = losses_of(model, seed=step)
+        total(found).backward()
+        assert abs(found['sokd_norm_ratio'] - 1) > 0.01
+    space = plain.distillers['distiller'].mbrnet.space.state_dict()
+    theirs = model.distillers['distiller'].base.mbrnet.space.state_dict()
+    assert space['first_batches.seen'] == 2
+    assert equal(space, theirs)
+
+
+@pytest.mark.parametrize('kind', ['CrossKD', 'Logit'])
+def test_base__that_compares_predictions_alone_is_refused(kind, teacher_file):
+    with pytest.raises(
+        ValueError, match=f'compare features, but {kind}Distiller compares'
+    ):
+        build(teacher_file, base=dict(type=f'era_mm.{kind}Distiller'))
+
+
+def test_base__of_a_classifier_that_compares_logits_is_refused(classifiers):
+    base = dict(type='era_mm.LogitDistiller')
+    with pytest.raises(ValueError, match='LogitDistiller compares pred'):
+        classifiers(dict(type='era_mm.SoKDDistiller', base=base, dam=False))
+
+
+def test_simkd__learns_refined_features(classifiers, image_batch):
+    """It uses predictions, but compares features."""
+    base = dict(type='era_mm.SimKDDistiller', channels=[64, 128])
+    found = []
+    for options in (NOTHING, dict(dafa=dict(init=(0, 1.0, 0.9)), dam=False)):
+        torch.manual_seed(0)
+        model = classifiers(
+            dict(type='era_mm.SoKDDistiller', base=base, **options),
+            inherit=['head'],
+        )
+        found.append(model(**image_batch(), mode='loss')['loss_simkd'])
+    assert found[0].isfinite()
+    assert found[0] != found[1]
+
+
+def test_residual_kd__pairs_the_students_cuts(classifiers, image_batch):
+    """With the adapter first, and without the assistant's."""
+    base = dict(
+        type='era_mm.ResidualKDDistiller',
+        source='backbone',
+        assistant=dict(form='image'),
+        cuts=['layer1', 'layer2'],
+    )
+    model = classifiers(
+        dict(type='era_mm.SoKDDistiller', base=base, dam=False)
+    )
+    distiller = model.distillers['distiller']
+    stages = 'backbone.student.backbone.layer'
+    assert distiller.feature_pairs == (
+        ('backbone.adapter', 'backbone'),
+        (f'{stages}1', 'backbone.layer1'),
+        (f'{stages}2', 'backbone.layer2'),
+    )
+    batch = image_batch()
+    with torch.no_grad():
+        expected = model.teachers['teacher'].extract(batch['inputs'])
+    seen = {}
+    adapters, fit = distiller.adapters, distiller.adapters.fit
+
+    def spy(maps, targets, weights):
+        seen.update(maps=maps, targets=targets)
+        return fit(maps, targets, weights)
+
+    adapters.fit = spy
+    losses = model(**batch, mode='loss')
+    assert total(losses).isfinite()
+    for target, (_, source) in zip(
+        seen['targets'], distiller.feature_pairs, strict=True
+    ):
+        assert torch.equal(target, expected[source][-1])
+    student = model.student.backbone.student.backbone
+    with torch.no_grad():
+        stem = student.maxpool(
+            student.relu(student.norm1(student.conv1(batch['inputs'])))
+        )
+        first = student.layer1(stem)
+    assert torch.equal(seen['maps'][1], first)
+
+
 def test_iekd__pretrains_under_sokd_and_then_the_policy_begins(teacher_file):
     hub = MessageHub.get_current_instance()
     hub.update_info('max_iters', 12)

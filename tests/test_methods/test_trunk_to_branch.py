@@ -805,9 +805,15 @@ def test_errors__a_config_with_an_option_of_before_is_told():
 def test_errors__heads_that_do_not_fit():
     init_default_scope('mmpretrain')
     student = classifier_config()
-    student['head']['loss'] = dict(type='CrossEntropyLoss', use_sigmoid=True)
-    with pytest.raises(ValueError, match='one softmax over the classes'):
-        build(student)
+    sigmoid = dict(use_sigmoid=True)
+    for loss in (
+        dict(type='CrossEntropyLoss', **sigmoid),
+        dict(type='LabelSmoothLoss', label_smooth_val=0.1, **sigmoid),
+        dict(type='FocalLoss'),
+    ):
+        student['head']['loss'] = loss
+        with pytest.raises(ValueError, match='one softmax over the classes'):
+            build(student)
     student['head'] = dict(type='MultiTaskHead', task_heads={})
     with pytest.raises(ValueError, match='supports classifiers with a `head`'):
         build(student)

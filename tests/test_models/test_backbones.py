@@ -160,6 +160,28 @@ def stage_shapes(model, stages, size):
                 (1024, 4, 4),
             ],
         ),
+        # 24, 240, 480 and 960 times 0.3 are 7.2, 72, 144 and 288; three
+        # groups divide 6, 72, 144 and 288.
+        (
+            SHUFFLE1,
+            dict(widen_factor=0.3),
+            ['conv1', 'stages.0', 'stages.1', 'stages.2'],
+            [(6, 32, 32), (72, 16, 16), (144, 8, 8), (288, 4, 4)],
+        ),
+        # 24, 116, 232, 464 and 1024 times 0.3 are 7.2, 34.8, 69.6, 139.2 and
+        # 307.2; a unit halves its channels.
+        (
+            SHUFFLE2,
+            dict(widen_factor=0.3),
+            ['conv1', 'layers.0', 'layers.1', 'layers.2', 'layers.3'],
+            [
+                (7, 32, 32),
+                (34, 16, 16),
+                (68, 8, 8),
+                (138, 4, 4),
+                (307, 4, 4),
+            ],
+        ),
         (
             MOBILE,
             {},
@@ -177,7 +199,16 @@ def stage_shapes(model, stages, size):
             ],
         ),
     ],
-    ids=['resnet', 'wrn', 'vgg', 'shufflenet_v1', 'shufflenet_v2', 'mobile'],
+    ids=[
+        'resnet',
+        'wrn',
+        'vgg',
+        'shufflenet_v1',
+        'shufflenet_v2',
+        'narrow_shufflenet_v1',
+        'narrow_shufflenet_v2',
+        'mobile',
+    ],
 )
 def test_cifar__stages_have_the_published_widths_and_strides(
     kind, kwargs, stages, expected

@@ -9,8 +9,10 @@ import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.models.backbones import ResNet
 
 from era_mm.methods.residual_kd import pair_config, split_by_flops
+from era_mm.methods.residual_kd.pair_config import arguments_of
 from era_mm.methods.residual_kd.split import (
     _divisor_for,
     _widest,
@@ -67,6 +69,8 @@ MODELS_OF = {
         classifier(type='era_mm.CIFARMobileNetV2'),
         0.1,
     ),
+    'shufflenet_v1': (classifier(type='era_mm.CIFARShuffleNetV1'), 0.1),
+    'shufflenet_v2': (classifier(type='era_mm.CIFARShuffleNetV2'), 0.1),
     'cswin': (
         classifier(
             type='era_mm.CSWinTransformer',
@@ -208,7 +212,8 @@ def test_widths__of_the_projects_backbones_by_hand():
         width=2.0
     )
     assert half(type='era_mm.CIFARVGG', depth=8) == dict(widen_factor=0.5)
-    assert half(type='era_mm.MobileNetV1') == dict(widen_factor=0.5)
+    for name in ('MobileNetV1', 'CIFARShuffleNetV1', 'CIFARShuffleNetV2'):
+        assert half(type=f'era_mm.{name}') == dict(widen_factor=0.5)
     # Heads of 144 / 6 = 24 numbers: 72 / 6 = 12. Steps of lcm(8, 6) = 24.
     assert half(type='era_mm.CSWinTransformer', arch='large') == dict(
         arch=dict(
@@ -261,6 +266,55 @@ def test_split__of_the_digits_student():
 
 
 @pytest.mark.parametrize(
+    'backbone',
+    [
+        # Heads of a single number, stages with widths of their own, no heads.
+        dict(type='mmpretrain.VisionTransformer', arch='b'),
+        dict(type='mmpretrain.PoolFormer', arch='s12'),
+        dict(type='mmpretrain.MlpMixer', arch='b'),
+    ],
+    ids=['vit', 'poolformer', 'mixer'],
+)
+def test_widths__of_an_arch_of_another_kind_are_not_known(backbone):
+    with pytest.raises(
+        ValueError, match=r'How to narrow a .* is not known.*yourself'
+    ):
+        widths(dict(backbone=backbone), None, with_neck=True)
+
+
+@MODELS.register_module(name='_Fixed', force=True)
+class Fixed(ResNet):
+    """Passes none of the host's arguments on."""
+
+    def __init__(self, init_cfg=None):
+        super().__init__(18, base_channels=8, init_cfg=init_cfg, **SHORT)
+
+
+@MODELS.register_module(name='_PassedOn', force=True)
+class PassedOn(ResNet):
+    """Passes all of them on."""
+
+    def __init__(self, depth=18, **kwargs):
+        super().__init__(depth, **kwargs)
+
+
+def test_arguments__are_those_that_the_class_takes():
+    assert 'base_channels' not in arguments_of(dict(type='_Fixed'))
+    found = arguments_of(dict(type='_PassedOn'))
+    assert (found['depth'], found['base_channels']) == (18, 64)
+
+
+def test_pair__of_a_backbone_without_arguments():
+    """It gets none that only its base class takes, such as `norm_eval`."""
+    pair = pair_config(
+        classifier(type='_Fixed'),
+        source='backbone',
+        assistant=dict(form='image'),
+    )
+    assert count(pair) > 2 * count(classifier(type='_Fixed'))
+
+
+@pytest.mark.parametrize(
     ('model', 'share', 'message'),
     [
         (MODELS_OF['resnet'][0], 1.0, r'in \[0, 1\)'),
@@ -270,8 +324,32 @@ def test_split__of_the_digits_student():
             0.1,
             'How to narrow a mmpretrain.VGG',
         ),
+        (
+            # It has four widths: 0.5, 1, 1.5 and 2.
+            classifier(type='mmpretrain.ShuffleNetV2'),
+            0.1,
+            r"ShuffleNetV2 cannot be narrowed.*'widen_factor': 0\..*must be in"
+            '.*yourself',
+        ),
+        (
+            classifier(type='era_mm.CIFARMobileNetV2'),
+            0.001,
+            "cannot be narrowed.*'width'.*Give a larger share",
+        ),
+        (
+            classifier(type='_Fixed'),
+            0.1,
+            'How to narrow a _Fixed is not known',
+        ),
     ],
-    ids=['share', 'too small', 'unknown'],
+    ids=[
+        'share',
+        'too small',
+        'unknown',
+        'some widths',
+        'no channels',
+        'not its own',
+    ],
 )
 def test_split__that_cannot_be_is_refused(model, share, message):
     with pytest.raises(ValueError, match=message):

@@ -35,6 +35,7 @@ def approximate(
     *,
     maps: Sequence[Tensor],
     targets: Sequence[Tensor],
+    own: Sequence[Tensor],
     detach: bool = False,
     learns: bool = True,
 ) -> tuple[dict[str, Tensor], Parts]:
@@ -44,7 +45,10 @@ def approximate(
         mbrnet: Aligns and branches.
         terms: Weights the errors.
         maps: The student's features, L of ``(N, C_s, *)``.
-        targets: The teacher's, L of ``(N, C_t, *)``, in float32 or better.
+        targets: What is approximated, L of ``(N, C_t, *)``, in float32 or
+            better.
+        own: The teacher's own features, likewise, on which the space is
+            measured. Others than the targets if these are derived from them.
         detach: Detach the student's features for the branches.
         learns: Whether this is a training step, which updates the statistics
             of the space.
@@ -54,7 +58,7 @@ def approximate(
     space = mbrnet.space
     if space is not None:
         if learns:
-            space.update(targets)
+            space.update(own)
         parts = Parts(aligned, mbrnet.residuals_of_levels(seen))
         return _of_shares(terms, space, parts, targets), parts
     residuals = [

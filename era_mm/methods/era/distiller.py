@@ -362,7 +362,8 @@ class ERADistiller(HeadUser):
             teacher_feats: T, the features to approximate.
             data_samples: Ground truth.
             own_feats: The teacher's own features, if T is derived from them
-                (SoKD); its head is applied to these.
+                (SoKD): its head is applied to these, and its space is
+                measured on them.
         """
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
@@ -375,13 +376,17 @@ class ERADistiller(HeadUser):
         )
         # Sums and differences of estimates in full precision: the last
         # residuals are small.
-        targets = tuple(full_precision(t) for t in targets)
+        targets = own = tuple(full_precision(t) for t in targets)
+        if own_feats is not None:
+            own = self._maps(own_feats, self.teacher_sources)
+            own = tuple(full_precision(t) for t in own)
         learns = self.training and torch.is_grad_enabled()
         losses, parts = approximate(
             self.mbrnet,
             self.loss_terms,
             maps=maps,
             targets=targets,
+            own=own,
             detach=self.detach,
             learns=learns,
         )
@@ -400,11 +405,8 @@ class ERADistiller(HeadUser):
         said: Any = None
         term, own_term = self._term, self._own_term
         if term is not None and (judges or own_term is not None):
-            if own_feats is not None:
-                own = self._maps(own_feats, self.teacher_sources)
-                targets = tuple(full_precision(t) for t in own)
             with torch.no_grad():
-                said = term.target(self._head, targets, data_samples)
+                said = term.target(self._head, own, data_samples)
                 if learns:
                     term.measure(said)
         if own_term is not None:

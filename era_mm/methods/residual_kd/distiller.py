@@ -227,6 +227,12 @@ class ResidualKDDistiller(BaseDistiller):
             dict(type='era_mm.ResidualKDDistiller', **match.config()), match
         )
 
+    @property
+    def feature_pairs(self) -> tuple[tuple[str, str], ...]:
+        """The student's at the cut and at the further ones."""
+        own = (STUDENT[-1], *(student for student, _, _ in self.cuts))
+        return tuple(zip(own, self.teacher_sources, strict=True))
+
     def student_config(self, config: ConfigDict) -> ConfigDict:
         """The given model with the pair in it."""
         pair = pair_config(config, source=self.cut, **self._pair)

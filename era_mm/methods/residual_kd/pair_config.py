@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -186,19 +186,21 @@ def class_of(config: Mapping) -> type:
 
 
 def arguments_of(config: Mapping) -> dict[str, Any]:
-    """Arguments of a config's class and their defaults, inherited included."""
+    """Arguments that a config's class takes, and their defaults.
+
+    Those of a base class only if ``**kwargs`` passes them on.
+    """
     found: dict[str, Any] = {}
-    for name, parameter in _parameters(class_of(config)):
-        found.setdefault(name, parameter.default)
+    for base in class_of(config).__mro__:
+        if '__init__' not in vars(base) or base is object:
+            continue
+        parameters = inspect.signature(vars(base)['__init__']).parameters
+        for name, parameter in parameters.items():
+            found.setdefault(name, parameter.default)
+        kinds = [parameter.kind for parameter in parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
     return found
-
-
-def _parameters(cls: type) -> Iterator[tuple[str, inspect.Parameter]]:
-    for base in cls.__mro__:
-        if '__init__' in vars(base) and base is not object:
-            yield from inspect.signature(
-                vars(base)['__init__']
-            ).parameters.items()
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from ...core.utils import evaluating, preserve_rng
 from .pair import FeatureExtractor, ResidualPair
 from .pair_config import arguments_of, class_of, pair_config, parts_before
 
+#: What to do where no rule applies.
+BY_HAND = 'write `student` and `assistant` of ResidualKDDistiller yourself.'
 #: Widths are tried in steps of 1/64 of the model's.
 STEPS = 64
 
@@ -103,9 +105,18 @@ def split_by_flops(
         return Split(source, {}, None, costs)
 
     def costs_of(student: dict, assistant: dict) -> dict[str, Cost]:
-        config = pair_config(
-            model, source=source, student=student, assistant=assistant
-        )
+        try:
+            config = pair_config(
+                model, source=source, student=student, assistant=assistant
+            )
+        # A class of a host may take some widths only.
+        except Exception as error:
+            raise ValueError(
+                f'{_name_of(given.backbone)} cannot be narrowed: with '
+                f'{(student or assistant)["backbone"]} it raises '
+                f'{type(error).__name__}: {str(error).rstrip(".")}. Give a '
+                f'larger share if that is too narrow. Otherwise {BY_HAND}'
+            ) from error
         return {'model': whole, **measure_pair(config, size)}
 
     assistants = [
@@ -200,11 +211,11 @@ def _width_of(backbone: Mapping) -> dict[str, Any]:
     """The arguments that set a backbone's width, and their values.
 
     In backbones of the hosts and of the project these are a factor
-    (MobileNet, ShuffleNetV2, CSPDarknet; ``width`` of a wide ResNet), the
-    first stage's channels, which later stages double (ResNet and its
-    variants; ResNeXt also has groups), or an ``arch`` with a list of channels
-    (ConvNeXt) or with the first stage's channels and the attention heads
-    (CSWin).
+    (MobileNet, CSPDarknet, ShuffleNets for CIFAR; ``width`` of a wide
+    ResNet), the first stage's channels, which later stages double (ResNet and
+    its variants; ResNeXt also has groups), or an ``arch`` with a list of
+    channels (ConvNeXt) or with the first stage's channels and the attention
+    heads of each stage (CSWin).
     """
     settings = arguments_of(backbone) | dict(backbone)
     if 'widen_factor' in settings:
@@ -228,16 +239,31 @@ def _width_of(backbone: Mapping) -> dict[str, Any]:
         known = class_of(backbone)
         zoo = getattr(known, 'arch_settings', getattr(known, 'arch_zoo', {}))
         arch = zoo.get(arch)
-    if isinstance(arch, Mapping) and {'channels', 'embed_dims'} & set(arch):
+    if isinstance(arch, Mapping) and (
+        _is_list(arch.get('channels'))
+        or (
+            isinstance(arch.get('embed_dims'), int)
+            and _is_list(arch.get('num_heads'))
+        )
+    ):
         return dict(arch=dict(arch))
     if isinstance(settings.get('width'), (int, float)):
         return dict(width=settings['width'])
     raise ValueError(
-        f'How to narrow a {backbone["type"]} is not known: it has none of '
-        '`widen_factor`, `width`, `base_channels`, `arch.channels` and '
-        '`arch.embed_dims`. Write `student` and `assistant` of '
-        'ResidualKDDistiller yourself.'
+        f'How to narrow a {_name_of(backbone)} is not known: it takes none of '
+        '`widen_factor`, `width` and `base_channels`, and no `arch` with a '
+        'list of `channels`, or with `embed_dims` of the first stage and a '
+        f'list of `num_heads`. So {BY_HAND}'
     )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _name_of(backbone: Mapping) -> str:
+    kind = backbone['type']
+    return kind if isinstance(kind, str) else kind.__name__
 
 
 def _narrow(

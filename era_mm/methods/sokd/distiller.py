@@ -39,10 +39,10 @@ class SoKDDistiller(SearchingDistiller):
     The wrapped distiller gets the refined features instead of the teacher's,
     and its losses keep their names. A distiller that applies the teacher's
     head (ERA) also gets the teacher's own features, as ``own_feats`` of its
-    ``loss``: the head is only reliable on these. [ours] In each iteration the
-    policy first takes a step of its own optimiser, with the current student.
-    Then the student is trained on the features that the new policy makes of
-    the same batch.
+    ``loss``: the head is only reliable on these, and the normalised space is
+    measured on them. [ours] In each iteration the policy first takes a step of
+    its own optimiser, with the current student. Then the student is trained on
+    the features that the new policy makes of the same batch.
 
     Phi is a 1x1 convolution at each level. It is trained by L_D and L_DA, and
     by ``loss_sokd_adapter = mean (Phi(sg F_s) - F_t)^2``, which trains only
@@ -60,8 +60,9 @@ class SoKDDistiller(SearchingDistiller):
     and ``DAM``.
 
     Args:
-        base: The wrapped distiller's config, with source and teacher. None:
-            ``FeatureImitationDistiller``, FitNet.
+        base: The wrapped distiller's config, with source and teacher; one
+            that compares features. None: ``FeatureImitationDistiller``,
+            FitNet.
         dafa: Arguments of ``DAFA``; True: its defaults; False: the teacher's
             features are not changed.
         dam: Arguments of ``DAM`` other than the channels; True: its defaults;
@@ -88,9 +89,9 @@ class SoKDDistiller(SearchingDistiller):
         init_cfg: As in mmengine.
 
     Raises:
-        TypeError: ``base`` is not a distiller.
-        ValueError: A wrapped distiller without teacher, levels that do not
-            fit, or settings without effect.
+        TypeError: ``base`` is not a distiller with a teacher.
+        ValueError: A wrapped distiller that compares predictions alone,
+            levels that do not fit, or settings without effect.
     """
 
     def __init__(
@@ -117,6 +118,14 @@ class SoKDDistiller(SearchingDistiller):
                 'SoKD refines what a distiller learns from its teacher, so '
                 '`base` must be a distiller with a teacher, but is '
                 f'{type(built).__name__}.'
+            )
+        if not built.feature_pairs:
+            name = type(built).__name__
+            raise ValueError(
+                "SoKD refines the teacher's features, so `base` must compare "
+                f'features, but {name} compares predictions alone. Take a '
+                f'method on features, and give {name} to the model as another '
+                'distiller: distiller=dict(sokd=dict(...), other=dict(...)).'
             )
         super().__init__(
             built, search_share, optimizer, unroll_lr, schedules, init_cfg

@@ -171,16 +171,9 @@ class SearchingDistiller(WrappingDistiller):
     def _levels(
         self, student_feats: Features, teacher_feats: Features
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Corresponding features of student and teacher.
-
-        Distillers list their features first, then other sources of the
-        student, such as logits.
-        """
-        sources = self.student_sources[: len(self.teacher_sources)]
-        return (
-            levels_of(student_feats, sources),
-            levels_of(teacher_feats, self.teacher_sources),
-        )
+        """Corresponding features of student and teacher."""
+        own, theirs = zip(*self.feature_pairs, strict=True)
+        return levels_of(student_feats, own), levels_of(teacher_feats, theirs)
 
     def _adapt(
         self,

@@ -66,6 +66,11 @@ class WrappingDistiller(BaseDistiller):
         return self.base.student_config(config)
 
     @property
+    def feature_pairs(self) -> tuple[tuple[str, str], ...]:
+        """The wrapped distiller's."""
+        return self.base.feature_pairs
+
+    @property
     def uses_predictions(self) -> bool:
         """The wrapped distiller's."""
         return self.base.uses_predictions

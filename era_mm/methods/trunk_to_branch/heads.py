@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import Features, Unregistered
+from ...heads import is_trained_by_sigmoid
 from ...layers import (
     bernoulli_kl_loss,
     kl_loss,
@@ -101,12 +102,11 @@ class ClassifierPeers(_Peers):
     @staticmethod
     def _check_head(head: nn.Module, scores: tuple[Tensor, ...]) -> None:
         loss = getattr(head, 'loss_module', None)
-        # LabelSmoothLoss keeps its cross-entropy inside.
-        sigmoid = any(
-            getattr(part, 'use_sigmoid', False)
-            for part in (loss, getattr(loss, 'ce', None))
-        )
-        if loss is None or sigmoid or scores[-1].dim() != 2:
+        if (
+            loss is None
+            or is_trained_by_sigmoid(head)
+            or scores[-1].dim() != 2
+        ):
             raise ValueError(
                 'Trunk-to-Branch needs a classification head with one softmax '
                 'over the classes and its loss in `loss_module`, but the '

@@ -5,6 +5,9 @@ pooling before the first stage. Both keep PyTorch's initial weights, as in
 CRD's code.
 """
 
+import math
+from typing import ClassVar
+
 import torch
 from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule
@@ -22,7 +25,7 @@ class ShuffleUnit(nn.Module):
     With ``stride=2`` the averaged input is joined to the output's channels,
     else the input is added. Other than mmpretrain's unit it has a ReLU after
     the depthwise convolution, and its bottleneck is a quarter of the channels
-    that the unit itself adds.
+    that the unit itself adds, rounded down to a multiple of the groups.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class ShuffleUnit(nn.Module):
     ) -> None:
         super().__init__()
         own = out_channels - in_channels if stride == 2 else out_channels
-        mid = own // 4
+        mid = own // 4 // groups * groups
         self.stride = stride
         self.first_groups = first_groups
         self.conv1 = nn.Conv2d(
@@ -69,19 +72,30 @@ class CIFARShuffleNetV1(BaseModule):
 
     Args:
         init_cfg: As in mmengine. None: PyTorch's initial weights.
+        widen_factor: Factor of all widths, which are rounded down to
+            multiples of the groups. [ours]
 
     Shape:
         - input: ``(N, 3, H, W)``
-        - output: one of ``(N, 960, H / 8, W / 8)``
+        - output: one of ``(N, 960 * widen_factor, H / 8, W / 8)``
     """
 
-    def __init__(self, init_cfg: dict | None = None) -> None:
+    RANGES: ClassVar[dict] = {'widen_factor': (1 / 8, math.inf)}
+    GROUPS = 3
+
+    def __init__(
+        self, init_cfg: dict | None = None, widen_factor: float = 1.0
+    ) -> None:
         super().__init__(init_cfg)
-        self.conv1 = nn.Conv2d(3, 24, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(24)
+        channels, *widths = (
+            int(width * widen_factor) // self.GROUPS * self.GROUPS
+            for width in (24, 240, 480, 960)
+        )
+        self.conv1 = nn.Conv2d(3, channels, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
         self.stages = nn.ModuleList()
-        channels = 24
-        for out_channels, num_units in ((240, 4), (480, 8), (960, 4)):
+        first_groups = 1
+        for out_channels, num_units in zip(widths, (4, 8, 4), strict=True):
             units = []
             for index in range(num_units):
                 units.append(
@@ -89,11 +103,11 @@ class CIFARShuffleNetV1(BaseModule):
                         channels,
                         out_channels,
                         stride=2 if index == 0 else 1,
-                        groups=3,
-                        first_groups=1 if channels == 24 else 3,
+                        groups=self.GROUPS,
+                        first_groups=first_groups,
                     )
                 )
-                channels = out_channels
+                channels, first_groups = out_channels, self.GROUPS
             self.stages.append(nn.Sequential(*units))
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
@@ -113,15 +127,37 @@ class CIFARShuffleNetV2(ShuffleNetV2):
 
     Args:
         init_cfg: As in mmengine. None: PyTorch's initial weights.
+        widen_factor: Factor of all widths, which are rounded down, to even
+            numbers in the three stages. Other than mmpretrain's, it also
+            applies to the first and the last convolution. [ours]
 
     Shape:
         - input: ``(N, 3, H, W)``
-        - output: one of ``(N, 1024, H / 8, W / 8)``
+        - output: one of ``(N, 1024 * widen_factor, H / 8, W / 8)``
     """
 
-    def __init__(self, init_cfg: dict | None = None) -> None:
+    RANGES: ClassVar[dict] = {'widen_factor': (1 / 24, math.inf)}
+
+    def __init__(
+        self, init_cfg: dict | None = None, widen_factor: float = 1.0
+    ) -> None:
         super().__init__(init_cfg=init_cfg)
-        self.conv1 = ConvModule(3, 24, 1, norm_cfg=dict(type='BN'))
+        norm_cfg = dict(type='BN')
+        first = int(24 * widen_factor)
+        # At 1 the host's layers stay: others would draw other weights.
+        if widen_factor != 1:
+            self.in_channels = first
+            last = int(1024 * widen_factor)
+            self.layers = nn.ModuleList(
+                self._make_layer(int(width * widen_factor) // 2 * 2, number)
+                for width, number in zip(
+                    (116, 232, 464), self.stage_blocks, strict=True
+                )
+            )
+            self.layers.append(
+                ConvModule(self.in_channels, last, 1, norm_cfg=norm_cfg)
+            )
+        self.conv1 = ConvModule(3, first, 1, norm_cfg=norm_cfg)
         self.maxpool = nn.Identity()
 
     def init_weights(self) -> None:
