@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import yaml
 from mmengine.config import Config
 
+from era_mm.engine.suite.results import read_results as read_suites
+from era_mm.engine.suite.results import values_by_config
 from era_mm.statistics import estimate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,7 +114,8 @@ class Runs(NamedTuple):
     """Recorded runs of configs as they are, without other options.
 
     Args:
-        file: In `results/`, as `dev/summarize_runs.py` or a demo wrote it.
+        file: In `results/`, as a suite, `dev/summarize_runs.py` or a demo
+            wrote it.
         names: Pattern of the runs' names.
         split: What was evaluated.
     """
@@ -122,10 +125,8 @@ class Runs(NamedTuple):
     split: str
 
 
+#: Besides the runs of suites.
 RUNS = (
-    Runs('era_seeds.jsonl', 'plain_*', 'test'),
-    Runs('era_seeds.jsonl', 'era_*', 'test'),
-    Runs('era_teacher.jsonl', '*', 'test'),
     Runs('digits_methods.jsonl', 'rkd_w_*', 'val'),
     Runs('digits_methods.jsonl', 'fitnet_*', 'val'),
     Runs('digits_methods.jsonl', 't2b_w1_*', 'val'),
@@ -212,6 +213,16 @@ def twin_of(config: Path) -> str | None:
 
 
 @functools.cache
+def suite_runs(folder: Path) -> dict[str, tuple[Runs, list[float]]]:
+    """The metric of each run of the suites, in percent, by config."""
+    return {
+        config: (Runs(f'{header["suite"]}.jsonl', '*', 'test'), values)
+        for header, rows in read_suites(folder)
+        for config, values in values_by_config(header, rows).items()
+    }
+
+
+@functools.cache
 def read_results(file: str) -> tuple[dict[str, Any], ...]:
     """The runs of a file in `results/`."""
     text = (ROOT / 'results' / file).read_text()
@@ -232,9 +243,17 @@ def read_results(file: str) -> tuple[dict[str, Any], ...]:
 
 
 def results_of(config: Path) -> Iterator[tuple[Runs, list[float]]]:
-    """The metric of each seed, in percent, by where it is recorded."""
+    """The metric of each seed, in percent, by where it is recorded.
+
+    A suite's runs replace those of other records on the same split.
+    """
     data = data_of(config)
+    of_suite = suite_runs(ROOT / 'results').get(config.stem)
+    if of_suite is not None:
+        yield of_suite
     for runs in RUNS:
+        if of_suite is not None and runs.split == of_suite[0].split:
+            continue
         found = [
             run
             for run in read_results(runs.file)

@@ -1,5 +1,8 @@
 """Fixtures that every test folder shares."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -24,6 +27,13 @@ def _one_thread_and_a_fresh_hub(request):
     MessageHub.get_instance(f'{request.node.nodeid}-fresh')
     # And its logger would write to what is closed by now.
     MMLogger.get_instance(f'{request.node.nodeid}-fresh')
+
+
+@pytest.fixture(scope='session')
+def read_config():
+    """Reads a config file, which is parsed once in a session."""
+    parse = functools.cache(Config.fromfile)
+    return lambda file: copy.deepcopy(parse(str(file)))
 
 
 @pytest.fixture(scope='session')

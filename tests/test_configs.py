@@ -74,8 +74,8 @@ def unknown_keys(cfg, registry):
 
 
 @pytest.mark.parametrize('file', CONFIGS, ids=by_name)
-def test_config__has_no_unknown_key_and_says_how_to_launch(file):
-    cfg = Config.fromfile(file)
+def test_config__has_no_unknown_key_and_says_how_to_launch(file, read_config):
+    cfg = read_config(file)
     init_default_scope(cfg.default_scope)
     assert not unknown_keys(cfg.model, MODELS)
     assert not unknown_keys(cfg.get('custom_hooks', []), HOOKS)
@@ -89,11 +89,13 @@ def test_config__has_no_unknown_key_and_says_how_to_launch(file):
 
 
 @pytest.mark.parametrize('file', DISTILLED, ids=by_name)
-def test_config__has_a_twin_with_the_same_schedule_data_and_seed(file):
-    cfg = Config.fromfile(file)
+def test_config__has_a_twin_with_the_same_schedule_data_and_seed(
+    file, read_config
+):
+    cfg = read_config(file)
     named = re.search(r'Plain twin: (\w+)\.py', file.read_text())
     assert named, 'the first comment must name the plain twin'
-    twin = Config.fromfile(ROOT / f'configs/plain/{named[1]}.py')
+    twin = read_config(ROOT / f'configs/plain/{named[1]}.py')
     if 'students' in cfg.model:
         # Two students, each with such an optimiser: the first's twin.
         assert twin.model == next(iter(cfg.model.students.values()))
@@ -146,9 +148,9 @@ def begun_later(twin, cfg):
     ],
     ids=by_name,
 )
-def test_digits__teacher_file_is_what_its_training_writes(file):
-    cfg = Config.fromfile(file)
-    teacher = Config.fromfile(cfg.model.teacher.config)
+def test_digits__teacher_file_is_what_its_training_writes(file, read_config):
+    cfg = read_config(file)
+    teacher = read_config(Path(cfg.model.teacher.config).resolve())
     stem = Path(cfg.model.teacher.config).stem
     epochs = teacher.train_cfg.max_epochs
     assert cfg.model.teacher.checkpoint == (

@@ -16,6 +16,7 @@ import torch
 import torchvision
 import yaml
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import (
     DATASETS,
@@ -276,7 +277,11 @@ def zoo_entry(teacher):
     return None
 
 
-@pytest.mark.parametrize('stem', ERA)
+#: Besides those of ERA's configs.
+OTHER_TEACHERS = ['mgd_faster_rcnn_cascade_mask_x101_dcn_r50']
+
+
+@pytest.mark.parametrize('stem', [*ERA, *OTHER_TEACHERS])
 def test_teacher__is_in_the_hosts_zoo_or_trained_by_a_config_here(stem):
     cfg = load(stem)
     teacher = cfg.model.teacher
@@ -302,6 +307,18 @@ def test_teacher__is_in_the_hosts_zoo_or_trained_by_a_config_here(stem):
     metrics = entry['Results'][0]['Metrics']
     metric = metrics.get('box AP', metrics.get('Top 1 Accuracy'))
     assert float(quoted[1]) == pytest.approx(metric, abs=0.0501)
+
+
+def test_teachers__of_other_methods_are_checked_too():
+    def teachers(stems):
+        for stem in stems:
+            text = FILES[stem].read_text()
+            yield from re.findall(r'teacher=(dict\(.*?\n    \)),', text, re.S)
+
+    checked = set(teachers([*ERA, *OTHER_TEACHERS]))
+    # Trained with the schedule of CIFAR-10, which no ERA config has.
+    others = [stem for stem in FILES if not stem.endswith('cifar10')]
+    assert set(teachers(others)) == checked
 
 
 def on_meta(config):
@@ -470,6 +487,118 @@ def test_config__trains_a_step(stem):
     )
     model.check_modes(cfg.custom_hooks[-1].modes)
     MODELS.build(narrow_pair(cfg).student).load_state_dict(after, strict=True)
+
+
+#: Of the baselines with configs for these data a config of each form, and
+#: what it adds to the student's losses. Those for digits are in
+#: `test_methods/test_baseline_configs.py`.
+BASELINES = {
+    'at_resnet34_resnet18_imagenet': ['loss_at'],
+    'crosskd_atss_r101_r50': ['loss_crosskd_score', 'loss_crosskd_box'],
+    'crosskd_pkd_fcos_r101_r50': [
+        'crosskd.loss_crosskd_score',
+        'crosskd.loss_crosskd_box',
+        'pkd.loss_imitation',
+    ],
+    'crosskd_gfl_r101_r50': ['loss_crosskd_score', 'loss_crosskd_box'],
+    'cwd_gfl_r101_r50': ['loss_cwd'],
+    'dist_resnet34_resnet18_imagenet': ['loss_logit_score'],
+    'dkd_wrn_40_2_wrn_40_1_cifar100': ['loss_logit_score'],
+    'lskd_resnet56_resnet20_cifar100': ['loss_logit_score'],
+    'mgd_faster_rcnn_cascade_mask_x101_dcn_r50': ['loss_mgd'],
+    'mgd_resnet50_mobilenet_v1_imagenet': ['loss_mgd'],
+    'mgd_retinanet_x101_r50': ['loss_mgd'],
+    'pkd_reppoints_x101_r50': ['loss_imitation'],
+    'residual_kd_at_resnet34_resnet18_imagenet': [
+        'at.loss_at',
+        'residual.loss_residual_kd_student',
+        'residual.loss_residual_kd_assistant',
+    ],
+    'reviewkd_resnet50_mobilenet_v1_imagenet': ['loss_reviewkd'],
+    'simkd_resnet32x4_resnet8x4_cifar100': ['loss_simkd'],
+}
+
+
+@pytest.mark.parametrize('stem', BASELINES)
+def test_baseline__trains_a_step(stem):
+    cfg = load(stem)
+    model = MODELS.build(narrow_pair(cfg))
+    model.init_weights()
+    model.train()
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    # After the ramps, which are 0 at the first step.
+    MessageHub.get_current_instance().update_info('iter', 100_000)
+    losses = model.train_step(batch_of(cfg, size_of(stem)), wrapper)
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    terms = {
+        key: value
+        for key, value in losses.items()
+        if key.rpartition('.')[2].startswith(
+            (
+                *('loss_at', 'loss_crosskd', 'loss_cwd', 'loss_imitation'),
+                *('loss_logit', 'loss_mgd', 'loss_residual_kd'),
+                *('loss_reviewkd', 'loss_simkd'),
+            )
+        )
+    }
+    assert sorted(terms) == sorted(BASELINES[stem])
+    # AT trains the student of the pair instead of its own distance.
+    off = {'residual.loss_residual_kd_student'}
+    assert all((value > 0) == (key not in off) for key, value in terms.items())
+
+
+@pytest.mark.parametrize(
+    ('stem', 'kind', 'weight', 'temperature', 'labels'),
+    [
+        ('logit_resnet56_resnet20_cifar100', 'kl', 0.9, 4.0, 0.1),
+        ('lskd_resnet56_resnet20_cifar100', 'kl', 9.0, 2.0, 0.1),
+        ('lskd_vgg13_vgg8_cifar100', 'kl', 9.0, 3.0, 0.1),
+        ('lskd_resnet50_mobilenet_v2_cifar100', 'kl', 1.0, 3.0, 0.1),
+        ('dist_resnet56_resnet20_cifar100', 'dist', 2.0, 4.0, 1.0),
+        ('dkd_resnet56_resnet20_cifar100', 'dkd', 1.0, 4.0, 1.0),
+        ('logit_resnet34_resnet18_imagenet', 'kl', 0.5, 1.0, 0.5),
+        ('logit_mmrazor_resnet34_resnet18_imagenet', 'kl', 3.0, 1.0, 1.0),
+        ('dist_resnet50_mobilenet_v1_imagenet', 'dist', 2.0, 1.0, 1.0),
+        ('dkd_resnet50_mobilenet_v1_imagenet', 'dkd', 1.0, 1.0, 1.0),
+    ],
+)
+def test_logits__have_the_published_weights(
+    stem, kind, weight, temperature, labels
+):
+    cfg = load(stem)
+    distiller = MODELS.build(cfg.model.distiller)
+    # Its kind and its weights depend on the kind of the teacher's head alone.
+    model = MODELS.build(cfg.model.student)
+    distiller.choose_sources(student=model, teacher=model)
+    term = distiller.term
+    assert (term.kind, term.weight, term.temperature) == (
+        kind,
+        weight,
+        temperature,
+    )
+    assert term.standardise == stem.startswith('lskd')
+    student = distiller.student_config(cfg.model.student)
+    assert student.head.loss.loss_weight == pytest.approx(labels)
+
+
+def test_baselines__use_the_published_levels():
+    def built(stem):
+        return MODELS.build(narrow_pair(load(stem))).distillers
+
+    pair = built('crosskd_pkd_gfl_r101_r50')
+    assert pair['crosskd'].loss_weights() == {
+        'loss_crosskd_score': 1.0,
+        'loss_crosskd_box': 4.0,
+    }
+    assert (pair['pkd'].num_levels, pair['pkd'].loss_weight) == (5, 6.0)
+    (pkd,) = built('pkd_faster_rcnn_r101_r50').values()
+    assert (pkd.num_levels, pkd.loss_weight) == (4, 6.0)
+    (scores,) = built('cwd_gfl_r101_r50').values()
+    # 80 classes on both sides, so nothing is aligned.
+    assert scores.loss_weight == 5.0
+    assert not list(scores.parameters())
+    (mgd,) = built('mgd_faster_rcnn_cascade_mask_x101_dcn_r50').values()
+    assert len(mgd.generators) == 4
 
 
 def write_folders(folder):

@@ -86,3 +86,62 @@ def test_results__are_those_of_the_config_as_it_is(tmp_path, monkeypatch):
         '([record](../../results/some.jsonl))'
     )
     assert tool.shown(write(tmp_path, 'era_y_digits', '# ERA.')) == 'not run'
+
+
+def test_results__of_a_suite_replace_earlier_ones_on_its_split(
+    tmp_path, monkeypatch
+):
+    def run(name, value):
+        return dict(
+            name=name,
+            config='era_x_digits',
+            epochs=2,
+            metrics={'coco/bbox_mAP': value},
+        )
+
+    def row(seed, value, **more):
+        return (
+            dict(
+                method='era',
+                seed=seed,
+                config='era_x_digits',
+                options={},
+                fingerprint=str(seed),
+                metrics={'coco/bbox_mAP': value},
+            )
+            | more
+        )
+
+    results = tmp_path / 'results'
+    results.mkdir()
+    header = dict(
+        suite='toys',
+        metric=dict(key='coco/bbox_mAP', name='AP', scale=100),
+        schedule=1.0,
+        methods=dict(era=dict(schedule=1.0)),
+    )
+    lines = [
+        header,
+        row(0, 0.5),
+        row(1, 0.6),
+        row(2, 0.9, options={'model.x': 1}),
+        row(3, 0.9, error='stopped'),
+    ]
+    (results / 'toys.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    old = '\n'.join(map(json.dumps, [run('a_s0', 0.7), run('b_s0', 0.8)]))
+    (results / 'old.jsonl').write_text(old)
+    monkeypatch.setattr(tool, 'ROOT', tmp_path)
+    monkeypatch.setattr(
+        tool,
+        'RUNS',
+        (
+            tool.Runs('old.jsonl', 'a_*', 'test'),
+            tool.Runs('old.jsonl', 'b_*', 'val'),
+        ),
+    )
+    config = write(tmp_path, 'era_x_digits', '# ERA.')
+    assert tool.shown(config) == (
+        'AP 55.0 +- 63.5 on test, 2 seeds '
+        '([record](../../results/toys.jsonl)); '
+        'AP 80.0 on val, one seed ([record](../../results/old.jsonl))'
+    )

@@ -97,6 +97,7 @@ def test_configs__are_all_there():
         'sokd_retinanet_r101_r50',
         'sokd_retinanet_r18w32_gfl_r18w16_digits',
         'sokd_retinanet_r18w32_r18w16_digits',
+        'sokd_reviewkd_faster_rcnn_r101_r50',
         'sokd_reviewkd_resnet34_resnet18_imagenet',
         'sokd_reviewkd_resnet50_mobilenet_v2_cifar100',
     ]

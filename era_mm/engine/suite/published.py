@@ -9,18 +9,20 @@ from terminaltables import GithubFlavoredMarkdownTable
 
 from era_mm.statistics import estimate
 
+from .results import values_by_config
 from .rows import Row
-from .spec import Metric
 
 FILE = 'published.json'
+#: Instead of a config, unless the entry says something else (`without`).
+NO_CONFIG = 'method not here'
 
 _INTRO = """\
 ## Published numbers
 
 What papers and repositories report on the pairs that we have configs for,
 none of it measured by us. The config is ours of the same method on the same
-pair and schedule, '-' where there is none. `dev/reproduce.sh CONFIG` trains
-and tests one, given the data.
+pair and schedule; where there is none, its column says why. `dev/reproduce.sh
+CONFIG` trains and tests one, given the data.
 """
 
 
@@ -72,7 +74,7 @@ def _row(
         entry['method'],
         str(entry['value']),
         entry['source'],
-        f'`{config}`' if config else '-',
+        f'`{config}`' if config else entry.get('without', NO_CONFIG),
         measured.get(config, 'not run here') if config else '',
     ]
 
@@ -81,18 +83,10 @@ def _measured(
     suites: Iterable[tuple[Row, Sequence[Row]]],
 ) -> dict[str, str]:
     """Our means by config, from runs of the unchanged config."""
-    values: dict[str, list[float]] = {}
     shown = {}
     for header, rows in suites:
-        metric = Metric(**header['metric'])
-        for row in rows:
-            method = header['methods'].get(row['method'])
-            factor = header['schedule'] * method['schedule'] if method else 1
-            if 'error' in row or row['options'] or factor != 1:
-                continue
-            found = values.setdefault(row['config'], [])
-            found.append(row['metrics'][metric.key] * metric.scale)
-            mean = estimate(found)
+        for config, values in values_by_config(header, rows).items():
+            mean = estimate(values)
             half = '' if mean.half is None else f' +- {mean.half:.1f}'
-            shown[row['config']] = f'{mean.mean:.1f}{half}'
+            shown[config] = f'{mean.mean:.1f}{half}'
     return shown

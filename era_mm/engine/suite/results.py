@@ -5,7 +5,7 @@ rows.
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,30 @@ class PairResults:
             if row['memory']
         ]
         return max(found, default=None)
+
+
+def values_by_config(
+    header: Row, rows: Iterable[Row]
+) -> dict[str, list[float]]:
+    """The metric of each run of an unchanged config, by config.
+
+    In the units of the tables. Runs with other options or another length are
+    left out, and a teacher of several pairs counts once.
+
+    Args:
+        header: Header of a suite.
+        rows: Its rows.
+    """
+    metric = Metric(**header['metric'])
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        method = header['methods'].get(row['method'])
+        factor = header['schedule'] * method['schedule'] if method else 1
+        if 'error' in row or row['options'] or factor != 1:
+            continue
+        runs = found.setdefault(row['config'], {})
+        runs[row['fingerprint']] = row['metrics'][metric.key] * metric.scale
+    return {config: list(runs.values()) for config, runs in found.items()}
 
 
 def read_results(folder: Path) -> list[tuple[Row, list[Row]]]:

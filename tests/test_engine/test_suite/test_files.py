@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,20 +48,84 @@ def test_suite__every_cell_has_a_config_of_one_schedule(
     assert lengths['teacher'] == lengths['plain']
 
 
-def test_published__configs_of_a_pair_are_there():
-    found = json.loads((ROOT / 'results/published.json').read_text())
-    ours = {path.stem for path in (ROOT / 'configs').rglob('*.py')}
-    numbers = [
-        (pair['pair'], entry)
-        for table in found['tables']
-        for pair in table['pairs']
-        for entry in pair['numbers']
+#: The methods of published numbers that are here, as `kinds_of` calls them.
+HERE = {
+    'plain': [],
+    'AT': ['AT'],
+    'CWD': ['CWD'],
+    'CrossKD': ['CrossKD'],
+    'CrossKD + PKD': ['CrossKD', 'FeatureImitation pearson'],
+    'DIST': ['Logit dist'],
+    'DKD': ['Logit dkd'],
+    'IE-KD': ['IEKD'],
+    'IE-KD (IE-FT)': ['IEKD'],
+    'KD': ['Logit kl'],
+    'KD + logit standardisation': ['Logit kl standardised'],
+    'MGD': ['MGD'],
+    'PKD': ['FeatureImitation pearson'],
+    'Residual KD + AT': ['AT', 'ResidualKD'],
+    'ReviewKD': ['ReviewKD'],
+    'ReviewKD + SoKD': ['SoKD ReviewKD'],
+    'SimKD, with its projector': ['SimKD'],
+}
+
+
+def kind_of(distiller):
+    """Name of a distiller's method, with what makes another of it."""
+    name = distiller.type.removeprefix('era_mm.').removesuffix('Distiller')
+    words = [name]
+    if name == 'Logit':
+        logit = distiller.get('logit', {})
+        words.append(logit.get('kind', 'kl'))
+        words += ['standardised'] if logit.get('standardise') else []
+    elif name == 'FeatureImitation':
+        words.append(distiller.get('measure', 'mse'))
+    elif name == 'SoKD':
+        words.append(kind_of(distiller.base))
+    return ' '.join(words)
+
+
+def kinds_of(model):
+    """The kinds of a model's distillers."""
+    found = model.get('distiller') or {}
+    each = [found] if 'type' in found else found.values()
+    return [kind_of(distiller) for distiller in each]
+
+
+PUBLISHED = [
+    pair
+    for table in json.loads((ROOT / 'results/published.json').read_text())[
+        'tables'
     ]
-    for pair, entry in numbers:
-        assert entry['source'], pair
-        if entry['method'] == 'plain':
-            assert entry['config'] in ours
-    assert {e['config'] for _, e in numbers if 'config' in e} & ours
+    for pair in table['pairs']
+]
+
+
+def test_published__each_pair_is_there_once():
+    names = [pair['pair'] for pair in PUBLISHED]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize('pair', PUBLISHED, ids=lambda pair: pair['pair'])
+def test_published__configs_are_there_and_of_the_method(pair, read_config):
+    ours = {path.stem: path for path in (ROOT / 'configs').rglob('*.py')}
+    twins = set()
+    for entry in pair['numbers']:
+        assert entry['value'], entry
+        assert entry['source'], entry
+        if 'config' not in entry:
+            # Another kind of a method that is here, or another schedule.
+            assert entry['method'] not in HERE or entry['without'], entry
+            continue
+        config = ours[entry['config']]
+        cfg = read_config(config)
+        assert kinds_of(cfg.model) == HERE[entry['method']], entry
+        twin = re.search(r'Plain twin: (\w+)\.py', config.read_text())
+        twins.add(config.stem if entry['method'] == 'plain' else twin[1])
+    # All are compared with the same student.
+    assert len(twins) <= 1
+    if any(entry['method'] == 'plain' for entry in pair['numbers']):
+        assert len(twins) == 1 or all('without' in e for e in pair['numbers'])
 
 
 def test_page__of_the_project_is_made_of_its_rows(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from era_mm.engine.suite import logs
 from era_mm.engine.suite.page import page, shown
-from era_mm.engine.suite.results import PairResults
+from era_mm.engine.suite.results import PairResults, values_by_config
 from era_mm.engine.suite.rows import read_rows, write_rows
 from era_mm.errors import UserError
 from era_mm.statistics import Estimate
@@ -54,6 +54,7 @@ def row(method, seed, ap, seconds=10.0, jobs=2, **more):
             seed=seed,
             config=f'{method}_config',
             options={},
+            fingerprint=f'{method} {seed}',
             teacher=None if method.startswith('plain') else 'sum',
             metrics={'m/ap': ap},
             seconds=dict(train=seconds, test=1.0),
@@ -226,7 +227,8 @@ def test_page__shows_what_others_published_and_what_is_ours(tmp_path):
     numbers = [
         dict(method='ERA', value=50.5, source='a', config='era_config'),
         dict(method='CWD', value=41.9, source='b', config='cwd_x'),
-        dict(method='FGD', value=43.5, source='c', config='fgd_x'),
+        dict(method='FGD', value=43.5, source='c'),
+        dict(method='LD', value=41.1, source='d', without='another schedule'),
     ]
     (tmp_path / 'published.json').write_text(
         json.dumps(
@@ -252,8 +254,30 @@ def test_page__shows_what_others_published_and_what_is_ours(tmp_path):
         # 48, 51, 54.
         ['B to s', 'ERA', '50.5', 'a', '`era_config`', '51.0 +- 7.5'],
         ['B to s', 'CWD', '41.9', 'b', '`cwd_x`', 'not run here'],
-        ['B to s', 'FGD', '43.5', 'c', '-', ''],
+        ['B to s', 'FGD', '43.5', 'c', 'method not here', ''],
+        ['B to s', 'LD', '41.1', 'd', 'another schedule', ''],
     ]
+
+
+def test_values_by_config__are_of_runs_of_the_config_as_it_is():
+    found = values_by_config(
+        HEADER,
+        [
+            *rows(),
+            # The teacher of a second pair, which is trained once.
+            row('teacher', None, 0.6, pair='q'),
+            row('era', 3, 0.1, options={'model.x': 1}),
+            dict(row('era', 4, 0.1), error='stopped'),
+        ],
+    )
+    # plain_x2, of twice the length, is left out.
+    assert found == {
+        'teacher_config': [60.0],
+        'plain_config': pytest.approx([40.0, 42.0, 44.0]),
+        'fitnet_config': pytest.approx([45.0, 47.0, 49.0]),
+        'era_config': pytest.approx([48.0, 51.0, 54.0]),
+        'cwd_config': [90.0],
+    }
 
 
 def test_rows__of_other_tools_are_not_a_suite(tmp_path):

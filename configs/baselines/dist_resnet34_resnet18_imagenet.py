@@ -1,0 +1,13 @@
+# DIST, ResNet-34 (73.6 top-1) to ResNet-18, ImageNet-1k, 100 epochs.
+# Plain twin: plain_resnet18_imagenet.py.
+#   mim train era_mm dist_resnet34_resnet18_imagenet.py \
+#       --launcher pytorch --gpus 8
+_base_ = 'logit_resnet34_resnet18_imagenet.py'
+model = dict(
+    distiller=dict(
+        # 2 at temperature 1 beside 1 on the labels. [official code]
+        _delete_=True,
+        type='era_mm.LogitDistiller',
+        logit=dict(kind='dist', temperature=1.0),
+    )
+)

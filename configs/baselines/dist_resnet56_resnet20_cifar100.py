@@ -1,0 +1,13 @@
+# DIST, ResNet-56 to ResNet-20, CIFAR-100, 240 epochs.
+# Plain twin: plain_resnet20_cifar100.py; train the teacher first.
+#   mim train era_mm plain_resnet56_cifar100.py
+#   mim train era_mm dist_resnet56_resnet20_cifar100.py
+_base_ = 'logit_resnet56_resnet20_cifar100.py'
+model = dict(
+    distiller=dict(
+        # 2 at temperature 4 beside 1 on the labels. [official code]
+        _delete_=True,
+        type='era_mm.LogitDistiller',
+        logit=dict(kind='dist'),
+    )
+)

@@ -1,0 +1,9 @@
+# KD of standardised logits, WRN-40-2 to WRN-40-1, CIFAR-100, 240 epochs.
+# Plain twin: plain_wrn_40_1_cifar100.py; train the teacher first.
+#   mim train era_mm plain_wrn_40_2_cifar100.py
+#   mim train era_mm lskd_wrn_40_2_wrn_40_1_cifar100.py
+_base_ = 'logit_wrn_40_2_wrn_40_1_cifar100.py'
+model = dict(
+    # 9 at temperature 2 beside 0.1 on the labels. [official code]
+    distiller=dict(logit=dict(standardise=True)),
+)
