@@ -59,8 +59,7 @@ COLLECTIONS = {
     ),
     'feature_imitation': Collection(
         'FitNet',
-        "The student's features pulled to the teacher's; "
-        '`era_mm.FeatureImitationDistiller` is PKD too: '
+        "The student's features pulled to the teacher's: "
         '[docs/methods/sokd.md](../../docs/methods/sokd.md).',
         'FitNets: Hints for Thin Deep Nets',
         'https://arxiv.org/abs/1412.6550',

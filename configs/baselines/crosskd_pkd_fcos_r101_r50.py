@@ -9,8 +9,7 @@ model = dict(
         crosskd=_base_.model.distiller,
         # On all five levels. [official code]
         pkd=dict(
-            type='era_mm.FeatureImitationDistiller',
-            measure='pearson',
+            type='era_mm.PKDDistiller',
             loss_weight=2.0,
             num_levels=5,
         ),

@@ -14,5 +14,5 @@ model = dict(
         'faster_rcnn_r101_fpn_2x_coco_bbox_mAP-0.398_20200504_210455-1d2dac9c.pth',
     ),
     # 6 on each of the first four levels. [mmrazor]
-    distiller=dict(type='era_mm.FeatureImitationDistiller', measure='pearson'),
+    distiller=dict(type='era_mm.PKDDistiller'),
 )

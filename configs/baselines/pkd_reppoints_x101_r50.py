@@ -15,9 +15,5 @@ model = dict(
         'reppoints_moment_x101_fpn_dconv_c3-c5_gn-neck%2Bhead_2x_coco_20200329-f87da1ea.pth',
     ),
     # 10 on each of the first four levels. [mmrazor]
-    distiller=dict(
-        type='era_mm.FeatureImitationDistiller',
-        measure='pearson',
-        loss_weight=10.0,
-    ),
+    distiller=dict(type='era_mm.PKDDistiller', loss_weight=10.0),
 )

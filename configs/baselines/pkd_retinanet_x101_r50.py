@@ -14,9 +14,5 @@ model = dict(
         'retinanet_x101_64x4d_fpn_1x_coco_20200130-366f5af1.pth',
     ),
     # 10 on each of the first four levels. [mmrazor]
-    distiller=dict(
-        type='era_mm.FeatureImitationDistiller',
-        measure='pearson',
-        loss_weight=10.0,
-    ),
+    distiller=dict(type='era_mm.PKDDistiller', loss_weight=10.0),
 )

@@ -54,7 +54,7 @@ HERE = {
     'AT': ['AT'],
     'CWD': ['CWD'],
     'CrossKD': ['CrossKD'],
-    'CrossKD + PKD': ['CrossKD', 'FeatureImitation pearson'],
+    'CrossKD + PKD': ['CrossKD', 'PKD'],
     'DIST': ['Logit dist'],
     'DKD': ['Logit dkd'],
     'IE-KD': ['IEKD'],
@@ -62,7 +62,7 @@ HERE = {
     'KD': ['Logit kl'],
     'KD + logit standardisation': ['Logit kl standardised'],
     'MGD': ['MGD'],
-    'PKD': ['FeatureImitation pearson'],
+    'PKD': ['PKD'],
     'Residual KD + AT': ['AT', 'ResidualKD'],
     'ReviewKD': ['ReviewKD'],
     'ReviewKD + SoKD': ['SoKD ReviewKD'],
@@ -78,8 +78,6 @@ def kind_of(distiller):
         logit = distiller.get('logit', {})
         words.append(logit.get('kind', 'kl'))
         words += ['standardised'] if logit.get('standardise') else []
-    elif name == 'FeatureImitation':
-        words.append(distiller.get('measure', 'mse'))
     elif name == 'SoKD':
         words.append(kind_of(distiller.base))
     return ' '.join(words)
