@@ -11,6 +11,7 @@ from era_mm.statistics import Estimate
 from .published import published_section
 from .results import PairResults, read_results
 from .rows import Row
+from .spec import Metric
 
 NOT_RUN = 'not run'
 
@@ -54,11 +55,12 @@ def page(results: Path, find: Sequence[Path] = ()) -> str:
 
 
 def _suite(header: Row, rows: Sequence[Row]) -> str:
+    metric = Metric(**header['metric'])
     lines = [
         f'## {header["title"]}',
         '',
-        f'{header["metric"]["name"]} on the test split, '
-        f'{len(header["seeds"])} seeds'
+        f'{metric.name} on the {metric.split} split, '
+        f'{len(header["seeds"])} seed{"s" * (len(header["seeds"]) > 1)}'
         + (
             f', {header["schedule"]:g} times the schedule of the configs'
             if header['schedule'] != 1

@@ -70,9 +70,9 @@ class PairResults:
         """
         key = f'{mode}/{self.metric.key}' if mode else self.metric.key
         return {
-            row['seed']: row['metrics'][key] * self.metric.scale
+            row['seed']: found[key] * self.metric.scale
             for row in self._of(method)
-            if key in row['metrics']
+            if key in (found := self.metric.values_of(row))
         }
 
     def modes(self, method: str) -> list[str]:
@@ -82,7 +82,7 @@ class PairResults:
             dict.fromkeys(
                 key.removesuffix(end)
                 for row in self._of(method)
-                for key in row['metrics']
+                for key in self.metric.values_of(row)
                 if key.endswith(end)
             )
         )
@@ -91,7 +91,8 @@ class PairResults:
         """The metric of the teacher."""
         for row in self.rows:
             if row['method'] == TEACHER:
-                return row['metrics'][self.metric.key] * self.metric.scale
+                found = self.metric.values_of(row).get(self.metric.key)
+                return None if found is None else found * self.metric.scale
         return None
 
     def mean(self, method: str, mode: str = '') -> Estimate | None:
@@ -212,14 +213,17 @@ def values_by_config(
 ) -> dict[str, list[float]]:
     """The metric of each run of an unchanged config, by config.
 
-    In the units of the tables. Runs with other options or another length are
-    left out, and a teacher of several pairs counts once.
+    On the test split, in the units of the tables. Runs with other options or
+    another length are left out, and a teacher of several pairs counts once. A
+    suite that compares on val gives none.
 
     Args:
         header: Header of a suite.
         rows: Its rows.
     """
     metric = Metric(**header['metric'])
+    if metric.split != 'test':
+        return {}
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         method = header['methods'].get(row['method'])

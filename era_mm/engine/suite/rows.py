@@ -115,10 +115,15 @@ def row_of(
     trained = read_json(cell.folder / 'train.json')
     tested = read_json(cell.folder / 'test.json') or {}
     metrics = logs.tested(cell.folder / 'test')
-    if cell.suite.metric.key not in metrics:
+    val = logs.metrics_of(records)
+    metric = cell.suite.metric
+    # Given weights have no training, so no validation.
+    compared = val if metric.split == 'val' and trained else metrics
+    if metric.key not in compared:
         raise UserError(
-            f'{cell.name}: the suite compares {cell.suite.metric.key!r}, but '
-            f'the test gave {", ".join(metrics)}. Correct `metric.key`.'
+            f'{cell.name}: the suite compares {metric.key!r}, but the '
+            f'{metric.split} split gave {", ".join(compared)}. Correct '
+            '`metric.key`.'
         )
     seconds = logs.train_seconds(records)
     unit, number = cell.length
@@ -130,7 +135,7 @@ def row_of(
         machine=process['machine'],
         jobs=jobs,
         metrics=metrics,
-        val=logs.metrics_of(records),
+        val=val,
         values=logs.ends_of(records, cell.suite.keep),
         seconds=dict(
             train=None if seconds is None else round(seconds, 1),

@@ -54,7 +54,7 @@ class Screen:
             result = f'failed: {first}; {" ".join(lines[-1:])} ({cell.log})'
         else:
             metric = cell.suite.metric
-            value = row['metrics'][metric.key] * metric.scale
+            value = metric.values_of(row)[metric.key] * metric.scale
             result = f'{metric.name} {value:.{metric.digits}f}'
             self._seconds.append(seconds)
         self._count()

@@ -34,6 +34,8 @@ from era_mm.errors import UserError
 ROLES = ('plain', 'baseline', 'method', 'part')
 #: The cell that trains a pair's teacher.
 TEACHER = 'teacher'
+#: What is measured in a training's last validation, and after it.
+SPLITS = ('val', 'test')
 _NAME = re.compile(r'\w[\w.+-]*')
 
 
@@ -46,12 +48,19 @@ class Metric:
         name: Its name in the tables.
         scale: Factor for the tables, 100 for fractions.
         digits: Digits after the decimal point.
+        split: 'test'; or 'val', the last validation of the training, where
+            settings are chosen.
     """
 
     key: str
     name: str
     scale: float = 1.0
     digits: int = 1
+    split: str = 'test'
+
+    def values_of(self, row: Mapping[str, Any]) -> Mapping[str, float]:
+        """The metrics of a finished row on this split."""
+        return row['metrics' if self.split == 'test' else 'val']
 
 
 @dataclass(frozen=True)
@@ -191,8 +200,13 @@ def read_suite(file: str | Path) -> Suite:
         found['metric'],
         f'{where}: metric',
         needs=('key', 'name'),
-        may=('scale', 'digits'),
+        may=('scale', 'digits', 'split'),
     )
+    if found['metric'].get('split', 'test') not in SPLITS:
+        raise UserError(
+            f'{where}: metric: expected a `split` of {", ".join(SPLITS)}, '
+            f'but got {found["metric"]["split"]!r}.'
+        )
     return Suite(
         name=file.stem,
         title=found['title'],

@@ -211,6 +211,21 @@ def test_page__collapsed_runs_count_and_are_told_of(tmp_path):
     assert '28.3 +- 59.0' in table_of(text, '### Big to small')['plain'][1]
 
 
+def test_page__on_val_has_the_values_of_the_last_validation(tmp_path):
+    header = dict(HEADER, metric=dict(HEADER['metric'], split='val'))
+    found = rows()
+    for entry in found:
+        entry['val'] = {'m/ap': entry['metrics']['m/ap'] / 2}
+    write_rows(tmp_path / 'toys.jsonl', header, found)
+    text = page(tmp_path)
+    assert ' on the val split, ' in text
+    on_test = table_of(written(tmp_path, rows()), '### Big to small')
+    mean = float(on_test['era'][1].partition(' ')[0])
+    halved = table_of(text, '### Big to small')['era'][1]
+    assert float(halved.partition(' ')[0]) == pytest.approx(mean / 2, abs=0.06)
+    assert values_by_config(header, found) == {}
+
+
 def test_page__tells_of_failures_and_of_several_teachers(tmp_path):
     broken = dict(row('at', 1, 0.0), error='train stopped with status 1\nx')
     del broken['metrics']
