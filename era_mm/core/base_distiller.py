@@ -56,7 +56,7 @@ class BaseDistiller(BaseModule):
     - ``has_phases``, :meth:`phase`: phases of the run in which parts of the
       student are frozen; ``min_iters``: the length of all but the last.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
-      student's own.
+      student's own; :meth:`absent_modes`: those that a pair does not have.
     - :meth:`extra_flops`: what a step costs, for the summary.
     - :meth:`compare`: what it measures on the first batches of validation.
     - :meth:`export`: one of these modes as an ordinary host model.
@@ -91,8 +91,6 @@ class BaseDistiller(BaseModule):
     #: Modules of the given model that :meth:`student_config` has replaced,
     #: and the module that has the same output now.
     moved_sources: Mapping[str, str] = MappingProxyType({})
-    #: Whether :meth:`leave_predictions` has left out what it can do without.
-    left_predictions = False
     #: Whether :meth:`phase` ever freezes anything.
     has_phases = False
 
@@ -398,6 +396,16 @@ class BaseDistiller(BaseModule):
     def inference_modes(self) -> tuple[str, ...]:
         """Names of its predictions other than the student's own."""
         return ()
+
+    def absent_modes(self) -> Mapping[str, str]:
+        """Modes that it has for other pairs, and why not for this one.
+
+        Hooks leave these out with a message; other names are refused.
+
+        Returns:
+            The reason by mode, a clause.
+        """
+        return {}
 
     def predict(
         self,

@@ -24,7 +24,8 @@ def leave_other_heads(runner: Runner) -> None:
     As soon as the teachers' files are read, which tell their classes. A
     method that can goes on without its terms on predictions and says so in
     one line; one that has no others, or whose config asks for them by name,
-    is refused. See :func:`~era_mm.core.classes.why_other_classes`.
+    is refused. Hooks go on without modes through such a head. See
+    :func:`~era_mm.core.classes.why_other_classes`.
 
     Source: ours.
 
@@ -32,8 +33,8 @@ def leave_other_heads(runner: Runner) -> None:
         runner: The run. Its model may be of another kind.
 
     Raises:
-        UserError: A method cannot go without, or a hook asks for modes that
-            need such a head.
+        UserError: A method cannot go without, or ``inference_mode`` is one
+            that needs such a head.
     """
     model: Any = runner.model
     model = model.module if is_model_wrapper(model) else model
@@ -54,17 +55,13 @@ def leave_other_heads(runner: Runner) -> None:
                 raise UserError(
                     f'distiller {key!r}: {error} {ADVICE}'
                 ) from error
-        _check_modes(runner, model, reason)
-
-
-def _check_modes(runner: Runner, model: Distillation, reason: str) -> None:
+    if model.inference_mode is not None:
+        try:
+            model.check_modes([model.inference_mode])
+        except ValueError as error:
+            raise UserError(
+                f'model.inference_mode: {error} {ADVICE}'
+            ) from error
     for hook in runner.hooks:
         if isinstance(hook, ModesHook):
-            try:
-                model.check_modes(hook.modes)
-            except ValueError as error:
-                raise UserError(
-                    f'{type(hook).__name__}: {error} The modes that are gone '
-                    f"go through the teacher's head: {reason}. Leave the hook "
-                    f'out. {ADVICE}'
-                ) from error
+            hook.leave_absent(runner)

@@ -539,12 +539,19 @@ class ERADistiller(HeadUser):
         student's or knows other classes; no 'ST' if the student's cannot be
         used.
         """
-        if self.twi_head is None or self._lacks_masks:
+        if self.twi_head is None or self._no_modes:
             return ()
-        if self.left_predictions:
-            return ()
-        estimates = [f'E{i}' for i in range(self.mbrnet.num_branches)]
-        return (*estimates, 'T', *(['ST'] if self._blends else []))
+        return (*self._estimates(), *([] if self._no_blend else ['ST']))
+
+    def absent_modes(self) -> dict[str, str]:
+        """All of them without the teacher's head, or 'ST' alone."""
+        if self._no_modes:
+            return dict.fromkeys((*self._estimates(), 'ST'), self._no_modes)
+        return {'ST': self._no_blend} if self._no_blend else {}
+
+    def _estimates(self) -> list[str]:
+        """The modes that are an estimate through the teacher's head."""
+        return [f'E{i}' for i in range(self.mbrnet.num_branches)] + ['T']
 
     def export(self, mode: str, **pair: Any) -> HostModel:
         """Mode 'E0' or 'T' as a host model; see ``export_estimate``."""

@@ -1,5 +1,6 @@
 """A distiller that wraps another one and forwards its interface."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import ConfigDict
@@ -70,11 +71,6 @@ class WrappingDistiller(BaseDistiller):
         """The wrapped distiller's."""
         return self.base.uses_predictions
 
-    @property
-    def left_predictions(self) -> bool:  # type: ignore[override]
-        """The wrapped distiller's."""
-        return self.base.left_predictions
-
     def leave_predictions(self, reason: str) -> None:
         """The wrapped distiller's."""
         self.base.leave_predictions(reason)
@@ -108,6 +104,10 @@ class WrappingDistiller(BaseDistiller):
     def inference_modes(self) -> tuple[str, ...]:
         """The wrapped distiller's."""
         return self.base.inference_modes()
+
+    def absent_modes(self) -> Mapping[str, str]:
+        """The wrapped distiller's."""
+        return self.base.absent_modes()
 
     def predict(self, modes: tuple[str, ...], **pair: Any) -> dict[str, list]:
         """The wrapped distiller's."""
