@@ -37,6 +37,8 @@ class BaseDistiller(BaseModule):
     Optional slots:
 
     - ``needs_teacher = False``: a method without a teacher.
+    - ``needs_frozen_teacher = True``: a method with gradients through the
+      teacher, or with quantities that are measured on it once.
     - :meth:`build_inner`, :meth:`inner_loss`: an *inner module* with its own
       optimiser, which takes its own step in every training iteration, before
       the student's. It is in none of the run's optimiser groups nor DDP
@@ -85,6 +87,8 @@ class BaseDistiller(BaseModule):
     """
 
     needs_teacher = True
+    #: Whether its teacher must not train (``MutualDistillation``).
+    needs_frozen_teacher = False
     pretrain_iters = 0
     #: Whether the inner module is frozen after the pre-training phase.
     freeze_inner = False

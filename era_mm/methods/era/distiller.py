@@ -119,7 +119,8 @@ class ERADistiller(HeadUser):
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Different numbers of levels or map sizes; or a setting
+        ValueError: Different numbers of levels or map sizes; a teacher that
+            is trained as well (``MutualDistillation``); or a setting
             that is not possible for the pair: a head that TWI cannot use, a
             student without proposals for the teacher's RoI head, logits that
             cannot be compared.

@@ -37,6 +37,8 @@ class HeadUser(BaseDistiller):
     Source: ours.
     """
 
+    #: Gradients pass through its head, and its space is measured once.
+    needs_frozen_teacher = True
     TWI_STEPS = ('auto', 'all', 'last', 'sampled', 'none')
     TWI_PLACES = ('head', 'predictors')
     TWI_TARGETS = ('auto', 'labels', 'teacher', 'both')

@@ -43,6 +43,7 @@ class WrappingDistiller(BaseDistiller):
         self.pretrain_iters = base.pretrain_iters
         self.has_phases = base.has_phases
         self.moved_sources = base.moved_sources
+        self.needs_frozen_teacher = base.needs_frozen_teacher
         self._take_sources()
 
     def _take_sources(self) -> None:
