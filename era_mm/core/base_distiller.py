@@ -16,6 +16,7 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..layers import FirstBatches, Measured
 from ..registry import explain_unknown_keys
 from .connections import Connections, Features, split_source
 from .host_models import HostModel
@@ -236,6 +237,22 @@ class BaseDistiller(BaseModule):
             Numbers to be averaged over batches, or None.
         """
         return None
+
+    def measure_again(self) -> bool:
+        """Forget what was measured on a teacher, which is another one now.
+
+        Returns:
+            Whether anything had been measured.
+        """
+        modules = list(self.modules())
+        has_measured = any(
+            isinstance(module, FirstBatches) and bool(module.seen)
+            for module in modules
+        )
+        for module in modules:
+            if isinstance(module, Measured):
+                module.reset()
+        return has_measured
 
     def extra_flops(
         self,

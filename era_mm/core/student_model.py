@@ -1,8 +1,10 @@
 """A wrapper that looks like its student from outside."""
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from mmengine.logging import print_log
@@ -12,6 +14,22 @@ from torch import Tensor, nn
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .teacher import BaseTeacher
+
+_is_start: ContextVar[bool] = ContextVar('is_start', default=False)
+
+
+@contextlib.contextmanager
+def start_of_run() -> Iterator[None]:
+    """Files that are loaded inside are what a new run starts from.
+
+    The new run may have another teacher than the file's. What was measured on
+    that one is measured again then.
+    """
+    token = _is_start.set(True)
+    try:
+        yield
+    finally:
+        _is_start.reset(token)
 
 
 def _tidy_keys(model: 'StudentModel', incompatible: Any) -> None:
@@ -195,7 +213,7 @@ class StudentModel(BaseModel):
     def _extras(self) -> Extras:
         extras = Extras()
         for name, distiller in self.distillers.items():
-            entry = {
+            entry: dict[str, Any] = {
                 'type': type(distiller).__name__,
                 'state_dict': dict(distiller.state_dict()),
             }
@@ -204,16 +222,20 @@ class StudentModel(BaseModel):
                 entry['inner_optimizer'] = (
                     distiller.inner_optimizer.state_dict()
                 )
-            # A head that came from a file must be in the next file, too.
             if distiller.needs_teacher:
-                brought = self.teachers[distiller.teacher].brought
-                if brought:
-                    entry['teacher'] = dict(brought)
+                teacher = self.teachers[distiller.teacher]
+                entry['measured_on'] = teacher.loaded_fingerprint
+                # A head that came from a file must be in the next file, too.
+                if teacher.brought:
+                    entry['teacher'] = dict(teacher.brought)
             extras[name] = entry
         return extras
 
     def _load_extras(self, extras: Mapping) -> None:
         self.has_extras = True
+        if self._is_copy and _is_start.get():
+            # The model itself, whose extras they are, loads the same file.
+            return
         for name, distiller in self.distillers.items():
             entry = extras.get(name)
             if entry is None or entry['type'] != type(distiller).__name__:
@@ -240,6 +262,25 @@ class StudentModel(BaseModel):
                 distiller.inner_optimizer.load_state_dict(
                     entry['inner_optimizer']
                 )
+            if _is_start.get() and distiller.needs_teacher:
+                self._measure_again(name, entry.get('measured_on'))
+
+    def _measure_again(self, name: str, measured_on: str | None) -> None:
+        """Forget what a file's distiller measured on another teacher."""
+        distiller = self.distillers[name]
+        teacher = self.teachers[distiller.teacher]
+        teacher.load()
+        if teacher.loaded_fingerprint == measured_on:
+            return
+        if distiller.measure_again():
+            of = 'an unknown' if measured_on is None else 'another'
+            print_log(
+                f'What distiller {name!r} ({type(distiller).__name__}) had '
+                f'measured when the checkpoint was written is of {of} '
+                f'teacher, so it is measured again on the {teacher.name}.',
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def _load_from_state_dict(
         self,

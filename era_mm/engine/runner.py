@@ -10,6 +10,7 @@ from mmengine.dist import broadcast_object_list, get_rank, master_only
 from mmengine.registry import OPTIMIZERS
 from mmengine.runner.base_loop import BaseLoop
 
+from era_mm.core.student_model import start_of_run
 from era_mm.core.utils import preserve_rng
 from era_mm.engine.class_rule import leave_other_heads
 from era_mm.engine.image_files import name_image_files
@@ -166,6 +167,15 @@ class TrainingRunner(ToldRunner):
         # The teachers' files have been read by now.
         leave_other_heads(self)
         super().load_or_resume()
+
+    def load_checkpoint(
+        self, filename: str, *args: Any, **kwargs: Any
+    ) -> dict:
+        """As mmengine's; without --resume a new run starts from the file."""
+        if self._is_resuming:
+            return super().load_checkpoint(filename, *args, **kwargs)
+        with start_of_run():
+            return super().load_checkpoint(filename, *args, **kwargs)
 
     def _find_newest(self) -> str | None:
         found: list[Any] = [None, [], '']

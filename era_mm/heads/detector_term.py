@@ -21,6 +21,7 @@ from torch.nn.functional import log_softmax
 from ..core import Features
 from ..layers import (
     FirstBatches,
+    Measured,
     full_precision,
 )
 from .twi_heads import TWIHead
@@ -48,7 +49,7 @@ class Said(NamedTuple):
     rpn: 'Said | None' = None
 
 
-class Unit(nn.Module):
+class Unit(Measured, nn.Module):
     """The unit of a term, from sums over the first batches.
 
     The sums are over all ranks, so a term is linear in the images.
@@ -73,6 +74,11 @@ class Unit(nn.Module):
         all_reduce(new)
         self.sums += new
         return self.sums
+
+    def reset(self) -> None:
+        """Back to a unit of 1 and no sums."""
+        self.sums.zero_()
+        self.value.fill_(1.0)
 
     def set(self, value: Tensor) -> None:
         """Set the unit; 1 where the teacher's outputs are all the same."""

@@ -1,7 +1,7 @@
 """Small parts that several methods use; they import nothing of ours."""
 
 from .features import check_alike, full_precision, levels_of
-from .first_batches import FirstBatches
+from .first_batches import FirstBatches, Measured
 from .levels import Aligns, check_maps
 from .logits import (
     Rows,
@@ -22,6 +22,7 @@ from .resampler import Resampler, crop_to_common
 __all__ = [
     'Aligns',
     'FirstBatches',
+    'Measured',
     'Resampler',
     'Rows',
     'bernoulli_entropy',

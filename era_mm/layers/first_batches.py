@@ -1,12 +1,24 @@
-"""Counts the batches that something is measured on."""
+"""What is measured on a teacher in the first batches of a run."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import nn
 
 
-class FirstBatches(nn.Module):
+class Measured(ABC):
+    """A module with buffers that are measured on the teacher.
+
+    Source: ours.
+    """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget what was measured, to measure it again."""
+
+
+class FirstBatches(Measured, nn.Module):
     """Counts the batches that something is measured on; saved and resumed.
 
     Source: ours.
@@ -31,6 +43,11 @@ class FirstBatches(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._is_over = False
+
+    def reset(self) -> None:
+        """Begin to count again."""
+        self.seen.zero_()
         self._is_over = False
 
     def take(self) -> bool:

@@ -12,7 +12,7 @@ from ...core import Features, HostModel, MeasuredPair, Plan
 from ...core.host_models import is_query_based
 from ...core.utils import evaluating, run_seed
 from ...heads import RoITerm, find_head, tower_sources
-from ...layers import check_alike, full_precision, levels_of
+from ...layers import Measured, check_alike, full_precision, levels_of
 from ...registry import MODELS
 from .approximation import (
     Parts,
@@ -34,7 +34,7 @@ EXPLAINED_RATE = 0.5
 
 
 @MODELS.register_module()
-class ERADistiller(HeadUser):
+class ERADistiller(HeadUser, Measured):
     """Expandable Residual Approximation.
 
         u_l  = align_l(P_l)          d_il = branch_i(P_l)
@@ -420,6 +420,11 @@ class ERADistiller(HeadUser):
         shares = shares_in(losses)
         all_reduce(shares, 'mean')
         self.explained.lerp_((1 - shares).clamp(0, 1), EXPLAINED_RATE)
+
+    def reset(self) -> None:
+        """Begin again with estimates that explain nothing."""
+        if hasattr(self, 'explained'):
+            self.explained.zero_()
 
     def _twi_losses(
         self, parts: Parts, data_samples: list, said: Any

@@ -10,14 +10,14 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from ...layers import FirstBatches
+from ...layers import FirstBatches, Measured
 
 #: Lower bound of a channel's deviation relative to its level's: smaller ones
 #: are mainly noise and are not scaled up further.
 LEAST_SHARE = 0.1
 
 
-class FeatureSpace(nn.Module):
+class FeatureSpace(Measured, nn.Module):
     """Mean and standard deviation of the teacher's feature.
 
         x  ->  (x - mean_lc) / std_lc            level l, channel c
@@ -91,6 +91,14 @@ class FeatureSpace(nn.Module):
             self.share_weights[level] = 1 / kept if kept > 0 else 1.0
         else:
             self.share_weights[level] = 0.0
+
+    def reset(self) -> None:
+        """Back to mean 0 and deviation 1."""
+        for level in range(self.num_levels):
+            self.get_buffer(f'moments{level}').zero_()
+            self.get_buffer(f'mean{level}').zero_()
+            self.get_buffer(f'std{level}').fill_(1.0)
+        self.share_weights.fill_(1.0)
 
     def _of(self, name: str, level: int, feat: Tensor) -> Tensor:
         value = self.get_buffer(f'{name}{level}').to(feat.dtype)
