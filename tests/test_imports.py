@@ -19,7 +19,7 @@ ROOMS = {
         *('checkpoint', 'host_models', 'recorder', 'utils'),
         *('errors', 'registry'),
     },
-    'student_model': {'base_distiller', 'checkpoint', 'teacher'},
+    'student_model': {'base_distiller', 'checkpoint', 'fit', 'teacher'},
     'build': {
         *('base_distiller', 'host_models', 'teacher', 'utils'),
         'errors',

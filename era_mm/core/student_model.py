@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
+from .fit import find_misfits
 from .teacher import BaseTeacher
 
 _is_start: ContextVar[bool] = ContextVar('is_start', default=False)
@@ -22,8 +23,9 @@ _is_start: ContextVar[bool] = ContextVar('is_start', default=False)
 def start_of_run() -> Iterator[None]:
     """Files that are loaded inside are what a new run starts from.
 
-    The new run may have another teacher than the file's. What was measured on
-    that one is measured again then.
+    The new run may have other settings or another teacher than the file's.
+    Extras that do not fit are left out then, and what was measured on the
+    other teacher is measured again.
     """
     token = _is_start.set(True)
     try:
@@ -247,6 +249,18 @@ class StudentModel(BaseModel):
                     level=logging.WARNING,
                 )
                 continue
+            if _is_start.get():
+                misfits = self._misfits(distiller, entry)
+                if misfits:
+                    self.has_extras = False
+                    print_log(
+                        f'The new run starts without the extras of distiller '
+                        f'{name!r} ({type(distiller).__name__}) in the '
+                        f'checkpoint, which do not fit: {"; ".join(misfits)}.',
+                        logger='current',
+                        level=logging.WARNING,
+                    )
+                    continue
             load_strictly(
                 distiller,
                 entry['state_dict'],
@@ -264,6 +278,16 @@ class StudentModel(BaseModel):
                 )
             if _is_start.get() and distiller.needs_teacher:
                 self._measure_again(name, entry.get('measured_on'))
+
+    @staticmethod
+    def _misfits(distiller: BaseDistiller, entry: Mapping) -> list[str]:
+        """How a file's extras differ from a distiller's."""
+        misfits = find_misfits(distiller.state_dict(), entry['state_dict'])
+        if distiller.inner is not None:
+            misfits += find_misfits(
+                distiller.inner.state_dict(), entry.get('inner', {})
+            )
+        return misfits
 
     def _measure_again(self, name: str, measured_on: str | None) -> None:
         """Forget what a file's distiller measured on another teacher."""

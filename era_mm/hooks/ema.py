@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core import Distillation, extras_of
 from ..core.checkpoint import METADATA_KEY
+from ..core.fit import find_misfits
 from ..registry import HOOKS
 
 
@@ -57,7 +58,10 @@ class EMAHook(HostEMAHook):
         """Load the extras of a file, as far as present, as averages."""
         for name, distiller in self._averages.items():
             entry = (extras or {}).get(name)
-            if entry is not None and entry['type'] == type(distiller).__name__:
+            if entry is None or entry['type'] != type(distiller).__name__:
+                continue
+            # The model refuses those that do not fit, or leaves them out.
+            if not find_misfits(distiller.state_dict(), entry['state_dict']):
                 distiller.load_state_dict(entry['state_dict'])
 
     @property

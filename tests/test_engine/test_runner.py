@@ -138,6 +138,44 @@ def test_start__measures_another_teacher_again(
             assert (found[key] - value).abs().max() > 0.1
 
 
+MORE = dict(ERA, mbrnet=dict(num_branches=3))
+
+
+@pytest.mark.parametrize(
+    'hooks', [[], ['EMAHook'], ['era_mm.EMAHook']], ids=str
+)
+def test_start__leaves_extras_out_that_do_not_fit(run, tmp_path, hooks):
+    _, file, _ = run('a')
+    ema = [dict(type=kind) for kind in hooks]
+    hook, written, log = run('b', MORE, load_from=str(file), custom_hooks=ema)
+    (line,) = (text for text in log.splitlines() if 'do not fit' in text)
+    assert "starts without the extras of distiller 'distiller' (ERA" in line
+    assert 'other shapes (' in line
+    assert 'mbrnet.' in line
+    # They are those of a new run, and the student is the file's.
+    fresh, _, _ = run('c', MORE)
+    for key, value in fresh.extras.items():
+        assert torch.equal(hook.extras[key], value), key
+    assert hook.losses != fresh.losses
+    assert entry_of(written).keys() == fresh.extras.keys()
+
+
+def test_resume__with_extras_that_do_not_fit_is_refused(run):
+    _, file, _ = run('a')
+    with pytest.raises(ValueError, match=r'not fit ERADistiller\. other sh'):
+        run('b', MORE, load_from=str(file), resume=True)
+
+
+def test_start__leaves_an_inner_module_out_that_does_not_fit(run):
+    _, file, _ = run('a', SOKD)
+    policy = dict(SOKD, dafa=dict(ops_per_policy=1))
+    hook, _, log = run('b', policy, load_from=str(file))
+    assert 'which do not fit: ' in log
+    fresh, _, _ = run('c', policy)
+    for key, value in fresh.extras.items():
+        assert torch.equal(hook.extras[key], value), key
+
+
 def test_start__keeps_what_was_measured_on_the_same_teacher(run):
     _, file, _ = run('a')
     file = with_shares(file)
