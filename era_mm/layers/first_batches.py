@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Measured(ABC):
@@ -50,10 +50,26 @@ class FirstBatches(Measured, nn.Module):
         self.seen.zero_()
         self._is_over = False
 
-    def take(self) -> bool:
-        """Count a batch; False after the last."""
+    @property
+    def are_over(self) -> bool:
+        """Whether all of them were counted."""
         if not self._is_over:
             self._is_over = int(self.seen) >= self.number
-        if not self._is_over:
-            self.seen += 1
-        return not self._is_over
+        return self._is_over
+
+    def count(self, *measured: Tensor) -> bool:
+        """Count a batch, unless it must be left out.
+
+        In half precision a feature may overflow. A loss scaler leaves such a
+        step out, but what is measured would not be finite from then on.
+
+        Args:
+            measured: What was measured on the batch, reduced over the ranks,
+                so that all leave out the same batches.
+
+        Returns:
+            Whether all of it is finite.
+        """
+        is_finite = all(bool(part.isfinite().all()) for part in measured)
+        self.seen += int(is_finite)
+        return is_finite

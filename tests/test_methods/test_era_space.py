@@ -153,6 +153,36 @@ def test_space__ranks_add_up(monkeypatch):
         torch.testing.assert_close(own, expected)
 
 
+@pytest.mark.parametrize('value', [torch.inf, -torch.inf, torch.nan])
+def test_space__a_batch_that_is_not_finite_is_left_out(value):
+    batches = [noise(4, 3, 2, 2, seed=seed).float() for seed in range(3)]
+    expected = FeatureSpace([3, 3], num_batches=2)
+    space = FeatureSpace([3, 3], num_batches=2)
+    for index, batch in enumerate(batches[:2]):
+        expected.update([batch, batch])
+        bad = batches[2].clone()
+        bad[1, index] = value
+        # Also where it is one of the levels.
+        space.update([batches[2], bad])
+        assert int(space.first_batches.seen) == index
+        space.update([batch, batch])
+    for key, buffer in expected.state_dict().items():
+        assert torch.equal(space.state_dict()[key], buffer), key
+
+
+def test_space__a_batch_is_left_out_by_all_ranks(monkeypatch):
+    space = FeatureSpace([2])
+    before = copy.deepcopy(space.state_dict())
+
+    def with_a_bad_rank(moments):
+        moments += torch.inf
+
+    monkeypatch.setattr('era_mm.methods.era.space.all_reduce', with_a_bad_rank)
+    space.update([FEAT])
+    for key, value in before.items():
+        assert torch.equal(space.state_dict()[key], value), key
+
+
 def test_space__a_dead_channel_is_divided_by_a_share_of_the_others():
     space = FeatureSpace([2])
     dead = FEAT.clone()
@@ -1083,6 +1113,56 @@ def test_gate__stays_shut_where_nothing_is_explained():
     assert losses['era_unexplained_e0'] > 1
     assert era.explained.tolist() == [0, 0, 0]
     assert losses['loss_era_twi_logit'] == losses['loss_era_twi_box'] == 0
+
+
+@pytest.mark.parametrize('two', [False, True], ids=['dense', 'two stages'])
+@pytest.mark.parametrize('whose', ['teacher', 'student'])
+def test_measured__is_not_spoilt_by_an_overflow(whose, two, tmp_path):
+    """A loss scaler leaves such a step out, and so does what is measured."""
+    model = two_stages(tmp_path) if two else twin(tmp_path, half=True)
+    era = model.distillers['distiller']
+    with torch.no_grad():
+        era.explained.fill_(0.25)
+    owner = model.student
+    if whose == 'teacher':
+        model.load_teachers()
+        owner = model.teachers['teacher'].model
+
+    def measured():
+        return {
+            key: value.clone()
+            for key, value in era.state_dict().items()
+            if key.endswith(('explained', 'seen', 'sums', 'value', 'weights'))
+            or 'space.' in key
+        }
+
+    def overflow(module, args, output):
+        # As of values above 65504 in half precision; all regions read them.
+        for level in output:
+            level[:, 0] = torch.inf
+        return output
+
+    def step(number):
+        step_to(number)
+        losses = model(**batch_of(model, seed=number), mode='loss')
+        model.parse_losses(losses)[0].backward()
+        return losses['loss_era_align']
+
+    assert step(0).isfinite()
+    before = measured()
+    assert all(value.isfinite().all() for value in before.values())
+    handle = owner.neck.register_forward_hook(overflow)
+    bad = step(10)
+    handle.remove()
+    assert not bad.isfinite()
+    after = measured()
+    assert torch.equal(after['explained'], before['explained'])
+    for key, value in after.items():
+        assert value.isfinite().all(), key
+        if whose == 'teacher':
+            assert torch.equal(value, before[key]), key
+    step(20)
+    assert not torch.equal(measured()['explained'], before['explained'])
 
 
 def test_gate__and_space_are_moved_by_training_alone(tmp_path):

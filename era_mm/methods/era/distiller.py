@@ -416,10 +416,13 @@ class ERADistiller(HeadUser, Measured):
         return losses
 
     def _explain(self, losses: dict[str, Tensor]) -> None:
-        """Update the running shares that weight TWI."""
+        """Update the running shares that weight TWI, unless not finite."""
         shares = shares_in(losses)
         all_reduce(shares, 'mean')
-        self.explained.lerp_((1 - shares).clamp(0, 1), EXPLAINED_RATE)
+        updated = self.explained.lerp((1 - shares).clamp(0, 1), EXPLAINED_RATE)
+        self.explained.copy_(
+            torch.where(shares.isfinite().all(), updated, self.explained)
+        )
 
     def reset(self) -> None:
         """Begin again with estimates that explain nothing."""

@@ -60,12 +60,15 @@ class FeatureSpace(Measured, nn.Module):
     def update(self, feats: Sequence[Tensor]) -> None:
         """Add a batch to the statistics; no effect once they are fixed.
 
+        A batch whose features are not finite, on any rank, is left out.
+
         Shape:
             - feats: L of ``(N, C_t, *)``
         """
-        if not self.first_batches.take():
+        if self.first_batches.are_over:
             return
-        for level, feat in enumerate(feats):
+        by_level = []
+        for feat in feats:
             dims = [0, *range(2, feat.dim())]
             var, mean = torch.var_mean(feat.float(), dims, correction=0)
             var, mean = var.double(), mean.double()
@@ -75,7 +78,10 @@ class FeatureSpace(Measured, nn.Module):
                 [mean, var + mean**2, mean.new_ones(1)]
             )
             all_reduce(moments)
-            self._set(level, self.get_buffer(f'moments{level}') + moments)
+            by_level.append(moments)
+        if self.first_batches.count(*by_level):
+            for level, moments in enumerate(by_level):
+                self._set(level, self.get_buffer(f'moments{level}') + moments)
 
     def _set(self, level: int, moments: Tensor) -> None:
         first, second = (moments[:-1] / moments[-1]).chunk(2)
