@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from ..layers import with_present_names
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
 from .fit import find_misfits
@@ -249,8 +250,9 @@ class StudentModel(BaseModel):
                     level=logging.WARNING,
                 )
                 continue
+            state = with_present_names(distiller, entry['state_dict'])
             if _is_start.get():
-                misfits = self._misfits(distiller, entry)
+                misfits = self._misfits(distiller, state, entry)
                 if misfits:
                     self.has_extras = False
                     print_log(
@@ -263,7 +265,7 @@ class StudentModel(BaseModel):
                     continue
             load_strictly(
                 distiller,
-                entry['state_dict'],
+                state,
                 name=f'extras of {name!r} in the checkpoint',
                 advice='Give the config that the run was trained with. If it '
                 'is that one, the file is of an older era_mm, with which it '
@@ -280,9 +282,11 @@ class StudentModel(BaseModel):
                 self._measure_again(name, entry.get('measured_on'))
 
     @staticmethod
-    def _misfits(distiller: BaseDistiller, entry: Mapping) -> list[str]:
+    def _misfits(
+        distiller: BaseDistiller, state: Mapping[str, Tensor], entry: Mapping
+    ) -> list[str]:
         """How a file's extras differ from a distiller's."""
-        misfits = find_misfits(distiller.state_dict(), entry['state_dict'])
+        misfits = find_misfits(distiller.state_dict(), state)
         if distiller.inner is not None:
             misfits += find_misfits(
                 distiller.inner.state_dict(), entry.get('inner', {})

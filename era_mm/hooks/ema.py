@@ -11,6 +11,7 @@ from torch import nn
 from ..core import Distillation, extras_of
 from ..core.checkpoint import METADATA_KEY
 from ..core.fit import find_misfits
+from ..layers import with_present_names
 from ..registry import HOOKS
 
 
@@ -61,8 +62,9 @@ class EMAHook(HostEMAHook):
             if entry is None or entry['type'] != type(distiller).__name__:
                 continue
             # The model refuses those that do not fit, or leaves them out.
-            if not find_misfits(distiller.state_dict(), entry['state_dict']):
-                distiller.load_state_dict(entry['state_dict'])
+            state = with_present_names(distiller, entry['state_dict'])
+            if not find_misfits(distiller.state_dict(), state):
+                distiller.load_state_dict(state)
 
     @property
     def _averages(self) -> nn.ModuleDict:

@@ -185,7 +185,7 @@ def branch_is_reached(net, branch):
     # Branches lie side by side in the channels.
     return any(
         layer.weight.grad.chunk(net.num_branches)[branch].any()
-        for layer in net.bottlenecks.expand
+        for layer in net.branches.expand
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import InstanceData
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -543,7 +544,7 @@ def test_bottleneck__branches_are_separate_chains(dims, norm):
             y = (flat * weight[:, None] + bias[:, None]).view_as(y)
         return F.gelu(y)
 
-    parts = net.bottlenecks
+    parts = net.branches
     for branch in range(3):
         for level, feat in enumerate(feats):
             inner = slice(2 * branch, 2 * branch + 2)
@@ -558,7 +559,7 @@ def test_bottleneck__branches_are_separate_chains(dims, norm):
                 found[branch][level], expected, rtol=1e-9, atol=1e-10
             )
     # The same stacked, and of the first ones alone.
-    for level, stacked in enumerate(net.bottlenecks(feats)):
+    for level, stacked in enumerate(net.branches(feats)):
         for branch in range(3):
             assert torch.equal(stacked[:, branch], found[branch][level])
     for count in range(4):
@@ -574,7 +575,7 @@ def test_bottleneck__branches_are_separate_chains(dims, norm):
 def test_bottleneck__width_follows_the_widest_level(channels, width):
     with torch.device('meta'):
         net = MBRNet([8, channels], 16, 2, branch='bottleneck')
-    assert net.bottlenecks.width == width
+    assert net.branches.width == width
 
 
 def test_bottleneck__starts_at_exactly_zero():
@@ -586,16 +587,16 @@ def test_bottleneck__starts_at_exactly_zero():
     for step in others:
         assert all(map(torch.equal, step, first))
     # What lies before the last layer does not.
-    assert all(layer[0].weight.any() for layer in net.bottlenecks.reduce)
-    assert all(layer[0].weight.any() for layer in net.bottlenecks.spatial)
+    assert all(layer[0].weight.any() for layer in net.branches.reduce)
+    assert all(layer[0].weight.any() for layer in net.branches.spatial)
 
 
 def test_bottleneck__first_layers_have_hes_size():
     net = MBRNet(256, 256, num_branches=2, branch='bottleneck')
     net.init_weights()
     for block, fan in (
-        (net.bottlenecks.reduce[0], 256),
-        (net.bottlenecks.spatial[0], 9 * net.bottlenecks.width),
+        (net.branches.reduce[0], 256),
+        (net.branches.spatial[0], 9 * net.branches.width),
     ):
         assert block[0].weight.std().item() == pytest.approx(
             (2 / fan) ** 0.5, rel=0.1
@@ -675,6 +676,29 @@ def test_folded__has_the_same_estimates(kind, dims, out, mode):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     # It was worth the while: the layers are others.
     assert not torch.allclose(folded.aligns[0].weight, net.aligns[0].weight)
+
+
+def test_bottleneck__neck_of_a_host_loads_a_file_with_former_names():
+    """An export of mode T."""
+
+    def neck():
+        net = MBRNet(4, 6, num_levels=2, branch='bottleneck')
+        return nn.Sequential(nn.Identity(), net)
+
+    model, other, another = neck(), neck(), neck()
+    for value in model.parameters():
+        nn.init.normal_(value)
+    state = {
+        key.replace('1.branches.', '1.bottlenecks.'): value
+        for key, value in model.state_dict().items()
+    }
+    assert '1.bottlenecks.expand.0.weight' in state
+    other.load_state_dict(dict(state))
+    # By mmengine, too.
+    load_state_dict(another, dict(state), strict=True)
+    for loaded in (other, another):
+        for key, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
 
 
 def test_folded__without_a_space_is_a_copy():
@@ -808,7 +832,7 @@ def parts_with_gradient(model):
         if any(p.grad is not None and p.grad.any() for p in part.parameters())
     }
     number = net.num_branches
-    for parameter in net.bottlenecks.parameters():
+    for parameter in net.branches.parameters():
         if parameter.grad is None:
             continue
         # The branches lie side by side in the rows of every layer.
@@ -825,7 +849,7 @@ def open_branches(model, std=0.1):
     """Branches that give something."""
     net = model.distillers['distiller'].mbrnet
     if net.branch == 'bottleneck':
-        for layer in net.bottlenecks.expand:
+        for layer in net.branches.expand:
             nn.init.normal_(layer.weight, std=std)
         return
     for branches in net.levels:

@@ -382,7 +382,7 @@ def test_gradient__of_each_term(teacher_file, term, reached, anchor):
         )
     if term == 'loss_sokd_anchor':
         # Size and offset too, not the heat map alone.
-        head = distiller.dam.heads[0]
+        head = distiller.dam.predictors[0]
         for part in (head.heatmap, head.size, head.offset):
             assert part[0].weight.grad.abs().max() > 0
 
@@ -410,7 +410,7 @@ def test_terms__are_what_they_say(teacher_file):
         refined = distiller.policy(targets, seed=0)
     assert not any(map(torch.equal, refined, targets))
     adapted = [a(m) for a, m in zip(distiller.adapters, maps, strict=True)]
-    head = distiller.dam.heads[0]
+    head = distiller.dam.predictors[0]
     fit = agree = area = 0.0
     for s, t, r in zip(adapted, targets, refined, strict=True):
         fit += mse_loss(s, t) / 2
