@@ -654,6 +654,13 @@ def test_classes__that_differ_in_a_roi_head_turn_twi_off(said):
             "needs the student's proposals, but RetinaNet has no RPN",
         ),
         (
+            'deformable_detr',
+            'deformable_detr',
+            dict(twi_steps='sampled'),
+            "`twi_steps='sampled'` needs the teacher's head to judge .*, but "
+            r"the teacher's head \(DeformableDETR\) reads the queries",
+        ),
+        (
             'retinanet',
             'faster_rcnn',
             dict(twi_targets='teacher'),

@@ -128,10 +128,6 @@ class HeadUser(BaseDistiller):
                 'needs `bbox_head` (dense), `rpn_head` and `roi_head` '
                 '(two-stage) or `head` (classifier) with `loss` and `predict`'
             )
-            if self._asks_for_twi:
-                raise ValueError(
-                    f"{reason}. Set twi_steps='none' for ERA without TWI."
-                )
         if reason is None and isinstance(head, TwoStageTWIHead):
             head = self._two_stage(head, student)
         if reason is None and type(head) is TWIHead:
@@ -251,6 +247,12 @@ class HeadUser(BaseDistiller):
         if self._asks_for_logit:
             raise ValueError(
                 f'`logit` cannot be distilled: {reason}. Remove `logit`.'
+            )
+        if self._asks_for_twi:
+            raise ValueError(
+                f"`twi_steps={self.twi_steps!r}` needs the teacher's head to "
+                f'judge estimates, but {reason}. Remove `twi_steps`, or set '
+                "twi_steps='none'."
             )
         if self._asks_for_targets and self.twi_steps != 'none':
             raise ValueError(
