@@ -200,15 +200,45 @@ def test_space__a_dead_channel_is_divided_by_a_share_of_the_others():
     assert not space.normalize([dead])[0][:, 0].any()
 
 
-def test_space__a_constant_level_is_left_as_it_is():
+@pytest.mark.parametrize(('value', 'unit'), [(3.0, 3.0), (0.0, 1.0)])
+def test_space__a_constant_level_has_its_mean_as_its_unit(value, unit):
     space = FeatureSpace([2, 2])
-    constant = torch.full((4, 2), 3.0)
+    constant = torch.full((4, 2), value)
     space.update([constant, FEAT])
-    assert torch.equal(space.statistics(0)[1], torch.ones(2))
+    assert torch.equal(space.statistics(0)[1], torch.full((2,), unit))
     assert torch.equal(space.share_weights, torch.ones(2))
     assert not space.normalize([constant, FEAT])[0].any()
     # There is nothing left to explain.
     assert share(space, [space.statistics(0)[0].expand(4, 2)], [constant]) == 0
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize('rounding', [1e-7, 3e-4])
+def test_space__a_level_constant_up_to_rounding_is_constant(scale, rounding):
+    """Of float32 and of float16; it may live up after the first batches."""
+    space = FeatureSpace([2])
+    means = scale * torch.tensor([3.0, 4.0])
+    space.update([means * (1 + rounding * noise(64, 2).float())])
+    # The root of (9 + 16) / 2.
+    unit = scale * math.sqrt(12.5)
+    torch.testing.assert_close(
+        space.statistics(0)[1], torch.full((2,), unit), rtol=1e-3, atol=0
+    )
+    assert torch.equal(space.share_weights, torch.ones(1))
+    # 2 is 2 / sqrt(12.5) of the unit, not 2e7 of the rounding.
+    later = [means + 2 * scale]
+    assert share(space, [means.expand(1, 2)], later) == pytest.approx(
+        4 / 12.5, rel=1e-2
+    )
+
+
+def test_space__a_small_deviation_of_a_large_mean_is_one():
+    space = FeatureSpace([2])
+    feat = 1000 + noise(64, 2).float()
+    space.update([feat])
+    torch.testing.assert_close(
+        space.statistics(0)[1], feat.std(0, correction=0), rtol=1e-3, atol=0
+    )
 
 
 def share(space, predictions, feats):

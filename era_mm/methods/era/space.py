@@ -15,6 +15,9 @@ from ...layers import FirstBatches, Measured
 #: Lower bound of a channel's deviation relative to its level's: smaller ones
 #: are mainly noise and are not scaled up further.
 LEAST_SHARE = 0.1
+#: A level whose deviation is a smaller share of its mean is constant up to
+#: the rounding of float16, 4.9e-4; root mean squares over its channels.
+LEAST_SPREAD = 5e-4
 
 
 class FeatureSpace(Measured, nn.Module):
@@ -31,9 +34,11 @@ class FeatureSpace(Measured, nn.Module):
     If a channel's deviation is less than a tenth of its level's root mean
     square, it is divided by that tenth instead, because a dead channel has no
     variance. Shares refer to the resulting variance of the level
-    (``share_weights``). A level with a single value so far, as in a first
-    batch of one image, has no variance yet: its ``share_weights`` is 0 until
-    it has.
+    (``share_weights``). A level that is constant up to rounding (deviation
+    below 5e-4 of its mean, both as root mean squares) is divided by its mean:
+    rounding is no scale for what may come. A level with a single value so
+    far, as in a first batch of one image, has no variance yet: its
+    ``share_weights`` is 0 until it has.
 
     Source: ours. PKD (arXiv 2207.02039) normalises each batch separately, so
     an estimate could not be mapped back.
@@ -86,17 +91,19 @@ class FeatureSpace(Measured, nn.Module):
     def _set(self, level: int, moments: Tensor) -> None:
         first, second = (moments[:-1] / moments[-1]).chunk(2)
         var = (second - first**2).clamp(min=0)
-        std = var.sqrt().clamp(min=LEAST_SHARE * float(var.mean().sqrt()))
-        # A constant level has nothing to explain; avoid 0 / 0.
-        std = torch.where(std > 0, std, torch.ones_like(std))
+        spread = float(var.mean().sqrt())
+        size = float((first**2).mean().sqrt())
+        if spread > LEAST_SPREAD * size:
+            std = var.sqrt().clamp(min=LEAST_SHARE * spread)
+            weight = 1 / float((var / std**2).mean())
+        else:
+            # Nothing to explain; avoid 0 / 0.
+            std = torch.full_like(var, size or 1.0)
+            weight = 1.0
         self.get_buffer(f'moments{level}').copy_(moments)
         self.get_buffer(f'mean{level}').copy_(first)
         self.get_buffer(f'std{level}').copy_(std)
-        kept = float((var / std**2).mean())
-        if float(moments[-1]) > 1:
-            self.share_weights[level] = 1 / kept if kept > 0 else 1.0
-        else:
-            self.share_weights[level] = 0.0
+        self.share_weights[level] = weight if float(moments[-1]) > 1 else 0.0
 
     def reset(self) -> None:
         """Back to mean 0 and deviation 1."""
