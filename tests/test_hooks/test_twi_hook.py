@@ -150,6 +150,9 @@ def test_modes__that_a_pair_does_not_have_are_left_out(
     runner.train()
     assert not any(name in key for key in metrics.found for name in names)
     assert 'coco/bbox_mAP' in metrics.found
+    # What the estimates explain is told without a head as well.
+    assert 0 < metrics.found['era/unexplained_e2']
+    assert 'branch 1, 2 adds less than 0.1%' in log_of(runner)
     (line,) = (
         t for t in log_of(runner).splitlines() if 'TWIHook without' in t
     )

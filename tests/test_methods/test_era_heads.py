@@ -632,6 +632,10 @@ def test_detr__gets_era_without_twi_and_says_so(family, source, said):
         loss, _ = model.parse_losses(losses)
         assert loss.isfinite()
         wrapper.update_params(loss)
+    # For the log of a validation.
+    shares = model.compare(detection_batch())['distiller']
+    assert len(shares) == era.mbrnet.num_branches + 1
+    assert (shares > 0).all()
 
 
 def test_classes__that_differ_in_a_roi_head_turn_twi_off(said):

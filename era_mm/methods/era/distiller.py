@@ -210,7 +210,15 @@ class ERADistiller(HeadUser, Measured):
             distiller['mbrnet'] = dict(norm_cfg=dict(type='LN'))
         if reason is not None:
             distiller['twi_steps'] = 'none'
-            return Plan(distiller, match, f'not reused: {reason}')
+            # Its hook also tells what the branches explain, in their space.
+            is_map = student_feats[0].dim() > 2
+            return Plan(
+                distiller,
+                match,
+                head=f'not reused: {reason}',
+                modes=('S',) if is_map else (),
+                hook='era_mm.TWIHook',
+            )
         head = find_head(pair.teacher.model)
         assert head is not None
         kind = type(head.head).__name__
