@@ -18,7 +18,7 @@ ADVICE = (
 )
 
 
-def leave_other_heads(runner: Runner) -> None:
+def leave_other_heads(runner: Runner, dataset: Any) -> None:
     """Let no teacher's head judge that knows other classes than the data.
 
     As soon as the teachers' files are read, which tell their classes. A
@@ -31,6 +31,7 @@ def leave_other_heads(runner: Runner) -> None:
 
     Args:
         runner: The run. Its model may be of another kind.
+        dataset: Its data.
 
     Raises:
         UserError: A method cannot go without, or ``inference_mode`` is one
@@ -40,8 +41,7 @@ def leave_other_heads(runner: Runner) -> None:
     model = model.module if is_model_wrapper(model) else model
     if not isinstance(model, Distillation):
         return
-    metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
-    classes = classes_of(metainfo)
+    classes = classes_of(getattr(dataset, 'metainfo', {}))
     for name, teacher in model.teachers.items():
         reason = why_other_classes(classes, teacher.classes)
         if reason is None or teacher.same_classes:
@@ -65,3 +65,18 @@ def leave_other_heads(runner: Runner) -> None:
     for hook in runner.hooks:
         if isinstance(hook, ModesHook):
             hook.leave_absent(runner)
+
+
+def load_for_modes(runner: Runner) -> None:
+    """Load the teachers if a test asks for modes, which may use their heads.
+
+    Args:
+        runner: The run. Its model may be of another kind.
+    """
+    model: Any = runner.model
+    model = model.module if is_model_wrapper(model) else model
+    if isinstance(model, Distillation) and (
+        model.inference_mode is not None
+        or any(isinstance(h, ModesHook) and h.modes for h in runner.hooks)
+    ):
+        model.load_teachers()

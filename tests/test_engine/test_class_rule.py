@@ -1,5 +1,7 @@
 """A teacher's head that knows other classes than the data does not judge."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -9,7 +11,7 @@ from mmengine.registry import MODELS
 from era_mm.core.classes import why_other_classes
 from era_mm.engine.class_rule import leave_other_heads
 from era_mm.engine.preflight_hook import add_preflight
-from era_mm.engine.runner import TrainingRunner
+from era_mm.engine.runner import TestingRunner, TrainingRunner
 from era_mm.errors import UserError
 from era_mm.testing import distillation_config, run_config
 from era_mm.testing.toy import CLASSES
@@ -112,7 +114,7 @@ def test_era__uses_the_head_of_the_same_classes(make):
 
 def settle(runner):
     runner.model.init_weights()
-    leave_other_heads(runner)
+    leave_other_heads(runner, runner.train_dataloader.dataset)
     return runner.model.distillers['distiller']
 
 
@@ -176,6 +178,32 @@ def test_modes__that_go_through_such_a_head_are_left_out(
     message = str(error.value)
     assert "model.inference_mode: Inference mode 'T' is not offered" in message
     assert 'same_classes=True' in message
+
+
+def test_modes__of_a_test_do_not_go_through_such_a_head(make, tmp_path):
+    hook = dict(type='era_mm.TWIHook', modes=['E0', 'T'])
+    runner = make(ERA, custom_hooks=[hook])
+    runner.train()
+    config = copy.deepcopy(runner.cfg)
+    config.load_from = str(tmp_path / 'run' / 'epoch_2.pth')
+    found = []
+    for same in (False, True):
+        config.model.teacher.same_classes = same
+        config.work_dir = str(tmp_path / f'test_{same}')
+        config.experiment_name = f'test_{same}'
+        tester = TestingRunner.from_cfg(config)
+        found.append(tester.test())
+        assert (
+            'TWIHook without E0, T' in log_of(tmp_path / f'test_{same}')
+        ) is not same
+    plain, modes = found
+    assert not any(key.startswith('T/') for key in plain)
+    assert 'T/coco/bbox_mAP' in modes
+    # Without modes no teacher is read.
+    config.custom_hooks = []
+    config.model.teacher.checkpoint = 'nowhere.pth'
+    config.work_dir = str(tmp_path / 'alone')
+    assert TestingRunner.from_cfg(config).test() == plain
 
 
 def test_classes__of_another_number_in_the_files_are_other_ones(make):
