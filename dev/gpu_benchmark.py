@@ -284,7 +284,7 @@ def _change(name: str, model: Trained) -> None:
     if not isinstance(model, Distilled):
         return
     distiller = model.model.distillers['distiller']
-    branches = distiller.mbrnet.bottlenecks
+    branches = distiller.mbrnet.branches
     if name == 'branches in a loop':
         branches._hidden = lambda feats: looped(branches, feats)
     elif name == 'compiled branches':

@@ -98,6 +98,16 @@ def test_method__brings_config_test_and_source(name, cls):
 
 
 @each_method
+def test_extras__have_no_names_of_the_students_parts(name, cls, teacher_file):
+    """mmengine's `custom_keys` hold for all names that contain a key."""
+    model = build(cls, teacher_file)
+    names = dict(model.named_parameters())
+    extras = [key for key in names if key.startswith('distillers.')]
+    for part in ('backbone', 'neck', 'head'):
+        assert not [key for key in extras if part in key]
+
+
+@each_method
 def test_method__trains_two_steps(name, cls, teacher_file):
     model = build(cls, teacher_file)
     model.train()

@@ -19,7 +19,10 @@ ROOMS = {
         *('checkpoint', 'host_models', 'recorder', 'utils'),
         *('errors', 'registry'),
     },
-    'student_model': {'base_distiller', 'checkpoint', 'teacher'},
+    'student_model': {
+        *('base_distiller', 'checkpoint', 'fit', 'teacher'),
+        'layers',
+    },
     'build': {
         *('base_distiller', 'host_models', 'teacher', 'utils'),
         'errors',

@@ -16,6 +16,7 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..layers import FirstBatches, Measured
 from ..registry import explain_unknown_keys
 from .connections import Connections, Features, split_source
 from .host_models import HostModel
@@ -37,6 +38,8 @@ class BaseDistiller(BaseModule):
     Optional slots:
 
     - ``needs_teacher = False``: a method without a teacher.
+    - ``needs_frozen_teacher = True``: a method with gradients through the
+      teacher, or with quantities that are measured on it once.
     - :meth:`build_inner`, :meth:`inner_loss`: an *inner module* with its own
       optimiser, which takes its own step in every training iteration, before
       the student's. It is in none of the run's optimiser groups nor DDP
@@ -58,7 +61,7 @@ class BaseDistiller(BaseModule):
     - ``has_phases``, :meth:`phase`: phases of the run in which parts of the
       student are frozen; ``min_iters``: the length of all but the last.
     - :meth:`inference_modes`, :meth:`predict`: predictions other than the
-      student's own.
+      student's own; :meth:`absent_modes`: those that a pair does not have.
     - :meth:`extra_flops`: what a step costs, for the summary.
     - :meth:`compare`: what it measures on the first batches of validation.
     - :meth:`export`: one of these modes as an ordinary host model.
@@ -87,14 +90,14 @@ class BaseDistiller(BaseModule):
     """
 
     needs_teacher = True
+    #: Whether its teacher must not train (``MutualDistillation``).
+    needs_frozen_teacher = False
     pretrain_iters = 0
     #: Whether the inner module is frozen after the pre-training phase.
     freeze_inner = False
     #: Modules of the given model that :meth:`student_config` has replaced,
     #: and the module that has the same output now.
     moved_sources: Mapping[str, str] = MappingProxyType({})
-    #: Whether :meth:`leave_predictions` has left out what it can do without.
-    left_predictions = False
     #: Whether :meth:`phase` ever freezes anything.
     has_phases = False
 
@@ -256,6 +259,22 @@ class BaseDistiller(BaseModule):
             Numbers to be averaged over batches, or None.
         """
         return None
+
+    def measure_again(self) -> bool:
+        """Forget what was measured on a teacher, which is another one now.
+
+        Returns:
+            Whether anything had been measured.
+        """
+        modules = list(self.modules())
+        has_measured = any(
+            isinstance(module, FirstBatches) and bool(module.seen)
+            for module in modules
+        )
+        for module in modules:
+            if isinstance(module, Measured):
+                module.reset()
+        return has_measured
 
     def extra_flops(
         self,
@@ -420,6 +439,16 @@ class BaseDistiller(BaseModule):
     def inference_modes(self) -> tuple[str, ...]:
         """Names of its predictions other than the student's own."""
         return ()
+
+    def absent_modes(self) -> Mapping[str, str]:
+        """Modes that it has for other pairs, and why not for this one.
+
+        Hooks leave these out with a message; other names are refused.
+
+        Returns:
+            The reason by mode, a clause.
+        """
+        return {}
 
     def predict(
         self,

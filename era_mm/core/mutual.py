@@ -234,6 +234,10 @@ class MutualDistillation(BaseModel):
                     f'Known: {list(self.students)[1:]}.'
                 )
 
+    def absent_modes(self) -> dict[str, str]:
+        """None: each student has predictions."""
+        return {}
+
     # -- module bookkeeping ------------------------------------------------
 
     def named_parameters(

@@ -77,7 +77,8 @@ class Plan(NamedTuple):
         head: What it does with the teacher's head, in one sentence; None for
             methods that never use it.
         modes: Inference modes to report, as far as the built model offers
-            them.
+            them. 'S', the student alone, is for a hook that reports more than
+            modes.
         hook: Type of the hook that reports them.
         inherit: Modules of the student that start from the teacher's weights.
     """

@@ -234,7 +234,7 @@ class DistilledStudent(StudentModel):
         self, losses: dict[str, Any], name: str, terms: Mapping[str, Any]
     ) -> None:
         """Add a distiller's terms, prefixed if there are several."""
-        prefix = f'{name}.' if len(self.distillers) > 1 else ''
+        prefix = self._prefix_of(name)
         for key, value in terms.items():
             key = prefix + key
             if key in losses:
@@ -281,22 +281,32 @@ class DistilledStudent(StudentModel):
 
     # -- prediction --------------------------------------------------------
 
-    def _modes_of(self, name: str) -> dict[str, str]:
-        """A distiller's modes, by their names in this model.
+    def _prefix_of(self, name: str) -> str:
+        """What a distiller's losses and modes begin with in this model."""
+        return f'{name}.' if len(self.distillers) > 1 else ''
 
-        With several distillers the names have a prefix, like the losses.
-        """
+    def _modes_of(self, name: str) -> dict[str, str]:
+        """A distiller's modes, by their names in this model."""
         modes = self.distillers[name].inference_modes()
-        prefix = f'{name}.' if len(self.distillers) > 1 else ''
-        return {f'{prefix}{mode}': mode for mode in modes}
+        return {f'{self._prefix_of(name)}{mode}': mode for mode in modes}
+
+    def absent_modes(self) -> dict[str, str]:
+        """Modes that this pair does not have, and why not."""
+        return {
+            f'{self._prefix_of(name)}{mode}': reason
+            for name, distiller in self.distillers.items()
+            for mode, reason in distiller.absent_modes().items()
+        }
 
     def check_modes(self, modes: list[str] | tuple[str, ...]) -> None:
         """Refuse inference modes that no distiller offers."""
         known = [m for name in self.distillers for m in self._modes_of(name)]
+        absent = self.absent_modes()
         for mode in modes:
             if mode not in known:
+                reason = f': {absent[mode]}' if mode in absent else ''
                 raise ValueError(
-                    f'Inference mode {mode!r} is not offered. Known: '
+                    f'Inference mode {mode!r} is not offered{reason}. Known: '
                     f'{["S", *known]} (S, the student alone, always '
                     'exists).'
                 )

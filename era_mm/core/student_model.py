@@ -1,17 +1,38 @@
 """A wrapper that looks like its student from outside."""
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from ..layers import with_present_names
 from .base_distiller import BaseDistiller
 from .checkpoint import METADATA_KEY, Extras, load_strictly
+from .fit import find_misfits
 from .teacher import BaseTeacher
+
+_is_start: ContextVar[bool] = ContextVar('is_start', default=False)
+
+
+@contextlib.contextmanager
+def start_of_run() -> Iterator[None]:
+    """Files that are loaded inside are what a new run starts from.
+
+    The new run may have other settings or another teacher than the file's.
+    Extras that do not fit are left out then, and what was measured on the
+    other teacher is measured again.
+    """
+    token = _is_start.set(True)
+    try:
+        yield
+    finally:
+        _is_start.reset(token)
 
 
 def _tidy_keys(model: 'StudentModel', incompatible: Any) -> None:
@@ -195,7 +216,7 @@ class StudentModel(BaseModel):
     def _extras(self) -> Extras:
         extras = Extras()
         for name, distiller in self.distillers.items():
-            entry = {
+            entry: dict[str, Any] = {
                 'type': type(distiller).__name__,
                 'state_dict': dict(distiller.state_dict()),
             }
@@ -204,16 +225,20 @@ class StudentModel(BaseModel):
                 entry['inner_optimizer'] = (
                     distiller.inner_optimizer.state_dict()
                 )
-            # A head that came from a file must be in the next file, too.
             if distiller.needs_teacher:
-                brought = self.teachers[distiller.teacher].brought
-                if brought:
-                    entry['teacher'] = dict(brought)
+                teacher = self.teachers[distiller.teacher]
+                entry['measured_on'] = teacher.loaded_fingerprint
+                # A head that came from a file must be in the next file, too.
+                if teacher.brought:
+                    entry['teacher'] = dict(teacher.brought)
             extras[name] = entry
         return extras
 
     def _load_extras(self, extras: Mapping) -> None:
         self.has_extras = True
+        if self._is_copy and _is_start.get():
+            # The model itself, whose extras they are, loads the same file.
+            return
         for name, distiller in self.distillers.items():
             entry = extras.get(name)
             if entry is None or entry['type'] != type(distiller).__name__:
@@ -225,9 +250,22 @@ class StudentModel(BaseModel):
                     level=logging.WARNING,
                 )
                 continue
+            state = with_present_names(distiller, entry['state_dict'])
+            if _is_start.get():
+                misfits = self._misfits(distiller, state, entry)
+                if misfits:
+                    self.has_extras = False
+                    print_log(
+                        f'The new run starts without the extras of distiller '
+                        f'{name!r} ({type(distiller).__name__}) in the '
+                        f'checkpoint, which do not fit: {"; ".join(misfits)}.',
+                        logger='current',
+                        level=logging.WARNING,
+                    )
+                    continue
             load_strictly(
                 distiller,
-                entry['state_dict'],
+                state,
                 name=f'extras of {name!r} in the checkpoint',
                 advice='Give the config that the run was trained with. If it '
                 'is that one, the file is of an older era_mm, with which it '
@@ -240,6 +278,37 @@ class StudentModel(BaseModel):
                 distiller.inner_optimizer.load_state_dict(
                     entry['inner_optimizer']
                 )
+            if _is_start.get() and distiller.needs_teacher:
+                self._measure_again(name, entry.get('measured_on'))
+
+    @staticmethod
+    def _misfits(
+        distiller: BaseDistiller, state: Mapping[str, Tensor], entry: Mapping
+    ) -> list[str]:
+        """How a file's extras differ from a distiller's."""
+        misfits = find_misfits(distiller.state_dict(), state)
+        if distiller.inner is not None:
+            misfits += find_misfits(
+                distiller.inner.state_dict(), entry.get('inner', {})
+            )
+        return misfits
+
+    def _measure_again(self, name: str, measured_on: str | None) -> None:
+        """Forget what a file's distiller measured on another teacher."""
+        distiller = self.distillers[name]
+        teacher = self.teachers[distiller.teacher]
+        teacher.load()
+        if teacher.loaded_fingerprint == measured_on:
+            return
+        if distiller.measure_again():
+            of = 'an unknown' if measured_on is None else 'another'
+            print_log(
+                f'What distiller {name!r} ({type(distiller).__name__}) had '
+                f'measured when the checkpoint was written is of {of} '
+                f'teacher, so it is measured again on the {teacher.name}.',
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def _load_from_state_dict(
         self,

@@ -68,6 +68,9 @@ class BaseTeacher:
         self.model = model
         self.config = config
         self.name = name
+        #: Hash of the weights as they were loaded; None: not loaded, or they
+        #: change.
+        self.loaded_fingerprint: str | None = None
         #: Weights of the teacher from a checkpoint of the student.
         self.brought: dict[str, Tensor] = {}
         self._recorder: Recorder | None = None
@@ -193,7 +196,6 @@ class Teacher(BaseTeacher):
                 self._start_at_random()
         self.model.requires_grad_(False)
         self.model.eval()
-        self.loaded_fingerprint: str | None = None
         #: Names of its classes, if its file has them.
         self.classes: tuple[str, ...] | None = None
 

@@ -51,9 +51,9 @@ class Wiring:
             images.
 
     Raises:
-        ValueError: A distiller without its teacher, a teacher of images with
-            other channels, sources that do not exist, or pairs that do not
-            fit.
+        ValueError: A distiller without its teacher, or with one that learns
+            though it must not, a teacher of images with other channels,
+            sources that do not exist, or pairs that do not fit.
     """
 
     def __init__(
@@ -103,6 +103,18 @@ class Wiring:
                     f'{distiller.teacher!r}, but the model has '
                     f'{sorted(self._teachers) or "none"}. Set '
                     '`model.teacher`.'
+                )
+            if distiller.needs_frozen_teacher and any(
+                parameter.requires_grad
+                for parameter in self._teachers[
+                    distiller.teacher
+                ].model.parameters()
+            ):
+                raise ValueError(
+                    f'{type(distiller).__name__} needs a teacher that does '
+                    'not change, but this one learns. MutualDistillation '
+                    'needs another method on features or logits, such as '
+                    'era_mm.IEKDDistiller or era_mm.LogitDistiller.'
                 )
 
     def _check_images(self) -> None:

@@ -18,29 +18,30 @@ ADVICE = (
 )
 
 
-def leave_other_heads(runner: Runner) -> None:
+def leave_other_heads(runner: Runner, dataset: Any) -> None:
     """Let no teacher's head judge that knows other classes than the data.
 
     As soon as the teachers' files are read, which tell their classes. A
     method that can goes on without its terms on predictions and says so in
     one line; one that has no others, or whose config asks for them by name,
-    is refused. See :func:`~era_mm.core.classes.why_other_classes`.
+    is refused. Hooks go on without modes through such a head. See
+    :func:`~era_mm.core.classes.why_other_classes`.
 
     Source: ours.
 
     Args:
         runner: The run. Its model may be of another kind.
+        dataset: Its data.
 
     Raises:
-        UserError: A method cannot go without, or a hook asks for modes that
-            need such a head.
+        UserError: A method cannot go without, or ``inference_mode`` is one
+            that needs such a head.
     """
     model: Any = runner.model
     model = model.module if is_model_wrapper(model) else model
     if not isinstance(model, Distillation):
         return
-    metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
-    classes = classes_of(metainfo)
+    classes = classes_of(getattr(dataset, 'metainfo', {}))
     for name, teacher in model.teachers.items():
         reason = why_other_classes(classes, teacher.classes)
         if reason is None or teacher.same_classes:
@@ -54,17 +55,28 @@ def leave_other_heads(runner: Runner) -> None:
                 raise UserError(
                     f'distiller {key!r}: {error} {ADVICE}'
                 ) from error
-        _check_modes(runner, model, reason)
-
-
-def _check_modes(runner: Runner, model: Distillation, reason: str) -> None:
+    if model.inference_mode is not None:
+        try:
+            model.check_modes([model.inference_mode])
+        except ValueError as error:
+            raise UserError(
+                f'model.inference_mode: {error} {ADVICE}'
+            ) from error
     for hook in runner.hooks:
         if isinstance(hook, ModesHook):
-            try:
-                model.check_modes(hook.modes)
-            except ValueError as error:
-                raise UserError(
-                    f'{type(hook).__name__}: {error} The modes that are gone '
-                    f"go through the teacher's head: {reason}. Leave the hook "
-                    f'out. {ADVICE}'
-                ) from error
+            hook.leave_absent(runner)
+
+
+def load_for_modes(runner: Runner) -> None:
+    """Load the teachers if a test asks for modes, which may use their heads.
+
+    Args:
+        runner: The run. Its model may be of another kind.
+    """
+    model: Any = runner.model
+    model = model.module if is_model_wrapper(model) else model
+    if isinstance(model, Distillation) and (
+        model.inference_mode is not None
+        or any(isinstance(h, ModesHook) and h.modes for h in runner.hooks)
+    ):
+        model.load_teachers()

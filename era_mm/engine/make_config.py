@@ -205,8 +205,9 @@ def make_config(
     ):
         # As the model names them.
         prefix = f'{name}.' if len(plans) > 1 else ''
-        known = distiller.inference_modes()
-        offered = [f'{prefix}{mode}' for mode in plan.modes if mode in known]
+        names = {m: f'{prefix}{m}' for m in distiller.inference_modes()}
+        names['S'] = 'S'
+        offered = [names[mode] for mode in plan.modes if mode in names]
         if offered:
             modes.setdefault(plan.hook, []).extend(offered)
     return Made(_text(draft, modes), pair, plans, model)

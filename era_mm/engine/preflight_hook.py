@@ -107,9 +107,9 @@ class PreflightHook(Hook):
 
 
 def _judges(model: Distillation, teacher: Teacher) -> bool:
-    """Whether a method learns from its predictions, or was meant to."""
+    """Whether a method learns from its predictions."""
     return not teacher.same_classes and any(
-        distiller.uses_predictions or distiller.left_predictions
+        distiller.uses_predictions
         for distiller in model.distillers.values()
         if model.teachers.get(distiller.teacher) is teacher
     )

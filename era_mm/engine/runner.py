@@ -10,8 +10,9 @@ from mmengine.dist import broadcast_object_list, get_rank, master_only
 from mmengine.registry import OPTIMIZERS
 from mmengine.runner.base_loop import BaseLoop
 
+from era_mm.core.student_model import start_of_run
 from era_mm.core.utils import preserve_rng
-from era_mm.engine.class_rule import leave_other_heads
+from era_mm.engine.class_rule import leave_other_heads, load_for_modes
 from era_mm.engine.image_files import name_image_files
 from era_mm.engine.loops import ResumableEpochLoop, validates_now
 from era_mm.engine.strict_loading import StrictLoading
@@ -110,6 +111,13 @@ class TestingRunner(ToldRunner):
     # pytest would take it for a test.
     __test__ = False
 
+    def load_or_resume(self) -> None:
+        """As mmengine's; no mode goes through a head of other classes."""
+        # Without modes no teacher's file is needed.
+        load_for_modes(self)
+        leave_other_heads(self, self.test_dataloader.dataset)
+        super().load_or_resume()
+
 
 class TrainingRunner(ToldRunner):
     """Trains so that a kill leaves only complete files in the work dir.
@@ -164,8 +172,17 @@ class TrainingRunner(ToldRunner):
         if auto and not self._has_loaded:
             self._load_from = self._find_newest()
         # The teachers' files have been read by now.
-        leave_other_heads(self)
+        leave_other_heads(self, self.train_dataloader.dataset)
         super().load_or_resume()
+
+    def load_checkpoint(
+        self, filename: str, *args: Any, **kwargs: Any
+    ) -> dict:
+        """As mmengine's; without --resume a new run starts from the file."""
+        if self._is_resuming:
+            return super().load_checkpoint(filename, *args, **kwargs)
+        with start_of_run():
+            return super().load_checkpoint(filename, *args, **kwargs)
 
     def _find_newest(self) -> str | None:
         found: list[Any] = [None, [], '']

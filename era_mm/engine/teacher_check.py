@@ -59,7 +59,7 @@ def compare_classes(
         student: Of the data that the student trains on.
         teacher: Of the teacher's checkpoint.
         name: The teacher's name.
-        judges: Whether a method learns from its predictions, or was meant to.
+        judges: Whether a method learns from its predictions.
 
     Returns:
         How they differ; '' if they agree or one side is not known.

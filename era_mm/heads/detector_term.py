@@ -21,6 +21,7 @@ from torch.nn.functional import log_softmax
 from ..core import Features
 from ..layers import (
     FirstBatches,
+    Measured,
     full_precision,
 )
 from .twi_heads import TWIHead
@@ -48,7 +49,14 @@ class Said(NamedTuple):
     rpn: 'Said | None' = None
 
 
-class Unit(nn.Module):
+def _summed(*sums: Tensor) -> Tensor:
+    """A batch's sums in one vector, over all ranks."""
+    summed = torch.cat([part.flatten() for part in sums])
+    all_reduce(summed)
+    return summed
+
+
+class Unit(Measured, nn.Module):
     """The unit of a term, from sums over the first batches.
 
     The sums are over all ranks, so a term is linear in the images.
@@ -67,12 +75,15 @@ class Unit(nn.Module):
         self.register_buffer('sums', torch.zeros(size).double())
         self.register_buffer('value', torch.ones(shape))
 
-    def add(self, *sums: Tensor) -> Tensor:
-        """Add a batch's sums; returns the totals so far."""
-        new = torch.cat([part.double().flatten() for part in sums])
-        all_reduce(new)
+    def add(self, new: Tensor) -> Tensor:
+        """Add a batch's sums over all ranks; returns the totals so far."""
         self.sums += new
         return self.sums
+
+    def reset(self) -> None:
+        """Back to a unit of 1 and no sums."""
+        self.sums.zero_()
+        self.value.fill_(1.0)
 
     def set(self, value: Tensor) -> None:
         """Set the unit; 1 where the teacher's outputs are all the same."""
@@ -222,19 +233,36 @@ class DetectorTerm(nn.Module, ABC):
 
     @torch.no_grad()
     def measure(self, said: Said) -> None:
-        """Add a batch to the units; no effect once they are fixed."""
-        if self.moves or not self.first_batches.take():
+        """Add a batch to the units; no effect once they are fixed.
+
+        A batch whose outputs are not finite, on any rank, is left out.
+        """
+        if self.moves or self.first_batches.are_over:
             return
-        number = said.sure.new_tensor(len(said.sure))
-        scores, sure = said.scores.double(), said.sure.double()
-        rows, ent, total = self.score_unit.add(
-            number, self._entropy(scores).sum(), scores.sum(dim=0)
-        ).split([1, 1, scores.shape[1]])
+        sums = [self._sums_of_scores(said.scores)]
+        if said.boxes is not None:
+            sums.append(self._sums_of_boxes(said.boxes, said.sure))
+        if not self.first_batches.count(*sums):
+            return
+        self._set_score_unit(self.score_unit.add(sums[0]))
+        if said.boxes is not None:
+            self._set_box_unit(self.box_unit.add(sums[1]), said.boxes)
+
+    def _sums_of_scores(self, scores: Tensor) -> Tensor:
+        scores = scores.double()
+        return _summed(
+            scores.new_tensor(len(scores)),
+            self._entropy(scores).sum(),
+            scores.sum(dim=0),
+        )
+
+    def _set_score_unit(self, sums: Tensor) -> None:
+        rows, ent, total = sums.tensor_split([1, 2])
         guess = self._entropy((total / rows)[None])
         self.score_unit.set(torch.maximum(guess - ent / rows, guess / 10)[0])
-        if said.boxes is None:
-            return
-        boxes = said.boxes.double()
+
+    def _sums_of_boxes(self, boxes: Tensor, sure: Tensor) -> Tensor:
+        boxes, sure = boxes.double(), sure.double()
         if self.bins > 1:
             spread = (
                 sure * torch.special.entr(boxes).sum(dim=2).mean(dim=1)
@@ -242,9 +270,17 @@ class DetectorTerm(nn.Module, ABC):
         else:
             spread = (sure[:, None] * boxes**2).sum(dim=0)
         boxes = boxes.flatten(1)
-        rows, sureness, first, spread = self.box_unit.add(
-            number, sure.sum(), (sure[:, None] * boxes).sum(dim=0), spread
-        ).split([1, 1, boxes.shape[1], spread.numel()])
+        return _summed(
+            sure.new_tensor(len(sure)),
+            sure.sum(),
+            (sure[:, None] * boxes).sum(dim=0),
+            spread,
+        )
+
+    def _set_box_unit(self, sums: Tensor, boxes: Tensor) -> None:
+        rows, sureness, first, spread = sums.tensor_split(
+            [1, 2, 2 + boxes.shape[1:].numel()]
+        )
         mean, spread = first / sureness, spread / sureness
         if self.bins > 1:
             guess = torch.special.entr(mean).sum() / 4 - spread[0]

@@ -10,6 +10,8 @@ from torch import nn
 
 from ..core import Distillation, extras_of
 from ..core.checkpoint import METADATA_KEY
+from ..core.fit import find_misfits
+from ..layers import with_present_names
 from ..registry import HOOKS
 
 
@@ -57,8 +59,12 @@ class EMAHook(HostEMAHook):
         """Load the extras of a file, as far as present, as averages."""
         for name, distiller in self._averages.items():
             entry = (extras or {}).get(name)
-            if entry is not None and entry['type'] == type(distiller).__name__:
-                distiller.load_state_dict(entry['state_dict'])
+            if entry is None or entry['type'] != type(distiller).__name__:
+                continue
+            # The model refuses those that do not fit, or leaves them out.
+            state = with_present_names(distiller, entry['state_dict'])
+            if not find_misfits(distiller.state_dict(), state):
+                distiller.load_state_dict(state)
 
     @property
     def _averages(self) -> nn.ModuleDict:

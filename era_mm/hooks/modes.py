@@ -37,9 +37,13 @@ class ModesHook(Hook):
 
     In validation and test each mode has its own evaluators. Their metrics
     are logged under the mode's name: ``second/coco/bbox_mAP`` in addition to
-    ``coco/bbox_mAP``. The model must have ``check_modes``, ``active_modes``
-    and ``mode_predictions``, like ``Distillation`` and
+    ``coco/bbox_mAP``. The model must have ``check_modes``, ``absent_modes``,
+    ``active_modes`` and ``mode_predictions``, like ``Distillation`` and
     ``MutualDistillation``.
+
+    Modes that the method has but not for this pair, such as those through the
+    head of a teacher with other classes, are left out with a message. Other
+    unknown modes are refused.
 
     Source: ours.
 
@@ -47,6 +51,9 @@ class ModesHook(Hook):
         modes: A distiller's modes, or the second student of a
             ``MutualDistillation``. 'S', the student alone, is allowed and has
             no effect.
+
+    Raises:
+        ValueError: Before the run, for a mode that no pair could have.
     """
 
     # Before mmengine's own hooks use the metrics for log and best file.
@@ -70,7 +77,21 @@ class ModesHook(Hook):
 
     def before_run(self, runner: Any) -> None:
         """Refuse unknown modes before the run starts."""
+        self.leave_absent(runner)
         self._model(runner).check_modes(self.modes)
+
+    def leave_absent(self, runner: Any) -> None:
+        """Go on without the modes that the model's pair does not have."""
+        absent = self._model(runner).absent_modes()
+        left_out: dict[str, list[str]] = {}
+        for mode in self.modes:
+            if mode in absent:
+                left_out.setdefault(absent[mode], []).append(mode)
+        for reason, modes in left_out.items():
+            runner.logger.warning(
+                f'{type(self).__name__} without {", ".join(modes)}: {reason}.'
+            )
+        self.modes = tuple(mode for mode in self.modes if mode not in absent)
 
     def _begin(self, runner: Any, config: Any, loop: Any) -> None:
         self._model(runner).active_modes = self.modes

@@ -1,7 +1,8 @@
 """Small parts that several methods use; they import nothing of ours."""
 
 from .features import check_alike, full_precision, levels_of
-from .first_batches import FirstBatches
+from .first_batches import FirstBatches, Measured
+from .former_names import FormerNames, with_present_names
 from .levels import Aligns, check_maps
 from .logits import (
     Rows,
@@ -22,6 +23,8 @@ from .resampler import Resampler, crop_to_common
 __all__ = [
     'Aligns',
     'FirstBatches',
+    'FormerNames',
+    'Measured',
     'Resampler',
     'Rows',
     'bernoulli_entropy',
@@ -40,4 +43,5 @@ __all__ = [
     'spare_lone_values',
     'standardise_logits',
     'top_rows',
+    'with_present_names',
 ]

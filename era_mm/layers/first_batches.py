@@ -1,12 +1,24 @@
-"""Counts the batches that something is measured on."""
+"""What is measured on a teacher in the first batches of a run."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class FirstBatches(nn.Module):
+class Measured(ABC):
+    """A module with buffers that are measured on the teacher.
+
+    Source: ours.
+    """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget what was measured, to measure it again."""
+
+
+class FirstBatches(Measured, nn.Module):
     """Counts the batches that something is measured on; saved and resumed.
 
     Source: ours.
@@ -33,10 +45,31 @@ class FirstBatches(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._is_over = False
 
-    def take(self) -> bool:
-        """Count a batch; False after the last."""
+    def reset(self) -> None:
+        """Begin to count again."""
+        self.seen.zero_()
+        self._is_over = False
+
+    @property
+    def are_over(self) -> bool:
+        """Whether all of them were counted."""
         if not self._is_over:
             self._is_over = int(self.seen) >= self.number
-        if not self._is_over:
-            self.seen += 1
-        return not self._is_over
+        return self._is_over
+
+    def count(self, *measured: Tensor) -> bool:
+        """Count a batch, unless it must be left out.
+
+        In half precision a feature may overflow. A loss scaler leaves such a
+        step out, but what is measured would not be finite from then on.
+
+        Args:
+            measured: What was measured on the batch, reduced over the ranks,
+                so that all leave out the same batches.
+
+        Returns:
+            Whether all of it is finite.
+        """
+        is_finite = all(bool(part.isfinite().all()) for part in measured)
+        self.seen += int(is_finite)
+        return is_finite

@@ -155,6 +155,9 @@ class CrossKDDistiller(BaseDistiller):
             sigmoid scores, different levels, or a teacher that is trained.
     """
 
+    #: Gradients pass through the teacher's head.
+    needs_frozen_teacher = True
+
     def __init__(
         self,
         layer: int | None = None,
@@ -209,12 +212,6 @@ class CrossKDDistiller(BaseDistiller):
             raise ValueError(
                 f'CrossKD cannot pair these: {reason}. Take a method on '
                 'features.'
-            )
-        if any(p.requires_grad for p in teacher.bbox_head.parameters()):
-            raise ValueError(
-                "CrossKD's gradients pass through the teacher's head, so the "
-                'teacher must be frozen, but this one learns. '
-                'MutualDistillation needs a method on features or logits.'
             )
         towers = plain_towers(student).values()
         layer = self.layer

@@ -127,6 +127,8 @@ class SimKDDistiller(BaseDistiller):
     """
 
     has_phases = True
+    #: The student has the teacher's classifier.
+    needs_frozen_teacher = True
 
     def __init__(
         self,

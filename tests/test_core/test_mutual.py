@@ -190,6 +190,28 @@ def test_turns__gradients_do_not_reach_the_peer():
     assert all(module.training for module in second.student.modules())
 
 
+FROZEN = [
+    dict(type='era_mm.ERADistiller'),
+    dict(type='era_mm.ERADistiller', twi_steps='none'),
+    dict(type='era_mm.SoKDDistiller', base=dict(type='era_mm.ERADistiller')),
+    dict(type='era_mm.SimKDDistiller', channels=[64, 96]),
+]
+
+
+@pytest.mark.parametrize(
+    'distiller', FROZEN, ids=['era', 'features', 'wrapped', 'simkd']
+)
+def test_methods__that_need_a_frozen_teacher_are_refused(distiller):
+    widths = dict(first=8, second=12)
+    if distiller['type'] == 'era_mm.SimKDDistiller':
+        init_default_scope('mmpretrain')
+        models = {k: classifier_config(width=v) for k, v in widths.items()}
+    else:
+        models = {k: detector_config(width=v) for k, v in widths.items()}
+    with pytest.raises(ValueError, match='does not change, but this one'):
+        build(students=models, distiller=distiller)
+
+
 def test_weights_0__each_student_trains_as_a_plain_one():
     """Four steps, bit for bit, without clipping over other tensors."""
     model = build(

@@ -69,7 +69,7 @@ def test_modes__of_two_distillers_are_told_apart():
     config = distillation_config({}) | dict(distiller=dict(a=ERA, b=ERA))
     model = MODELS.build(config).eval()
     model.check_modes(['a.T', 'b.T'])
-    with pytest.raises(ValueError, match="'T' is not offered"):
+    with pytest.raises(ValueError, match=r"'T' is not offered\. Known"):
         model.check_modes(['T'])
     model.active_modes = ('a.T', 'b.T')
     data = model.data_preprocessor(detection_batch(), False)

@@ -62,6 +62,30 @@ def test_load__extras_of_other_settings_are_refused(form, reason):
         with_branches(4).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ('distiller', 'present', 'former'),
+    [
+        (ERA, 'mbrnet.branches.', 'mbrnet.bottlenecks.'),
+        (dict(type='era_mm.SoKDDistiller'), 'dam.predictors.', 'dam.heads.'),
+    ],
+    ids=['era', 'sokd'],
+)
+def test_load__extras_with_former_names_are_those(distiller, present, former):
+    model, other = (
+        MODELS.build(distillation_config(distiller)) for _ in range(2)
+    )
+    state = model.state_dict()
+    entry = extras_of(state)['distiller']
+    expected = entry['state_dict']
+    assert any(present in key for key in expected)
+    entry['state_dict'] = {
+        key.replace(present, former): value for key, value in expected.items()
+    }
+    other.load_state_dict(state)
+    for key, value in other.distillers['distiller'].state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
 def test_load__counters_of_norms_in_extras_are_those_of_the_file(monkeypatch):
     load = torch.nn.BatchNorm2d._load_from_state_dict
 

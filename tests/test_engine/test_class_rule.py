@@ -1,5 +1,7 @@
 """A teacher's head that knows other classes than the data does not judge."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -9,7 +11,7 @@ from mmengine.registry import MODELS
 from era_mm.core.classes import why_other_classes
 from era_mm.engine.class_rule import leave_other_heads
 from era_mm.engine.preflight_hook import add_preflight
-from era_mm.engine.runner import TrainingRunner
+from era_mm.engine.runner import TestingRunner, TrainingRunner
 from era_mm.errors import UserError
 from era_mm.testing import distillation_config, run_config
 from era_mm.testing.toy import CLASSES
@@ -112,7 +114,7 @@ def test_era__uses_the_head_of_the_same_classes(make):
 
 def settle(runner):
     runner.model.init_weights()
-    leave_other_heads(runner)
+    leave_other_heads(runner, runner.train_dataloader.dataset)
     return runner.model.distillers['distiller']
 
 
@@ -143,7 +145,8 @@ def test_head__in_a_wrapped_distiller_does_not_judge_either(make):
     distiller = settle(make(dict(type='era_mm.SoKDDistiller', base=ERA)))
     assert distiller.base.twi_steps == 'none'
     assert not distiller.uses_predictions
-    assert distiller.left_predictions
+    assert distiller.base.left_predictions
+    assert set(distiller.absent_modes()) >= {'E0', 'T', 'ST'}
 
 
 def test_features__teach_whatever_the_classes_are_called(make, tmp_path):
@@ -152,21 +155,55 @@ def test_features__teach_whatever_the_classes_are_called(make, tmp_path):
     log = log_of(tmp_path / 'run')
     assert 'in another order, 2 of 3 are elsewhere' in log
     assert 'Its features can teach, its predictions cannot.' in log
-    # In another order it is a mistake where predictions were to teach.
-    with pytest.raises(UserError, match='2 of 3 are elsewhere'):
-        make(ERA, CLASSES[::-1], work_dir=tmp_path / 'era').train()
     off = ERA | dict(twi_steps='none', logit=None)
     terms = terms_of(make(off, CLASSES[::-1], work_dir=tmp_path / 'off'))
     assert terms == FEATURES
 
 
-def test_modes__that_go_through_such_a_head_are_refused(make):
-    hooks = [dict(type='era_mm.TWIHook', modes=['T'])]
+@pytest.mark.parametrize('classes', [OTHERS, CLASSES[::-1]])
+def test_modes__that_go_through_such_a_head_are_left_out(
+    make, tmp_path, classes
+):
+    """Of the config in the README: other names, and another order."""
+    hook = dict(type='era_mm.TWIHook', modes=['E0', 'T', 'ST'])
+    runner = make(ERA, classes, custom_hooks=[hook])
+    assert terms_of(runner) == FEATURES
+    log = log_of(tmp_path / 'run')
+    (line,) = (text for text in log.splitlines() if 'TWIHook without' in text)
+    assert 'TWIHook without E0, T, ST: student and teacher have the' in line
+    runner = make(ERA, custom_hooks=[hook], work_dir=tmp_path / 'own')
+    runner.model.inference_mode = 'T'
     with pytest.raises(UserError) as error:
-        settle(make(ERA, custom_hooks=hooks))
-    assert "TWIHook: Inference mode 'T' is not offered" in str(error.value)
-    assert 'same_classes=True' in str(error.value)
-    settle(make(ERA, CLASSES, custom_hooks=hooks))
+        settle(runner)
+    message = str(error.value)
+    assert "model.inference_mode: Inference mode 'T' is not offered" in message
+    assert 'same_classes=True' in message
+
+
+def test_modes__of_a_test_do_not_go_through_such_a_head(make, tmp_path):
+    hook = dict(type='era_mm.TWIHook', modes=['E0', 'T'])
+    runner = make(ERA, custom_hooks=[hook])
+    runner.train()
+    config = copy.deepcopy(runner.cfg)
+    config.load_from = str(tmp_path / 'run' / 'epoch_2.pth')
+    found = []
+    for same in (False, True):
+        config.model.teacher.same_classes = same
+        config.work_dir = str(tmp_path / f'test_{same}')
+        config.experiment_name = f'test_{same}'
+        tester = TestingRunner.from_cfg(config)
+        found.append(tester.test())
+        assert (
+            'TWIHook without E0, T' in log_of(tmp_path / f'test_{same}')
+        ) is not same
+    plain, modes = found
+    assert not any(key.startswith('T/') for key in plain)
+    assert 'T/coco/bbox_mAP' in modes
+    # Without modes no teacher is read.
+    config.custom_hooks = []
+    config.model.teacher.checkpoint = 'nowhere.pth'
+    config.work_dir = str(tmp_path / 'alone')
+    assert TestingRunner.from_cfg(config).test() == plain
 
 
 def test_classes__of_another_number_in_the_files_are_other_ones(make):

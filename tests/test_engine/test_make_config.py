@@ -111,7 +111,10 @@ def test_detectors__pair_by_stride_and_train(make, student, teacher):
     assert resample.get('student', {}).get('scales') == scales
     assert (distiller.get('twi_steps') == 'none') is not is_reused
     assert ('head       reused' in printed) is is_reused
-    assert ('custom_hooks' in config) is is_reused
+    (hook,) = config.custom_hooks
+    # It also tells which branches are idle.
+    assert hook.type == 'era_mm.TWIHook'
+    assert (hook.modes == ['S']) is not is_reused
     losses = train_and_predict(
         build(config), lambda: detection_batch(2, size=128)
     )
@@ -516,7 +519,8 @@ def test_classes__of_other_names_leave_the_head_alone(host, tmp_path, capsys):
     assert 'but other ones or another order' in printed.out
     config = Config.fromfile(out)
     assert config.model.distiller.twi_steps == 'none'
-    assert 'custom_hooks' not in config
+    hook = dict(type='era_mm.TWIHook', modes=['S'])
+    assert config.custom_hooks == [hook]
 
 
 def test_classes__of_a_classifiers_data_set_are_its_own(
@@ -543,7 +547,10 @@ def test_classes__of_a_classifiers_data_set_are_its_own(
     assert status == 0, printed.err
     assert 'classes    3 and 3, 3 of them in both' in printed.out
     assert 'but other ones or another order' in printed.out
-    assert Config.fromfile(out).model.distiller.twi_steps == 'none'
+    config = Config.fromfile(out)
+    assert config.model.distiller.twi_steps == 'none'
+    # In the released form there are no shares to tell.
+    assert 'custom_hooks' not in config
     # For people.
     assert 'channels reversed no (student yes), mean none (' in printed.out
 

@@ -1,12 +1,13 @@
 """TWIHook in real runs: modes evaluated in one pass, weights guarded."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.hooks import Hook
 
-from era_mm.testing import distillation_config
+from era_mm.testing import detector_config, distillation_config
 
 ERA = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=2))
 HOOK = dict(type='era_mm.TWIHook', modes=['S', 'E0', 'E1', 'T', 'ST'])
@@ -120,6 +121,55 @@ def test_modes__unknown_one_stops_before_training(make_runner, teacher_file):
     assert runner.iter == 0
 
 
+def log_of(runner):
+    (file,) = Path(runner.work_dir).glob('*/*.log')
+    return file.read_text()
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_modes__that_a_pair_does_not_have_are_left_out(
+    several, make_runner, tmp_path
+):
+    """The config of the README with a teacher of other classes."""
+    teacher = detector_config(width=16, channels=24)
+    teacher['bbox_head'] |= dict(num_classes=7)
+    distiller = ERA
+    if several:
+        pkd = dict(type='era_mm.FeatureImitationDistiller')
+        distiller = dict(era=ERA, pkd=pkd)
+    names = ['era.E0', 'era.ST'] if several else ['E0', 'ST']
+    hook = dict(type='era_mm.TWIHook', modes=names)
+    runner = make_runner(
+        distillation_config(distiller, teacher=teacher),
+        custom_hooks=[hook],
+        log_level='INFO',
+        train_cfg=dict(by_epoch=True, max_epochs=1, val_interval=1),
+    )
+    metrics = Metrics()
+    runner.register_hook(metrics)
+    runner.train()
+    assert not any(name in key for key in metrics.found for name in names)
+    assert 'coco/bbox_mAP' in metrics.found
+    # What the estimates explain is told without a head as well.
+    assert 0 < metrics.found['era/unexplained_e2']
+    assert 'branch 1, 2 adds less than 0.1%' in log_of(runner)
+    (line,) = (
+        t for t in log_of(runner).splitlines() if 'TWIHook without' in t
+    )
+    assert (
+        f'TWIHook without {", ".join(names)}: the teacher has 7 classes'
+        in (line)
+    )
+    # A name that no pair has is a mistake there, too.
+    typo = make_runner(
+        distillation_config(distiller, teacher=teacher),
+        work_dir=tmp_path / 'typo',
+        custom_hooks=[dict(hook, modes=[*names, 'TS'])],
+    )
+    with pytest.raises(ValueError, match="'TS' is not offered"):
+        typo.train()
+
+
 def test_weights__written_to_during_training_are_noticed(
     make_runner, teacher_file
 ):
@@ -150,8 +200,6 @@ def test_modes__hook_leaves_the_model_as_it_was(make_runner, teacher_file):
 
 
 def test_hook__on_a_plain_model_is_refused(make_runner):
-    from era_mm.testing import detector_config
-
     runner = make_runner(detector_config(), custom_hooks=[HOOK])
     with pytest.raises(TypeError, match='Distillation'):
         runner.train()

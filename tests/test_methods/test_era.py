@@ -496,6 +496,19 @@ def test_distiller__other_class_count_turns_twi_off_with_a_message(said):
     assert model.distillers['distiller'].inference_modes() == ()
 
 
+@pytest.mark.parametrize('steps', ['all', 'last', 'sampled'])
+def test_distiller__other_class_count_is_refused_where_twi_is_set(steps):
+    teacher = detector_config(width=16, channels=24)
+    teacher['bbox_head'] |= dict(num_classes=7)
+    with pytest.raises(ValueError) as error:
+        build(teacher=teacher, twi_steps=steps)
+    message = str(error.value)
+    assert f"`twi_steps='{steps}'` needs the teacher's head" in message
+    assert 'teacher has 7 classes and the student 3' in message
+    model = build(teacher=teacher, twi_steps='none', logit=None)
+    assert model.distillers['distiller'].twi_steps == 'none'
+
+
 def test_distiller__levels_must_agree():
     teacher = detector_config(width=16, channels=24)
     teacher['neck'] |= dict(num_outs=3)

@@ -185,7 +185,7 @@ def branch_is_reached(net, branch):
     # Branches lie side by side in the channels.
     return any(
         layer.weight.grad.chunk(net.num_branches)[branch].any()
-        for layer in net.bottlenecks.expand
+        for layer in net.branches.expand
     )
 
 
@@ -632,6 +632,10 @@ def test_detr__gets_era_without_twi_and_says_so(family, source, said):
         loss, _ = model.parse_losses(losses)
         assert loss.isfinite()
         wrapper.update_params(loss)
+    # For the log of a validation.
+    shares = model.compare(detection_batch())['distiller']
+    assert len(shares) == era.mbrnet.num_branches + 1
+    assert (shares > 0).all()
 
 
 def test_classes__that_differ_in_a_roi_head_turn_twi_off(said):
@@ -652,6 +656,13 @@ def test_classes__that_differ_in_a_roi_head_turn_twi_off(said):
             'faster_rcnn',
             dict(twi_steps='all'),
             "needs the student's proposals, but RetinaNet has no RPN",
+        ),
+        (
+            'deformable_detr',
+            'deformable_detr',
+            dict(twi_steps='sampled'),
+            "`twi_steps='sampled'` needs the teacher's head to judge .*, but "
+            r"the teacher's head \(DeformableDETR\) reads the queries",
         ),
         (
             'retinanet',

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import InstanceData
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -153,6 +154,36 @@ def test_space__ranks_add_up(monkeypatch):
         torch.testing.assert_close(own, expected)
 
 
+@pytest.mark.parametrize('value', [torch.inf, -torch.inf, torch.nan])
+def test_space__a_batch_that_is_not_finite_is_left_out(value):
+    batches = [noise(4, 3, 2, 2, seed=seed).float() for seed in range(3)]
+    expected = FeatureSpace([3, 3], num_batches=2)
+    space = FeatureSpace([3, 3], num_batches=2)
+    for index, batch in enumerate(batches[:2]):
+        expected.update([batch, batch])
+        bad = batches[2].clone()
+        bad[1, index] = value
+        # Also where it is one of the levels.
+        space.update([batches[2], bad])
+        assert int(space.first_batches.seen) == index
+        space.update([batch, batch])
+    for key, buffer in expected.state_dict().items():
+        assert torch.equal(space.state_dict()[key], buffer), key
+
+
+def test_space__a_batch_is_left_out_by_all_ranks(monkeypatch):
+    space = FeatureSpace([2])
+    before = copy.deepcopy(space.state_dict())
+
+    def with_a_bad_rank(moments):
+        moments += torch.inf
+
+    monkeypatch.setattr('era_mm.methods.era.space.all_reduce', with_a_bad_rank)
+    space.update([FEAT])
+    for key, value in before.items():
+        assert torch.equal(space.state_dict()[key], value), key
+
+
 def test_space__a_dead_channel_is_divided_by_a_share_of_the_others():
     space = FeatureSpace([2])
     dead = FEAT.clone()
@@ -169,15 +200,45 @@ def test_space__a_dead_channel_is_divided_by_a_share_of_the_others():
     assert not space.normalize([dead])[0][:, 0].any()
 
 
-def test_space__a_constant_level_is_left_as_it_is():
+@pytest.mark.parametrize(('value', 'unit'), [(3.0, 3.0), (0.0, 1.0)])
+def test_space__a_constant_level_has_its_mean_as_its_unit(value, unit):
     space = FeatureSpace([2, 2])
-    constant = torch.full((4, 2), 3.0)
+    constant = torch.full((4, 2), value)
     space.update([constant, FEAT])
-    assert torch.equal(space.statistics(0)[1], torch.ones(2))
+    assert torch.equal(space.statistics(0)[1], torch.full((2,), unit))
     assert torch.equal(space.share_weights, torch.ones(2))
     assert not space.normalize([constant, FEAT])[0].any()
     # There is nothing left to explain.
     assert share(space, [space.statistics(0)[0].expand(4, 2)], [constant]) == 0
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize('rounding', [1e-7, 3e-4])
+def test_space__a_level_constant_up_to_rounding_is_constant(scale, rounding):
+    """Of float32 and of float16; it may live up after the first batches."""
+    space = FeatureSpace([2])
+    means = scale * torch.tensor([3.0, 4.0])
+    space.update([means * (1 + rounding * noise(64, 2).float())])
+    # The root of (9 + 16) / 2.
+    unit = scale * math.sqrt(12.5)
+    torch.testing.assert_close(
+        space.statistics(0)[1], torch.full((2,), unit), rtol=1e-3, atol=0
+    )
+    assert torch.equal(space.share_weights, torch.ones(1))
+    # 2 is 2 / sqrt(12.5) of the unit, not 2e7 of the rounding.
+    later = [means + 2 * scale]
+    assert share(space, [means.expand(1, 2)], later) == pytest.approx(
+        4 / 12.5, rel=1e-2
+    )
+
+
+def test_space__a_small_deviation_of_a_large_mean_is_one():
+    space = FeatureSpace([2])
+    feat = 1000 + noise(64, 2).float()
+    space.update([feat])
+    torch.testing.assert_close(
+        space.statistics(0)[1], feat.std(0, correction=0), rtol=1e-3, atol=0
+    )
 
 
 def share(space, predictions, feats):
@@ -513,7 +574,7 @@ def test_bottleneck__branches_are_separate_chains(dims, norm):
             y = (flat * weight[:, None] + bias[:, None]).view_as(y)
         return F.gelu(y)
 
-    parts = net.bottlenecks
+    parts = net.branches
     for branch in range(3):
         for level, feat in enumerate(feats):
             inner = slice(2 * branch, 2 * branch + 2)
@@ -528,7 +589,7 @@ def test_bottleneck__branches_are_separate_chains(dims, norm):
                 found[branch][level], expected, rtol=1e-9, atol=1e-10
             )
     # The same stacked, and of the first ones alone.
-    for level, stacked in enumerate(net.bottlenecks(feats)):
+    for level, stacked in enumerate(net.branches(feats)):
         for branch in range(3):
             assert torch.equal(stacked[:, branch], found[branch][level])
     for count in range(4):
@@ -544,7 +605,7 @@ def test_bottleneck__branches_are_separate_chains(dims, norm):
 def test_bottleneck__width_follows_the_widest_level(channels, width):
     with torch.device('meta'):
         net = MBRNet([8, channels], 16, 2, branch='bottleneck')
-    assert net.bottlenecks.width == width
+    assert net.branches.width == width
 
 
 def test_bottleneck__starts_at_exactly_zero():
@@ -556,16 +617,16 @@ def test_bottleneck__starts_at_exactly_zero():
     for step in others:
         assert all(map(torch.equal, step, first))
     # What lies before the last layer does not.
-    assert all(layer[0].weight.any() for layer in net.bottlenecks.reduce)
-    assert all(layer[0].weight.any() for layer in net.bottlenecks.spatial)
+    assert all(layer[0].weight.any() for layer in net.branches.reduce)
+    assert all(layer[0].weight.any() for layer in net.branches.spatial)
 
 
 def test_bottleneck__first_layers_have_hes_size():
     net = MBRNet(256, 256, num_branches=2, branch='bottleneck')
     net.init_weights()
     for block, fan in (
-        (net.bottlenecks.reduce[0], 256),
-        (net.bottlenecks.spatial[0], 9 * net.bottlenecks.width),
+        (net.branches.reduce[0], 256),
+        (net.branches.spatial[0], 9 * net.branches.width),
     ):
         assert block[0].weight.std().item() == pytest.approx(
             (2 / fan) ** 0.5, rel=0.1
@@ -645,6 +706,29 @@ def test_folded__has_the_same_estimates(kind, dims, out, mode):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     # It was worth the while: the layers are others.
     assert not torch.allclose(folded.aligns[0].weight, net.aligns[0].weight)
+
+
+def test_bottleneck__neck_of_a_host_loads_a_file_with_former_names():
+    """An export of mode T."""
+
+    def neck():
+        net = MBRNet(4, 6, num_levels=2, branch='bottleneck')
+        return nn.Sequential(nn.Identity(), net)
+
+    model, other, another = neck(), neck(), neck()
+    for value in model.parameters():
+        nn.init.normal_(value)
+    state = {
+        key.replace('1.branches.', '1.bottlenecks.'): value
+        for key, value in model.state_dict().items()
+    }
+    assert '1.bottlenecks.expand.0.weight' in state
+    other.load_state_dict(dict(state))
+    # By mmengine, too.
+    load_state_dict(another, dict(state), strict=True)
+    for loaded in (other, another):
+        for key, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
 
 
 def test_folded__without_a_space_is_a_copy():
@@ -778,7 +862,7 @@ def parts_with_gradient(model):
         if any(p.grad is not None and p.grad.any() for p in part.parameters())
     }
     number = net.num_branches
-    for parameter in net.bottlenecks.parameters():
+    for parameter in net.branches.parameters():
         if parameter.grad is None:
             continue
         # The branches lie side by side in the rows of every layer.
@@ -795,7 +879,7 @@ def open_branches(model, std=0.1):
     """Branches that give something."""
     net = model.distillers['distiller'].mbrnet
     if net.branch == 'bottleneck':
-        for layer in net.bottlenecks.expand:
+        for layer in net.branches.expand:
             nn.init.normal_(layer.weight, std=std)
         return
     for branches in net.levels:
@@ -1083,6 +1167,56 @@ def test_gate__stays_shut_where_nothing_is_explained():
     assert losses['era_unexplained_e0'] > 1
     assert era.explained.tolist() == [0, 0, 0]
     assert losses['loss_era_twi_logit'] == losses['loss_era_twi_box'] == 0
+
+
+@pytest.mark.parametrize('two', [False, True], ids=['dense', 'two stages'])
+@pytest.mark.parametrize('whose', ['teacher', 'student'])
+def test_measured__is_not_spoilt_by_an_overflow(whose, two, tmp_path):
+    """A loss scaler leaves such a step out, and so does what is measured."""
+    model = two_stages(tmp_path) if two else twin(tmp_path, half=True)
+    era = model.distillers['distiller']
+    with torch.no_grad():
+        era.explained.fill_(0.25)
+    owner = model.student
+    if whose == 'teacher':
+        model.load_teachers()
+        owner = model.teachers['teacher'].model
+
+    def measured():
+        return {
+            key: value.clone()
+            for key, value in era.state_dict().items()
+            if key.endswith(('explained', 'seen', 'sums', 'value', 'weights'))
+            or 'space.' in key
+        }
+
+    def overflow(module, args, output):
+        # As of values above 65504 in half precision; all regions read them.
+        for level in output:
+            level[:, 0] = torch.inf
+        return output
+
+    def step(number):
+        step_to(number)
+        losses = model(**batch_of(model, seed=number), mode='loss')
+        model.parse_losses(losses)[0].backward()
+        return losses['loss_era_align']
+
+    assert step(0).isfinite()
+    before = measured()
+    assert all(value.isfinite().all() for value in before.values())
+    handle = owner.neck.register_forward_hook(overflow)
+    bad = step(10)
+    handle.remove()
+    assert not bad.isfinite()
+    after = measured()
+    assert torch.equal(after['explained'], before['explained'])
+    for key, value in after.items():
+        assert value.isfinite().all(), key
+        if whose == 'teacher':
+            assert torch.equal(value, before[key]), key
+    step(20)
+    assert not torch.equal(measured()['explained'], before['explained'])
 
 
 def test_gate__and_space_are_moved_by_training_alone(tmp_path):

@@ -52,7 +52,7 @@ def pair_of(folder, teacher=None, factor=1.0, **kwargs):
         **(dict(mbrnet=dict(num_branches=2)) | kwargs),
     )
     model.init_weights()
-    for layer in model.distillers['distiller'].mbrnet.bottlenecks.expand:
+    for layer in model.distillers['distiller'].mbrnet.branches.expand:
         # Or every branch gives zero, and all estimates are e_0.
         nn.init.normal_(layer.weight, std=0.1)
     return model

@@ -492,8 +492,8 @@ def test_head__is_shared_and_starts_with_few_centres():
     # sigmoid(-ln 9) = 1 / 10
     assert head.heatmap[-1].bias.sigmoid().item() == pytest.approx(0.1)
     dam = DAM([6, 6, 6])
-    assert len(dam.heads) == 1
-    assert len(DAM([6, 8]).heads) == 2
+    assert len(dam.predictors) == 1
+    assert len(DAM([6, 8]).predictors) == 2
 
 
 def test_agreement__by_hand():
@@ -807,6 +807,6 @@ def test_dam__refuses(options, message):
 
 def test_dam__is_a_module_of_heads_alone():
     assert {name.split('.')[0] for name, _ in DAM([4]).named_parameters()} == {
-        'heads'
+        'predictors'
     }
-    assert isinstance(DAM([4], anchor=None).heads, nn.ModuleList)
+    assert isinstance(DAM([4], anchor=None).predictors, nn.ModuleList)

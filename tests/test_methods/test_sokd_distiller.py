@@ -475,7 +475,7 @@ def test_gradient__of_each_term(teacher_file, term, reached, anchor):
         )
     if term == 'loss_sokd_anchor':
         # Size and offset too, not the heat map alone.
-        head = distiller.dam.heads[0]
+        head = distiller.dam.predictors[0]
         for part in (head.heatmap, head.size, head.offset):
             assert part[0].weight.grad.abs().max() > 0
 
@@ -503,7 +503,7 @@ def test_terms__are_what_they_say(teacher_file):
         refined = distiller.policy(targets, seed=0)
     assert not any(map(torch.equal, refined, targets))
     adapted = [a(m) for a, m in zip(distiller.adapters, maps, strict=True)]
-    head = distiller.dam.heads[0]
+    head = distiller.dam.predictors[0]
     fit = agree = area = 0.0
     for s, t, r in zip(adapted, targets, refined, strict=True):
         fit += mse_loss(s, t) / 2
@@ -901,6 +901,38 @@ def test_unrolled__is_the_gradient_through_the_students_step(teacher_file):
         assert found['alpha'][index].item() == pytest.approx(
             expected, rel=0.02, abs=1e-5
         )
+
+
+def test_unrolled__leaves_the_count_of_the_first_batches(teacher_file):
+    """Each step measures one batch, whatever was looked ahead."""
+
+    def start():
+        model = build(
+            teacher_file,
+            base=dict(BASES['era'], mbrnet=dict(num_batches=4)),
+            unroll_lr=0.01,
+            dam=False,
+        )
+        era = model.distillers['distiller'].base
+        era.logit.first_batches.number = 4
+        return model, (era.mbrnet.space, era.logit)
+
+    whole, measuring = start()
+    states = []
+    for step in range(6):
+        MessageHub.get_current_instance().update_info('iter', step)
+        total(losses_of(whole, seed=step)).backward()
+        for part in measuring:
+            assert int(part.first_batches.seen) == min(step + 1, 4)
+        states.append(copy.deepcopy(whole.state_dict()))
+    # And a resumed run measures as many.
+    resumed, again = start()
+    resumed.load_state_dict(states[1])
+    for step in range(2, 6):
+        MessageHub.get_current_instance().update_info('iter', step)
+        total(losses_of(resumed, seed=step)).backward()
+    for part, other in zip(measuring, again, strict=True):
+        assert equal(part.state_dict(), other.state_dict())
 
 
 def test_unrolled__leaves_the_norms_of_the_wrapped_distiller(teacher_file):

@@ -12,7 +12,7 @@ from ...core import Features, HostModel, MeasuredPair, Plan
 from ...core.host_models import is_query_based
 from ...core.utils import evaluating, run_seed
 from ...heads import RoITerm, find_head, tower_sources
-from ...layers import check_alike, full_precision, levels_of
+from ...layers import Measured, check_alike, full_precision, levels_of
 from ...registry import MODELS
 from .approximation import (
     Parts,
@@ -34,7 +34,7 @@ EXPLAINED_RATE = 0.5
 
 
 @MODELS.register_module()
-class ERADistiller(HeadUser):
+class ERADistiller(HeadUser, Measured):
     """Expandable Residual Approximation.
 
         u_l  = align_l(P_l)          d_il = branch_i(P_l)
@@ -119,7 +119,8 @@ class ERADistiller(HeadUser):
         init_cfg: As in mmengine.
 
     Raises:
-        ValueError: Different numbers of levels or map sizes; or a setting
+        ValueError: Different numbers of levels or map sizes; a teacher that
+            is trained as well (``MutualDistillation``); or a setting
             that is not possible for the pair: a head that TWI cannot use, a
             student without proposals for the teacher's RoI head, logits that
             cannot be compared.
@@ -209,7 +210,15 @@ class ERADistiller(HeadUser):
             distiller['mbrnet'] = dict(norm_cfg=dict(type='LN'))
         if reason is not None:
             distiller['twi_steps'] = 'none'
-            return Plan(distiller, match, f'not reused: {reason}')
+            # Its hook also tells what the branches explain, in their space.
+            is_map = student_feats[0].dim() > 2
+            return Plan(
+                distiller,
+                match,
+                head=f'not reused: {reason}',
+                modes=('S',) if is_map else (),
+                hook='era_mm.TWIHook',
+            )
         head = find_head(pair.teacher.model)
         assert head is not None
         kind = type(head.head).__name__
@@ -417,10 +426,18 @@ class ERADistiller(HeadUser):
         return losses
 
     def _explain(self, losses: dict[str, Tensor]) -> None:
-        """Update the running shares that weight TWI."""
+        """Update the running shares that weight TWI, unless not finite."""
         shares = shares_in(losses)
         all_reduce(shares, 'mean')
-        self.explained.lerp_((1 - shares).clamp(0, 1), EXPLAINED_RATE)
+        updated = self.explained.lerp((1 - shares).clamp(0, 1), EXPLAINED_RATE)
+        self.explained.copy_(
+            torch.where(shares.isfinite().all(), updated, self.explained)
+        )
+
+    def reset(self) -> None:
+        """Begin again with estimates that explain nothing."""
+        if hasattr(self, 'explained'):
+            self.explained.zero_()
 
     def _twi_losses(
         self, parts: Parts, data_samples: list, said: Any
@@ -541,12 +558,19 @@ class ERADistiller(HeadUser):
         student's or knows other classes; no 'ST' if the student's cannot be
         used.
         """
-        if self.twi_head is None or self._lacks_masks:
+        if self.twi_head is None or self._no_modes:
             return ()
-        if self.left_predictions:
-            return ()
-        estimates = [f'E{i}' for i in range(self.mbrnet.num_branches)]
-        return (*estimates, 'T', *(['ST'] if self._blends else []))
+        return (*self._estimates(), *([] if self._no_blend else ['ST']))
+
+    def absent_modes(self) -> dict[str, str]:
+        """All of them without the teacher's head, or 'ST' alone."""
+        if self._no_modes:
+            return dict.fromkeys((*self._estimates(), 'ST'), self._no_modes)
+        return {'ST': self._no_blend} if self._no_blend else {}
+
+    def _estimates(self) -> list[str]:
+        """The modes that are an estimate through the teacher's head."""
+        return [f'E{i}' for i in range(self.mbrnet.num_branches)] + ['T']
 
     def export(self, mode: str, **pair: Any) -> HostModel:
         """Mode 'E0' or 'T' as a host model; see ``export_estimate``."""

@@ -37,6 +37,8 @@ class HeadUser(BaseDistiller):
     Source: ours.
     """
 
+    #: Gradients pass through its head, and its space is measured once.
+    needs_frozen_teacher = True
     TWI_STEPS = ('auto', 'all', 'last', 'sampled', 'none')
     TWI_PLACES = ('head', 'predictors')
     TWI_TARGETS = ('auto', 'labels', 'teacher', 'both')
@@ -89,7 +91,10 @@ class HeadUser(BaseDistiller):
         self.feature_sources: tuple[str, ...] = self.student_sources
         self.twi_head: TWIHead | None = None
         self._proposals: StudentProposals | None = None
-        self._blends = self._lacks_masks = False
+        # Why a pair does not have modes through the head, or no ST.
+        self._no_modes = self._no_blend = ''
+        #: Whether the teacher's head must not judge, by its classes.
+        self.left_predictions = False
         self._left_out: dict[str, str] = {}
         # What must be there, or else the pair is refused.
         self._asks_for_twi = twi_steps not in ('auto', 'none')
@@ -123,10 +128,6 @@ class HeadUser(BaseDistiller):
                 'needs `bbox_head` (dense), `rpn_head` and `roi_head` '
                 '(two-stage) or `head` (classifier) with `loss` and `predict`'
             )
-            if self._asks_for_twi:
-                raise ValueError(
-                    f"{reason}. Set twi_steps='none' for ERA without TWI."
-                )
         if reason is None and isinstance(head, TwoStageTWIHead):
             head = self._two_stage(head, student)
         if reason is None and type(head) is TWIHead:
@@ -137,17 +138,22 @@ class HeadUser(BaseDistiller):
             return
         # The blend needs the student's features as its own head gets them.
         student_head = find_head(student, self.twi_place)
-        self._blends = (
-            student_head is not None and not self.connections.resamplers
-        )
-        self._lacks_masks = getattr(student, 'with_mask', False) and not (
+        if student_head is None:
+            self._no_blend = (
+                f'the head of {type(student).__name__} cannot be blended'
+            )
+        elif self.connections.resamplers:
+            self._no_blend = "the student's feature is resampled"
+        if getattr(student, 'with_mask', False) and not (
             isinstance(head, TwoStageTWIHead) and head.has_masks
-        )
-        if self._lacks_masks:
+        ):
+            self._no_modes = (
+                'the student predicts masks, but '
+                f'{type(head.head).__name__}, which is reused of the '
+                'teacher, does not'
+            )
             print_log(
-                'ERA without the modes T, ST and E0 ...: the student predicts '
-                f'masks, but {type(head.head).__name__}, which is reused of '
-                'the teacher, does not.',
+                f'ERA without the modes T, ST and E0 ...: {self._no_modes}.',
                 logger='current',
                 level=logging.WARNING,
             )
@@ -234,12 +240,19 @@ class HeadUser(BaseDistiller):
         self.twi_steps = 'none'
         # The term stays, as its units are in the files.
         self.left_predictions = True
+        self._no_modes = reason
 
     def _leave_head(self, reason: str) -> None:
         """Go on without the teacher's head, unless the config sets it."""
         if self._asks_for_logit:
             raise ValueError(
                 f'`logit` cannot be distilled: {reason}. Remove `logit`.'
+            )
+        if self._asks_for_twi:
+            raise ValueError(
+                f"`twi_steps={self.twi_steps!r}` needs the teacher's head to "
+                f'judge estimates, but {reason}. Remove `twi_steps`, or set '
+                "twi_steps='none'."
             )
         if self._asks_for_targets and self.twi_steps != 'none':
             raise ValueError(
@@ -258,6 +271,7 @@ class HeadUser(BaseDistiller):
             )
         self.twi_steps = 'none'
         self.twi_head = self._proposals = None
+        self._no_modes = reason
         self._left_out['logit'] = reason
         self._leave_logit(reason)
 

@@ -7,12 +7,14 @@ B branches, * any spatial dimensions.
 import copy
 import logging
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ...layers import FormerNames
 from ...registry import MODELS
 from .bottleneck import BottleneckBranches
 from .building import LAYERS
@@ -38,7 +40,7 @@ def _scale(
 
 
 @MODELS.register_module()
-class MBRNet(BaseModule):
+class MBRNet(FormerNames, BaseModule):
     """Multi-Branched Residual Network, a neck.
 
         u_l = align_l(P_l)
@@ -131,6 +133,9 @@ class MBRNet(BaseModule):
     )
     #: Options of the normalised space, which a folded net does not need.
     SPACE_OPTIONS = frozenset(('normalize', 'num_batches'))
+    #: Settings for 'neck' (`paramwise_cfg.custom_keys`) hold for every name
+    #: that contains it.
+    former_names: ClassVar[dict[str, str]] = {'bottlenecks': 'branches'}
 
     def __init__(
         self,
@@ -259,7 +264,7 @@ class MBRNet(BaseModule):
         self.branch = branch
         self.zero_init = zero_init
         if branch == 'bottleneck':
-            self.bottlenecks = BottleneckBranches(
+            self.branches = BottleneckBranches(
                 channels['in_channels'],
                 channels['out_channels'],
                 num_branches,
@@ -351,7 +356,7 @@ class MBRNet(BaseModule):
         if self.branch == 'bottleneck':
             by_level = [
                 level.unbind(dim=1)[:num_branches]
-                for level in self.bottlenecks(feats)
+                for level in self.branches(feats)
             ]
             return [list(branch) for branch in zip(*by_level, strict=True)]
         by_level = [
@@ -368,7 +373,7 @@ class MBRNet(BaseModule):
         """
         if self.branch == 'bottleneck':
             self._check(feats)
-            return list(self.bottlenecks.residuals(feats))
+            return list(self.branches.residuals(feats))
         return [
             ListedResiduals(level)
             for level in zip(*self.residuals(feats), strict=True)
@@ -441,7 +446,7 @@ class MBRNet(BaseModule):
             _scale(align, std, mean)
             if net.branch == 'bottleneck':
                 _scale(
-                    net.bottlenecks.expand[level],
+                    net.branches.expand[level],
                     std.repeat(self.num_branches),
                 )
                 continue

@@ -6,14 +6,14 @@ in the teacher's space, F_t' the refined teacher's, both ``(N, C, H, W)``.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
-from ...layers import full_precision
+from ...layers import FormerNames, full_precision
 from ...registry import explain_unknown_keys
 from .areas import (
     AreaDecoder,
@@ -121,7 +121,7 @@ def area_loss(
 
 
 @explain_unknown_keys
-class DAM(nn.Module):
+class DAM(FormerNames):
     """Distinctive area detection module.
 
         loss_sokd_agree  = agree_weight  * mean_l L_D
@@ -160,6 +160,9 @@ class DAM(nn.Module):
     """
 
     ANCHORS = ('attention', 'boxes', None)
+    #: Settings for 'head' (`paramwise_cfg.custom_keys`) hold for every name
+    #: that contains it.
+    former_names: ClassVar[dict[str, str]] = {'heads': 'predictors'}
 
     def __init__(
         self,
@@ -202,7 +205,7 @@ class DAM(nn.Module):
             )
         shared = len(set(in_channels)) == 1
         self.num_levels = len(in_channels)
-        self.heads = nn.ModuleList(
+        self.predictors = nn.ModuleList(
             DAMHead(channels, feat_channels)
             for channels in (in_channels[:1] if shared else in_channels)
         )
@@ -220,9 +223,9 @@ class DAM(nn.Module):
 
     def predict(self, feats: Sequence[Tensor]) -> list[Prediction]:
         """The heads' predictions by level."""
-        shared = len(self.heads) == 1
+        shared = len(self.predictors) == 1
         return [
-            self.heads[0 if shared else level](feat)
+            self.predictors[0 if shared else level](feat)
             for level, feat in enumerate(feats)
         ]
 

@@ -383,7 +383,7 @@ class SearchingDistiller(WrappingDistiller):
                 policy=policy,
                 lr=self.unroll_lr or 0.0,
             )
-        # Norms of connectors have counted passes that are not part of the run.
-        for name, buffer in self.named_buffers():
-            buffer.copy_(buffers[name])
+        # Norms of connectors have counted passes that are not part of the run,
+        # and so has `FirstBatches`, which notes only what is loaded.
+        self.load_state_dict(buffers, strict=False)
         return found

@@ -1,5 +1,6 @@
 """A distiller that wraps another one and forwards its interface."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import ConfigDict
@@ -42,6 +43,7 @@ class WrappingDistiller(BaseDistiller):
         self.pretrain_iters = base.pretrain_iters
         self.has_phases = base.has_phases
         self.moved_sources = base.moved_sources
+        self.needs_frozen_teacher = base.needs_frozen_teacher
         self._take_sources()
 
     def _take_sources(self) -> None:
@@ -74,11 +76,6 @@ class WrappingDistiller(BaseDistiller):
     def uses_predictions(self) -> bool:
         """The wrapped distiller's."""
         return self.base.uses_predictions
-
-    @property
-    def left_predictions(self) -> bool:  # type: ignore[override]
-        """The wrapped distiller's."""
-        return self.base.left_predictions
 
     def leave_predictions(self, reason: str) -> None:
         """The wrapped distiller's."""
@@ -113,6 +110,10 @@ class WrappingDistiller(BaseDistiller):
     def inference_modes(self) -> tuple[str, ...]:
         """The wrapped distiller's."""
         return self.base.inference_modes()
+
+    def absent_modes(self) -> Mapping[str, str]:
+        """The wrapped distiller's."""
+        return self.base.absent_modes()
 
     def predict(self, modes: tuple[str, ...], **pair: Any) -> dict[str, list]:
         """The wrapped distiller's."""
