@@ -26,8 +26,10 @@ from mmdet.engine.hooks import (
 from mmdet.engine.hooks import sync_norm_hook as sync_norm
 from mmdet.models.test_time_augs import DetTTAModel
 from mmengine.config import ConfigDict
+from mmengine.dist import master_only
 from mmengine.hooks import (
     EMAHook,
+    Hook,
     NaiveVisualizationHook,
     PrepareTTAHook,
     RuntimeInfoHook,
@@ -995,12 +997,46 @@ def _used(code):
 
 
 def _touches_model(cls):
-    functions = (getattr(f, '__func__', f) for f in vars(cls).values())
+    """Whether one of its methods does, inherited and wrapped ones included."""
+    functions = (
+        inspect.unwrap(getattr(member, '__func__', member))
+        for owner in cls.__mro__
+        for member in vars(owner).values()
+    )
     return any(
         {'model', 'optim_wrapper'} & set(_used(function.__code__))
         for function in functions
         if isinstance(function, types.FunctionType)
     )
+
+
+def test_touches_model__also_behind_a_wrapper_or_in_a_base():
+    class Reading(Hook):
+        @master_only
+        def before_train(self, runner):
+            runner.model.eval()
+
+    class Inheriting(Reading):
+        pass
+
+    class Static(Hook):
+        @staticmethod
+        def before_train(runner):
+            return [rate for rate in runner.optim_wrapper.get_lr()]
+
+    class Other(Hook):
+        @master_only
+        def before_train(self, runner):
+            runner.logger.info('')
+
+    for cls, expected in (
+        (Reading, True),
+        (Inheriting, True),
+        (Static, True),
+        (Other, False),
+        (Hook, False),
+    ):
+        assert _touches_model(cls) is expected, cls
 
 
 def test_registries__every_constructor_and_hook_that_touches_a_model_is_here():
