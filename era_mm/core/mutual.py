@@ -190,7 +190,7 @@ class MutualDistillation(BaseModel):
         students: Mapping[str, Any],
         distiller: Mapping[str, Any],
         data_preprocessor: dict | None = None,
-        input_size: int | tuple[int, int] = 64,
+        input_size: int | tuple[int, int] | None = None,
     ) -> None:
         names = _check_names(students)
         distillers = _by_student(distiller, names)

@@ -271,7 +271,7 @@ def test_dry_run__that_fails_names_the_channels():
     broken = with_channels(4)
     widths = broken['neck']['in_channels']
     broken['neck']['in_channels'] = [width + 1 for width in widths]
-    with pytest.raises(ValueError, match='64 x 64 with 4 channels'):
+    with pytest.raises(ValueError, match='256 x 256 with 4 channels'):
         MODELS.build(
             distillation_config(
                 dict(type='era_mm.ERADistiller'), broken, with_channels(4)
