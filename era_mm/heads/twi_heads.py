@@ -26,6 +26,9 @@ from ..core.host_models import blank_sample
 from ..core.utils import preserve_rng
 from .twi_blend import blend_raw, can_blend_raw, merge
 
+#: mmpretrain's heads with a `loss_module`: for one label, for several.
+CLS_HEADS = {'ClsHead', 'MultiLabelClsHead'}
+
 
 @contextlib.contextmanager
 def _progress() -> Iterator[None]:
@@ -192,13 +195,53 @@ class TWIHead(BaseModule):
             said: The result of its ``target``.
 
         Returns:
-            The terms of each estimate.
+            The terms of each estimate. A classifier's head runs once for
+            all: its norms are frozen, so an image's logits do not depend on
+            the rest of the batch.
         """
+        if len(steps) > 1 and self._loss_is_of_logits:
+            return self._judge_logits(
+                steps, data_samples, by_labels=by_labels, term=term, said=said
+            )
         judged = []
         for step in steps:
             terms = self.loss(step, data_samples) if by_labels else {}
             if term is not None:
                 terms = terms | term.of_estimate(self, step, said)
+            judged.append(terms)
+        return judged
+
+    @property
+    def _loss_is_of_logits(self) -> bool:
+        """Whether the head's loss is a forward pass, then a comparison."""
+        kinds = type(self.head).__mro__
+        owner = next((kind for kind in kinds if 'loss' in vars(kind)), None)
+        return owner is not None and owner.__name__ in CLS_HEADS
+
+    def _judge_logits(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        data_samples: list,
+        *,
+        by_labels: bool,
+        term: Any,
+        said: Any,
+    ) -> list[dict[str, Tensor]]:
+        feats = [torch.cat(level) for level in zip(*steps, strict=True)]
+        outs = self.training_forward(feats) if by_labels else self(feats)
+        view: Any = with_children(self.head)
+        batch = len(data_samples)
+        judged = []
+        for index in range(len(steps)):
+            own = _part(outs, slice(index * batch, (index + 1) * batch))
+            terms = {}
+            if by_labels:
+                # The head's own loss, on outputs that are there.
+                view.forward = lambda _, own=own: own
+                with self._as_it_was():
+                    terms = _summed(view.loss((), data_samples))
+            if term is not None:
+                terms |= term.of_outputs(own, said)
             judged.append(terms)
         return judged
 
