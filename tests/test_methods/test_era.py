@@ -1614,6 +1614,46 @@ def test_source__that_the_head_cannot_judge_leaves_twi(
     assert len(said) == 1
 
 
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(scales=[0.5, 0.5]), 'level 0 resized by 0.5'),
+        # At a stride of 16 it would have the anchors of 8.
+        (dict(levels=[1, 0]), r'outputs \[1, 0\]'),
+    ],
+    ids=['resized', 'reordered'],
+)
+def test_source__that_is_resampled_for_the_teacher_leaves_twi(
+    changes, message, said
+):
+    source = dict(
+        student='neck',
+        teacher='neck',
+        resample=dict(student=changes, teacher=changes),
+    )
+    model = build(source=source)
+    assert len(said) == 1
+    assert re.search(
+        "ERA without TWI and terms on the student's own logits: .*"
+        f'as its neck gives them, .*{message}',
+        said[0],
+    )
+    losses = losses_of(model)
+    assert {key for key in losses if 'loss_era' in key} == {
+        'loss_era_align',
+        'loss_era_residual',
+    }
+    assert model.distillers['distiller'].inference_modes() == ()
+    for asked in (dict(twi_steps='all'), dict(logit=dict())):
+        with pytest.raises(ValueError, match=message):
+            build(source=source, **asked)
+    # All levels, as they are.
+    source['resample'] = dict(teacher=dict(levels=[0, 1], scales=[1, 1.0]))
+    assert (
+        'T' in build(source=source).distillers['distiller'].inference_modes()
+    )
+
+
 def test_pair__teacher_without_train_cfg_judges_nothing(said):
     teacher = detector_config(width=16, channels=24, train_cfg=None)
     model = build(teacher=teacher)
