@@ -273,7 +273,8 @@ class TWIHead(BaseModule):
 
         on raw outputs (logits, box deltas) if both heads have the same
         outputs on the same priors. Otherwise each head decodes its own, and
-        the boxes are merged by NMS.
+        the boxes are merged by NMS. With alpha 0 or 1 a detector's
+        predictions are those of the one side.
 
         Source: ERA [official code] for logits; detectors are [ours].
         """
@@ -357,6 +358,11 @@ class DetectorTWIHead(TWIHead):
     ) -> list:
         """As in the base class."""
         assert isinstance(student_head, DetectorTWIHead)
+        # One side alone is what it predicts, by its own `test_cfg`.
+        if alpha == 0:
+            return student_head.predict(student_feats, data_samples)
+        if alpha == 1:
+            return self.predict(feats, data_samples)
         pairs = zip(
             student_head._instances(tuple(student_feats), data_samples),
             self._instances(tuple(feats), data_samples),
@@ -534,7 +540,7 @@ class DenseTWIHead(DetectorTWIHead):
         alpha: float,
     ) -> list:
         """As in the base class."""
-        if isinstance(student_head, DenseTWIHead):
+        if 0 < alpha < 1 and isinstance(student_head, DenseTWIHead):
             student_outs = student_head(student_feats)
             teacher_outs = self(feats)
             if can_blend_raw(

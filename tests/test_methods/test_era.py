@@ -30,6 +30,7 @@ from era_mm.testing import (
     give_opinions,
     noise,
     save_teacher,
+    two_stage_config,
 )
 
 # -- decomposition ------------------------------------------------------------
@@ -1411,6 +1412,40 @@ def test_modes__blend_at_the_ends_is_student_and_t(teacher_file):
             torch.testing.assert_close(
                 a.pred_instances.scores, b.pred_instances.scores
             )
+
+
+@pytest.mark.parametrize('alpha', [0.0, 1.0])
+@pytest.mark.parametrize('kind', ['alike', 'unlike', 'two stages'])
+def test_modes__blend_at_the_ends_keeps_that_sides_test_cfg(
+    kind, alpha, tmp_path
+):
+    """Other thresholds than the teacher's would give other boxes."""
+    student = detector_config()
+    teacher = detector_config(width=16, channels=24)
+    if kind == 'unlike':
+        teacher = detector_config(width=16, channels=24, head='FCOSHead')
+    if kind == 'two stages':
+        student, teacher = two_stage_config(), two_stage_config(16, 24)
+    for config, number, threshold in ((student, 9, 0.6), (teacher, 7, 0.2)):
+        test_cfg = config['test_cfg']
+        test_cfg.get('rcnn', test_cfg).update(
+            score_thr=0.0,
+            nms=dict(type='nms', iou_threshold=threshold),
+            max_per_img=number,
+        )
+    file = save_teacher(teacher, tmp_path / 't.pth')
+    model = build(file, student=student, teacher=teacher, alpha=alpha).eval()
+    model.active_modes = ('T', 'ST')
+    with torch.no_grad():
+        data = model.data_preprocessor(detection_batch(), False)
+        own = model(**data, mode='predict')
+    end = model.mode_predictions['T'] if alpha else own
+    for one, other in zip(end, model.mode_predictions['ST'], strict=True):
+        assert len(one.pred_instances) == (7 if alpha else 9)
+        for key in ('bboxes', 'scores', 'labels'):
+            assert torch.equal(
+                one.pred_instances[key], other.pred_instances[key]
+            ), key
 
 
 def test_modes__blend_of_other_heads_merges_boxes(tmp_path):
