@@ -163,6 +163,18 @@ def test_summary__says_why_flops_are_not_counted(monkeypatch):
     assert 'not counted (an image of 544 x 544 takes too long' in line
 
 
+def test_summary__says_why_the_cost_is_not_counted(monkeypatch):
+    model = MODELS.build(distillation_config(ERA))
+
+    def fail(*args, **kwargs):
+        raise KeyError('metainfo')
+
+    monkeypatch.setattr(type(model.student), 'forward', fail)
+    assert 'cost of a step not counted (KeyError: metainfo)' in (
+        summary_of(model, detection_batch(1)).splitlines()
+    )
+
+
 def test_summary__of_other_models():
     # No teacher and no data; several distillers; weights that are not told.
     methods = dict(
