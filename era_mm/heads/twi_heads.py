@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core import Unregistered
 from ..core.host_models import blank_sample
-from ..core.utils import preserve_rng
+from ..core.utils import preserve_rng, random_state
 from .twi_blend import blend_raw, can_blend_raw, merge
 
 #: mmpretrain's heads with a `loss_module`: for one label, for several.
@@ -406,13 +406,14 @@ _FROM_TRUTH = {
 }
 
 
-def _assigning_once(
+def assigning_once(
     head: nn.Module,
 ) -> tuple[nn.Module, Callable[[], None]]:
     """A view of a dense head that assigns a batch's targets only once.
 
     Heads whose assigner uses predictions (by the arguments of their
-    ``get_targets``) assign every time.
+    ``get_targets``) assign every time. What the head's sampler has drawn
+    counts as drawn each time: what comes next draws the same.
 
     Returns:
         The view, and what to call before each of its losses.
@@ -423,7 +424,7 @@ def _assigning_once(
     ):
         return head, lambda: None
     view: Any = with_children(head)
-    kept: list[Any] = []
+    kept: list[tuple[Any, Callable[[], None]]] = []
     calls = [0]
 
     def begin() -> None:
@@ -432,8 +433,10 @@ def _assigning_once(
     def get_targets(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] > len(kept):
-            kept.append(assign(*args, **kwargs))
-        return kept[calls[0] - 1]
+            kept.append((assign(*args, **kwargs), random_state()))
+        found, draw = kept[calls[0] - 1]
+        draw()
+        return found
 
     view.get_targets = get_targets
     return view, begin
@@ -508,7 +511,7 @@ class DenseTWIHead(DetectorTWIHead):
                     torch.cat(level) for level in zip(*levels, strict=True)
                 )
             )
-            head, begin = _assigning_once(self.head)
+            head, begin = assigning_once(self.head)
             for index in range(len(steps)):
                 own = _part(outs, slice(index * batch, (index + 1) * batch))
                 terms = {}
