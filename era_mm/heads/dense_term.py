@@ -38,6 +38,7 @@ def why_no_sigmoid_scores(head: nn.Module) -> str | None:
     loss = getattr(head, 'loss_cls', None)
     if any(hasattr(head, part) for part in OBJECTNESS):
         return 'predicts objectness separately from the class'
+    # Guided anchors.
     if hasattr(head, 'loss_shape'):
         return 'predicts more than scores and boxes: their anchors as well'
     if (
