@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from era_mm.core import extras_of
 from era_mm.engine.preflight import find_config
+from era_mm.engine.step_cost import cost_line
 from era_mm.testing import save_teacher, write_coco
 from era_mm.testing.toy import CLASSES
 
@@ -211,7 +212,14 @@ def test_flagship__builds_steps_and_saves_on_tiny_images(tmp_path):
     cfg.train_cfg.max_epochs = 1
     cfg.work_dir = str(tmp_path / 'run')
     cfg.visualizer.vis_backends = []
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    # R50's forward and backward pass, R101's forward pass, and the branches.
+    (ratio,) = re.findall(
+        r'^a step costs about (\d\.\d\d) times the plain one',
+        str(cost_line(runner.model)),
+    )
+    assert 1.5 < float(ratio) < 2.5
 
     state = torch.load(tmp_path / 'run/epoch_1.pth', weights_only=False)
     plain = MODELS.build(cfg.model.student)

@@ -184,6 +184,16 @@ def test_check_config__names_all_keys_at_once():
     assert 'my_own_variable' not in text
 
 
+@pytest.mark.parametrize('name', ['PreciseBNHook', 'SimSiamHook', 'SwAVHook'])
+def test_check_config__refuses_hooks_of_one_student_for_two(name):
+    hooks = [dict(type='EMAHook'), dict(type=f'mmpretrain.{name}')]
+    model = dict(type='era_mm.MutualDistillation')
+    with pytest.raises(UserError, match=rf'custom_hooks\[1\]: {name} is not'):
+        check_config(Config(dict(model=model, custom_hooks=hooks)))
+    model['type'] = 'era_mm.Distillation'
+    check_config(Config(dict(model=model, custom_hooks=hooks)))
+
+
 @pytest.mark.parametrize(
     ('key', 'meant'),
     [

@@ -18,6 +18,4 @@ model = dict(
         # Layer norms, as the released code has for Swin teachers.
         mbrnet=dict(norm_cfg=dict(type='LN')),
     ),
-    # Swin's last map must not be smaller than its window.
-    input_size=224,
 )

@@ -25,7 +25,11 @@ _NO_STUDENTS = {
     'SemiBaseDetector': (
         'it has its own teacher, and batches of several branches. '
         'Distil the detector in it, on labelled images: '
-        '`student=_base_.model.detector` with a plain `train_dataloader`.'
+        '`student=_base_.model.detector`; a `train_dataloader` (with '
+        '`_delete_=True`) of the labelled data set, whose pipeline ends with '
+        'PackDetInputs instead of MultiBranch, and a DefaultSampler; '
+        "`val_cfg=dict(type='ValLoop')`; and `custom_hooks` without "
+        'MeanTeacherHook.'
     ),
 }
 

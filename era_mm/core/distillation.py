@@ -41,6 +41,8 @@ class Distillation(DistilledStudent):
         data_preprocessor: The student's, where the host keeps it outside the
             model (mmpretrain).
         input_size: Height and width of the image of the dry run, in pixels.
+            None: the first of the usual sizes (detectors: 256, 512, 1024;
+            classifiers: 224, 256, 384, 32) that student and teachers accept.
         inference_mode: The predictions that :meth:`predict` returns: None or
             'S' for the student's own, or one of the distillers' modes.
         inherit: Modules of the student that start from the teacher's weights
@@ -63,7 +65,7 @@ class Distillation(DistilledStudent):
         distiller: dict | None = None,
         teacher: dict | None = None,
         data_preprocessor: dict | None = None,
-        input_size: int | tuple[int, int] = 64,
+        input_size: int | tuple[int, int] | None = None,
         inference_mode: str | None = None,
         inherit: str | Sequence[str] | dict[str, str] | None = None,
     ) -> None:

@@ -1,11 +1,11 @@
 """Two students that teach each other, each with its own optimiser."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.model import BaseModel
+from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.optim import (
     DefaultOptimWrapperConstructor,
     OptimWrapperDict,
@@ -42,6 +42,94 @@ class Peer(BaseTeacher):
             return super().extract(inputs, data_samples)
 
 
+class _Both:
+    """A part that both students have, for hooks that know one model.
+
+    What is set on it is set on each student's, and a call is a call of each.
+
+    Source: ours.
+
+    Args:
+        parts: The part of each student.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.__dict__['_parts'] = tuple(parts)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # Hooks ask whether a head is of their kind.
+        kinds = {type(part) for part in self._parts}
+        return kinds.pop() if len(kinds) == 1 else _Both
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return _joined([getattr(part, name) for part in self._parts], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _set_on_each(self._parts, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _joined([part(*args, **kwargs) for part in self._parts], 'it')
+
+
+def _joined(values: Sequence[Any], name: str) -> Any:
+    """One value for what each of two students has under a name.
+
+    Raises:
+        RuntimeError: Two settings that differ.
+    """
+    if not all(isinstance(v, (int, float, str, type(None))) for v in values):
+        return _Both(values)
+    first, second = values
+    if first != second:
+        raise RuntimeError(
+            f'The two students have different values of {name!r}, {first!r} '
+            f'and {second!r}, but a hook reads one for both. Give both the '
+            'same, or leave the hook out.'
+        )
+    return first
+
+
+def _set_on_each(owners: Sequence[Any], name: str, value: Any) -> None:
+    # The second gets a copy: a loss may have a state.
+    values = (
+        value._parts if type(value) is _Both else (value, copy.deepcopy(value))
+    )
+    for owner, own in zip(owners, values, strict=True):
+        setattr(owner, name, own)
+
+
+class _Preprocessors(BaseDataPreprocessor):
+    """The first student's batches; what hooks set on it is set on both.
+
+    Source: ours.
+
+    Args:
+        parts: The preprocessor of each half, which stays theirs.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.__dict__['_parts'] = tuple(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__') or '_parts' not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._parts[0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or '_parts' not in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            _set_on_each(self._parts, name, value)
+
+    def forward(self, data: Any, training: bool = False) -> Any:
+        """A batch for the first student."""
+        return self._parts[0](data, training)
+
+
 def _build_methods(config: Any) -> dict[str, BaseDistiller]:
     distillers = build_distillers(copy.deepcopy(config))
     for name, method in distillers.items():
@@ -72,6 +160,9 @@ class MutualDistillation(BaseModel):
     and predictions are those of the first student; ``era_mm.ModesHook`` adds
     the second's under its name.
 
+    What both students have is read and set as if they were one model, so that
+    hooks of the hosts reach both: ``model.bbox_head.use_l1 = True``.
+
     With all distillation weights 0 the first student's run equals that of
     its plain twin with the same seed, unless the second draws random numbers
     in its turns (dropout, box samplers). The second starts from other weights.
@@ -99,7 +190,7 @@ class MutualDistillation(BaseModel):
         students: Mapping[str, Any],
         distiller: Mapping[str, Any],
         data_preprocessor: dict | None = None,
-        input_size: int | tuple[int, int] = 64,
+        input_size: int | tuple[int, int] | None = None,
     ) -> None:
         names = _check_names(students)
         distillers = _by_student(distiller, names)
@@ -131,7 +222,9 @@ class MutualDistillation(BaseModel):
             }
             super().__init__()
         self.students = nn.ModuleDict(halves)
-        self.data_preprocessor = halves[names[0]].data_preprocessor
+        self.data_preprocessor = _Preprocessors(
+            [half.data_preprocessor for half in halves.values()]
+        )
         self.active_modes: tuple[str, ...] = ()
         self.mode_predictions: dict[str, list] = {}
 
@@ -214,7 +307,8 @@ class MutualDistillation(BaseModel):
 
         Raises:
             RuntimeError: In mode 'loss'. There is no single loss: the second
-                student's depends on the first's update.
+                student's depends on the first's update. Or in mode 'tensor'
+                while it trains: only the first student would run.
         """
         if mode == 'loss':
             raise RuntimeError(
@@ -222,6 +316,13 @@ class MutualDistillation(BaseModel):
                 'mmengine must call its `train_step`. Train with '
                 "`model_wrapper_cfg=dict(type='era_mm.MutualDataParallel')`, "
                 'as tools/train.py sets it.'
+            )
+        if mode == 'tensor' and self.training:
+            raise RuntimeError(
+                'A forward pass of MutualDistillation is that of its first '
+                'student, so what it changes in train mode (the statistics '
+                "of norms) would leave out the second's. Remove the hook that "
+                'asks for it (PreciseBNHook).'
             )
         return self.first(inputs, data_samples, mode=mode)
 
@@ -239,6 +340,33 @@ class MutualDistillation(BaseModel):
         return {}
 
     # -- module bookkeeping ------------------------------------------------
+
+    def _halves_with(self, name: str) -> list[DistilledStudent]:
+        """The halves, if the student of each has such an attribute."""
+        halves = self.__dict__.get('_modules', {}).get('students') or {}
+        found = [h for h in halves.values() if hasattr(h.student, name)]
+        return found if len(found) == len(halves) else []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            halves = [] if name.startswith('__') else self._halves_with(name)
+            if not halves:
+                raise
+            return _joined([getattr(h.student, name) for h in halves], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = (
+            name in self.__dict__
+            or name in self.__dict__.get('_modules', {})
+            or hasattr(type(self), name)
+        )
+        halves = [] if is_own else self._halves_with(name)
+        if halves:
+            _set_on_each(halves, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def named_parameters(
         self, prefix: str = '', recurse: bool = True, **kwargs: Any

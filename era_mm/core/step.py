@@ -38,6 +38,7 @@ class DistilledStudent(StudentModel):
         inheritance: Modules that start from the teachers' weights. None:
             none.
         input_size: Height and width of the image of the dry run, in pixels.
+            None: the first usual size that all models accept.
 
     Raises:
         ValueError: Pairs that do not fit, sources that do not exist, a
@@ -54,7 +55,7 @@ class DistilledStudent(StudentModel):
         teachers: Mapping[str, BaseTeacher],
         distillers: Mapping[str, BaseDistiller],
         inheritance: Inheritance | None = None,
-        input_size: int | tuple[int, int] = 64,
+        input_size: int | tuple[int, int] | None = None,
     ) -> None:
         if not distillers and not inheritance:
             raise ValueError(

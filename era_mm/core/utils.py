@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,20 @@ def preserve_rng() -> Iterator[None]:
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+
+
+def random_state() -> Callable[[], None]:
+    """A function that gives every random generator its present state."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    state, gpu_states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+    def restore() -> None:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(state)
+        torch.cuda.set_rng_state_all(gpu_states)
+
+    return restore
 
 
 def run_seed() -> int:

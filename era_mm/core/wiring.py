@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_distiller import BaseDistiller, Features
-from .dry_run import explained
+from .dry_run import at_first_size, explained, head_runs, trial_sizes
 from .host_models import (
     blank_sample,
     forward_until,
@@ -47,8 +47,9 @@ class Wiring:
         distillers: The distillers by name; an ``nn.ModuleDict``, which
             copies of the model share.
         input_size: Height and width of the image of the dry run, in pixels;
-            or one number for both. It has as many channels as the student's
-            images.
+            or one number for both. None: the first usual size that all models
+            accept, the teachers' dense heads included. It has as many
+            channels as the student's images.
 
     Raises:
         ValueError: A distiller without its teacher, or with one that learns
@@ -62,7 +63,7 @@ class Wiring:
         student: nn.Module,
         teachers: Mapping[str, BaseTeacher],
         distillers: Mapping[str, BaseDistiller],
-        input_size: int | tuple[int, int],
+        input_size: int | tuple[int, int] | None,
     ) -> None:
         self._student = student
         self._teachers = dict(teachers)
@@ -73,16 +74,15 @@ class Wiring:
             distiller.choose_sources(**self._pair_of(distiller))
         self._check_moved()
         #: Height and width of the dry run's image.
-        self.input_size: tuple[int, int] = (
-            (input_size, input_size)
-            if isinstance(input_size, int)
-            else (input_size[0], input_size[1])
+        self.input_size, feats = at_first_size(
+            self._sizes(input_size), self._dry_run, self._heads_run
         )
         #: Shapes of each source of the student there, one per level.
-        self.student_shapes: Shapes = {}
+        self.student_shapes: Shapes = _shapes_of(feats[0])
         #: The same for each teacher.
-        self.teacher_shapes: dict[str, Shapes] = {}
-        feats = self._dry_run()
+        self.teacher_shapes: dict[str, Shapes] = {
+            name: _shapes_of(theirs) for name, theirs in feats[1].items()
+        }
         for distiller in distillers.values():
             met: dict[str, Any] = distiller.connections.meet(
                 **self.feats_of(distiller, feats)
@@ -160,10 +160,28 @@ class Wiring:
             for source in distiller.student_sources
         )
 
-    def _dry_run(self) -> Recorded:
+    def _sizes(
+        self, given: int | tuple[int, int] | None
+    ) -> list[tuple[int, int]]:
+        if given is None:
+            return [(side, side) for side in trial_sizes(self._student)]
+        height, width = (given, given) if isinstance(given, int) else given
+        return [(height, width)]
+
+    def _heads_run(self, found: tuple[tuple[int, int], Recorded]) -> bool:
+        """Whether each teacher's head accepts what the dry run found."""
+        _, (_, teacher_feats) = found
+        return all(
+            head_runs(self._teachers[name].model, feats)
+            for name, feats in teacher_feats.items()
+        )
+
+    def _dry_run(
+        self, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], Recorded]:
         channels = image_channels(self._student)
-        inputs = torch.zeros(1, channels, *self.input_size)
-        samples = [blank_sample(*self.input_size)]
+        inputs = torch.zeros(1, channels, *size)
+        samples = [blank_sample(*size)]
         recorder = self._listen_to_all()
         own = explained('student', tuple(inputs.shape[1:]))
         with own, torch.no_grad(), evaluating(self._student), recorder:
@@ -183,11 +201,7 @@ class Wiring:
                 theirs = images_for(teacher.model, inputs)
                 with explained(name, tuple(theirs.shape[1:])):
                     teacher_feats[name] = teacher.extract(theirs, samples)
-        self.student_shapes = _shapes_of(student_feats)
-        self.teacher_shapes = {
-            name: _shapes_of(feats) for name, feats in teacher_feats.items()
-        }
-        return student_feats, teacher_feats
+        return size, (student_feats, teacher_feats)
 
     def listen(self, sources: Iterable[str]) -> Recorder:
         """A recorder for some of the student's sources, each once."""

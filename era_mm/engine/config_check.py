@@ -11,6 +11,7 @@ import mmengine.registry
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from era_mm.core import distillation_kind
 from era_mm.engine.finite_hook import FiniteHook
 from era_mm.engine.preflight_hook import PreflightHook
 from era_mm.engine.run_table_hook import RunTableHook
@@ -37,9 +38,18 @@ HOSTS = (
     'test_pipeline',
 )
 
+#: Hooks of the hosts for one student, and why they cannot have two.
+OF_ONE_STUDENT = {
+    'PreciseBNHook': 'it would measure the norms of the first student alone',
+    'SimSiamHook': 'it knows one optimiser',
+    'SwAVHook': 'it keeps the queue of one loss',
+}
+
 
 def check_config(cfg: Config) -> None:
     """Refuse invalid arguments of our classes, and misspelt top-level keys.
+
+    And hooks that cannot be used with ``MutualDistillation``.
 
     Every dict whose ``type`` is one of era_mm is compared with the signature
     of its class, as are ``preflight``, ``check_finite`` and ``report``.
@@ -50,7 +60,11 @@ def check_config(cfg: Config) -> None:
     Raises:
         UserError: All problems, each with its key.
     """
-    problems = [*_misspelt(cfg), *_wrong_arguments(cfg.to_dict())]
+    problems = [
+        *_misspelt(cfg),
+        *_wrong_arguments(cfg.to_dict()),
+        *_hooks_of_one_student(cfg),
+    ]
     for key, hook in (
         ('preflight', PreflightHook),
         ('check_finite', FiniteHook),
@@ -98,6 +112,20 @@ def _misspelt(cfg: Config) -> Iterator[str]:
         is_longer = bool(near) and near[0] in key and near[0] in cfg
         if near and (near[0] in OURS or not is_longer):
             yield f'{key}: no such key, did you mean {near[0]}?'
+
+
+def _hooks_of_one_student(cfg: Config) -> Iterator[str]:
+    """Hooks that a ``MutualDistillation`` cannot have."""
+    if distillation_kind(cfg.get('model') or {}) != 'MutualDistillation':
+        return
+    for index, hook in enumerate(cfg.get('custom_hooks') or []):
+        kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
+        name = getattr(kind, '__name__', str(kind)).rpartition('.')[2]
+        if name in OF_ONE_STUDENT:
+            yield (
+                f'custom_hooks[{index}]: {name} is not for '
+                f'MutualDistillation: {OF_ONE_STUDENT[name]}; remove it'
+            )
 
 
 def _wrong_arguments(node: Any, key: str = '') -> Iterator[str]:

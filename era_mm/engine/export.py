@@ -268,8 +268,7 @@ def _export_mode(
     load_strictly(model, state_dict, name=checkpoint)
     teacher.load()
     model.eval()
-    size = cfg.model.get('input_size', 64)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = model.wiring.input_size
     generator = torch.Generator().manual_seed(0)
     return method.export(
         mode,

@@ -25,10 +25,6 @@ from era_mm.errors import UserError
 
 Feats = tuple[Tensor, ...]
 
-#: Sides of the trial image, tried in this order.
-DETECTOR_SIZES = (256, 512, 1024)
-CLASSIFIER_SIZES = (224, 256, 384, 32)
-
 
 class Seen(NamedTuple):
     """Outputs of modules in one forward pass, in the order in which they ran.
@@ -178,19 +174,6 @@ class Member:
         self.feats = observe(
             self.model, names, input_size, whole=is_query_based(self.model)
         ).outputs
-
-    @torch.no_grad()
-    def head_runs(self) -> bool:
-        """Whether a dense head accepts what was measured; True for others."""
-        if not hasattr(self.model, 'bbox_head') or is_query_based(self.model):
-            return True
-        try:
-            with preserve_rng():
-                self.model.bbox_head(self.feats[self.feeds_head])
-        # Whatever a host raises.
-        except Exception:
-            return False
-        return True
 
     def outputs(self, dim: int, *, inner: bool = False) -> str | None:
         """The source whose outputs all have this number of dimensions.

@@ -13,13 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from era_mm.engine.measure import (
-    CLASSIFIER_SIZES,
-    DETECTOR_SIZES,
-    Feats,
-    Member,
-    observe,
-)
+from era_mm.core.dry_run import at_first_size, head_runs, trial_sizes
+from era_mm.engine.measure import Feats, Member, observe
 from era_mm.errors import UserError
 from era_mm.layers import Resampler, crop_to_common
 
@@ -159,35 +154,30 @@ class Pair:
                 'backbone, or give another teacher.'
             )
         self.is_detector = kinds[0] == 'detector'
-        sizes = self.input_sizes or (
-            DETECTOR_SIZES if self.is_detector else CLASSIFIER_SIZES
-        )
-        usable = []
-        for size in dict.fromkeys(sizes):
-            try:
-                for member in (self.student, self.teacher):
+        sizes = self.input_sizes or trial_sizes(self.student.model)
+        members = (self.student, self.teacher)
+
+        def run(size: int) -> tuple[int, list[dict[str, Feats]]]:
+            for member in members:
+                try:
                     member.measure(size)
-            # A model that does not accept this size may raise anything.
-            except Exception as error:
-                failure = (member, size, error)
-                continue
-            self.input_size = size
-            # Deformable convolutions in a head refuse the smallest maps.
-            if self.teacher.head_runs():
-                return
-            usable.append(size)
-        if usable:
-            self.input_size = usable[0]
-            for member in (self.student, self.teacher):
-                member.measure(self.input_size)
-            return
-        member, size, cause = failure
-        raise UserError(
-            f'{member.role}: {member.name} cannot run on an image of '
-            f'{size}x{size} with {member.channels} channels (tried: '
-            f'{list(sizes)}): {type(cause).__name__}: {cause}. Both models '
-            "must accept the images of the student's pipeline."
-        ) from cause
+                except Exception as cause:
+                    raise UserError(
+                        f'{member.role}: {member.name} cannot run on an image '
+                        f'of {size}x{size} with {member.channels} channels '
+                        f'(tried: {list(sizes)}): {type(cause).__name__}: '
+                        f'{cause}. Both models must accept the images of the '
+                        "student's pipeline."
+                    ) from cause
+            return size, [member.feats for member in members]
+
+        self.input_size, feats = at_first_size(
+            sizes,
+            run,
+            lambda found: head_runs(self.teacher.model, found[1][1]),
+        )
+        for member, seen in zip(members, feats, strict=True):
+            member.feats = seen
 
     def check_training(self, match: Match) -> None:
         """Refuse a student whose outputs differ between training and test.

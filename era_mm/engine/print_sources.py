@@ -5,14 +5,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from era_mm.core import distillation_kind
+from era_mm.core.dry_run import trial_sizes
 from era_mm.core.host_models import resolve_model_config
 from era_mm.engine.host_configs import HostConfig, crop_size
-from era_mm.engine.measure import (
-    CLASSIFIER_SIZES,
-    DETECTOR_SIZES,
-    Member,
-    observe,
-)
+from era_mm.engine.measure import Member, observe
 from era_mm.errors import UserError
 
 
@@ -64,10 +60,8 @@ def _members(config: HostConfig) -> Iterator[tuple[str, Member]]:
 
 
 def _sizes(config: HostConfig, member: Member) -> list[int]:
-    if member.kind == 'detector':
-        return list(DETECTOR_SIZES)
-    crop = crop_size(config)
-    return [crop] if crop else list(CLASSIFIER_SIZES)
+    crop = None if member.kind == 'detector' else crop_size(config)
+    return [crop] if crop else list(trial_sizes(member.model))
 
 
 def _table(role: str, member: Member, depth: int, sizes: list[int]) -> str:

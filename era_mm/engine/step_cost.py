@@ -14,6 +14,7 @@ from era_mm.core.host_models import (
     images_for,
 )
 from era_mm.core.utils import evaluating, preserve_rng
+from era_mm.errors import first_line
 
 #: Height and width of the image for counting, in pixels: large enough for the
 #: coarsest level of a pyramid.
@@ -79,12 +80,16 @@ def step_cost(model: Distillation) -> float | None:
 
 
 def cost_line(model: Distillation) -> str | None:
-    """The ratio in words; None if it is not known."""
+    """The ratio in words, or the reason why it could not be counted.
+
+    None if a distiller does not tell its FLOPs.
+    """
     try:
         ratio = step_cost(model)
-    except Exception:
+    except Exception as error:
         # Models that cannot run on a blank image; a summary must not stop.
-        return None
+        reason = f'{type(error).__name__}: {first_line(error)[:60]}'
+        return f'cost of a step not counted ({reason})'
     if ratio is None:
         return None
     return (

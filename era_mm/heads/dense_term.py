@@ -30,10 +30,17 @@ OBJECTNESS = ('loss_obj', 'loss_conf', 'center_prior')
 
 
 def why_no_sigmoid_scores(head: nn.Module) -> str | None:
-    """The reason why a dense head has no sigmoid class logits, or None."""
+    """The reason why a dense head has no sigmoid class logits, or None.
+
+    Scores of anchors that the head itself predicts do not count: no other
+    head's are of the same anchors.
+    """
     loss = getattr(head, 'loss_cls', None)
     if any(hasattr(head, part) for part in OBJECTNESS):
         return 'predicts objectness separately from the class'
+    # Guided anchors.
+    if hasattr(head, 'loss_shape'):
+        return 'predicts more than scores and boxes: their anchors as well'
     if (
         not getattr(loss, 'use_sigmoid', False)
         or getattr(loss, 'activated', False)
@@ -50,9 +57,10 @@ class DenseTerm(DetectorTerm):
     Rows are anchors or points, p and q sigmoid scores, w the teacher's
     highest score there. Heads without sigmoid class logits are refused:
     softmax, probabilities (TOOD), scores that are multiplied by an objectness
-    (YOLO, AutoAssign). Boxes are compared if both heads are of the same type
-    and encode boxes alike; if they predict distributions (GFL), by
-    KL(t_r || b_r), in the same kind of unit as the scores.
+    (YOLO, AutoAssign), and guided anchors, which each head predicts itself.
+    Boxes are compared if both heads are of the same type and encode boxes
+    alike; if they predict distributions (GFL), by KL(t_r || b_r), in the same
+    kind of unit as the scores.
 
     Source: ours.
 

@@ -190,17 +190,18 @@ class LogitTerm:
         self, student_feats: Features, said: SaidOfClasses
     ) -> dict[str, Tensor]:
         """The term of the student's own head."""
-        return self._compare(student_feats[self.sources[0]][0], said)
+        return self.of_outputs(student_feats[self.sources[0]][0], said)
 
     def of_estimate(
         self, head: TWIHead, feats: Sequence[Tensor], said: SaidOfClasses
     ) -> dict[str, Tensor]:
         """The term of the teacher's head on an estimate."""
-        return self._compare(head(feats), said)
+        return self.of_outputs(head(feats), said)
 
-    def _compare(
+    def of_outputs(
         self, logits: Tensor, said: SaidOfClasses
     ) -> dict[str, Tensor]:
+        """The term of logits."""
         pair = [full_precision(logits), full_precision(said.logits)]
         if self.standardise:
             pair = [standardise_logits(one) for one in pair]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.host_models import is_query_based, num_classes_of
 from .twi_heads import (
+    CLS_HEADS,
     DenseTWIHead,
     PredictorTWIHead,
     ProposalTWIHead,
@@ -17,9 +18,6 @@ from .twi_heads import (
     with_children,
 )
 from .two_stage import StudentProposals, TwoStageTWIHead
-
-#: mmpretrain's heads with a `loss_module`: for one label, for several.
-CLS_HEADS = {'ClsHead', 'MultiLabelClsHead'}
 
 
 def find_head(model: nn.Module, place: str = 'head') -> TWIHead | None:

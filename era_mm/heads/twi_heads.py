@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from ..core import Unregistered
 from ..core.host_models import blank_sample
-from ..core.utils import preserve_rng
+from ..core.utils import preserve_rng, random_state
 from .twi_blend import blend_raw, can_blend_raw, merge
+
+#: mmpretrain's heads with a `loss_module`: for one label, for several.
+CLS_HEADS = {'ClsHead', 'MultiLabelClsHead'}
 
 
 @contextlib.contextmanager
@@ -192,13 +195,53 @@ class TWIHead(BaseModule):
             said: The result of its ``target``.
 
         Returns:
-            The terms of each estimate.
+            The terms of each estimate. A classifier's head runs once for
+            all: its norms are frozen, so an image's logits do not depend on
+            the rest of the batch.
         """
+        if len(steps) > 1 and self._loss_is_of_logits:
+            return self._judge_logits(
+                steps, data_samples, by_labels=by_labels, term=term, said=said
+            )
         judged = []
         for step in steps:
             terms = self.loss(step, data_samples) if by_labels else {}
             if term is not None:
                 terms = terms | term.of_estimate(self, step, said)
+            judged.append(terms)
+        return judged
+
+    @property
+    def _loss_is_of_logits(self) -> bool:
+        """Whether the head's loss is a forward pass, then a comparison."""
+        kinds = type(self.head).__mro__
+        owner = next((kind for kind in kinds if 'loss' in vars(kind)), None)
+        return owner is not None and owner.__name__ in CLS_HEADS
+
+    def _judge_logits(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        data_samples: list,
+        *,
+        by_labels: bool,
+        term: Any,
+        said: Any,
+    ) -> list[dict[str, Tensor]]:
+        feats = [torch.cat(level) for level in zip(*steps, strict=True)]
+        outs = self.training_forward(feats) if by_labels else self(feats)
+        view: Any = with_children(self.head)
+        batch = len(data_samples)
+        judged = []
+        for index in range(len(steps)):
+            own = _part(outs, slice(index * batch, (index + 1) * batch))
+            terms = {}
+            if by_labels:
+                # The head's own loss, on outputs that are there.
+                view.forward = lambda _, own=own: own
+                with self._as_it_was():
+                    terms = _summed(view.loss((), data_samples))
+            if term is not None:
+                terms |= term.of_outputs(own, said)
             judged.append(terms)
         return judged
 
@@ -230,7 +273,8 @@ class TWIHead(BaseModule):
 
         on raw outputs (logits, box deltas) if both heads have the same
         outputs on the same priors. Otherwise each head decodes its own, and
-        the boxes are merged by NMS.
+        the boxes are merged by NMS. With alpha 0 or 1 a detector's
+        predictions are those of the one side.
 
         Source: ERA [official code] for logits; detectors are [ours].
         """
@@ -314,6 +358,11 @@ class DetectorTWIHead(TWIHead):
     ) -> list:
         """As in the base class."""
         assert isinstance(student_head, DetectorTWIHead)
+        # One side alone is what it predicts, by its own `test_cfg`.
+        if alpha == 0:
+            return student_head.predict(student_feats, data_samples)
+        if alpha == 1:
+            return self.predict(feats, data_samples)
         pairs = zip(
             student_head._instances(tuple(student_feats), data_samples),
             self._instances(tuple(feats), data_samples),
@@ -357,13 +406,14 @@ _FROM_TRUTH = {
 }
 
 
-def _assigning_once(
+def assigning_once(
     head: nn.Module,
 ) -> tuple[nn.Module, Callable[[], None]]:
     """A view of a dense head that assigns a batch's targets only once.
 
     Heads whose assigner uses predictions (by the arguments of their
-    ``get_targets``) assign every time.
+    ``get_targets``) assign every time. What the head's sampler has drawn
+    counts as drawn each time: what comes next draws the same.
 
     Returns:
         The view, and what to call before each of its losses.
@@ -374,7 +424,7 @@ def _assigning_once(
     ):
         return head, lambda: None
     view: Any = with_children(head)
-    kept: list[Any] = []
+    kept: list[tuple[Any, Callable[[], None]]] = []
     calls = [0]
 
     def begin() -> None:
@@ -383,8 +433,10 @@ def _assigning_once(
     def get_targets(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] > len(kept):
-            kept.append(assign(*args, **kwargs))
-        return kept[calls[0] - 1]
+            kept.append((assign(*args, **kwargs), random_state()))
+        found, draw = kept[calls[0] - 1]
+        draw()
+        return found
 
     view.get_targets = get_targets
     return view, begin
@@ -459,7 +511,7 @@ class DenseTWIHead(DetectorTWIHead):
                     torch.cat(level) for level in zip(*levels, strict=True)
                 )
             )
-            head, begin = _assigning_once(self.head)
+            head, begin = assigning_once(self.head)
             for index in range(len(steps)):
                 own = _part(outs, slice(index * batch, (index + 1) * batch))
                 terms = {}
@@ -491,7 +543,7 @@ class DenseTWIHead(DetectorTWIHead):
         alpha: float,
     ) -> list:
         """As in the base class."""
-        if isinstance(student_head, DenseTWIHead):
+        if 0 < alpha < 1 and isinstance(student_head, DenseTWIHead):
             student_outs = student_head(student_feats)
             teacher_outs = self(feats)
             if can_blend_raw(

@@ -1,6 +1,6 @@
 """TWI with two-stage heads, on the student's proposals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..core import Unregistered
 from .twi_heads import (
     DetectorTWIHead,
     ProposalTWIHead,
+    assigning_once,
     one_class,
     with_children,
 )
@@ -35,6 +36,8 @@ class TwoStageTWIHead(DetectorTWIHead):
 
     def __init__(self, rpn_head: nn.Module, roi_head: nn.Module) -> None:
         super().__init__(rpn_head, roi_head)
+        #: Called before the losses of each estimate.
+        self._begin: Callable[[], None] = lambda: None
 
     @property
     def rpn(self) -> ProposalTWIHead:
@@ -88,7 +91,22 @@ class TwoStageTWIHead(DetectorTWIHead):
             )
         return sample
 
+    def judge(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        data_samples: list,
+        **judges: Any,
+    ) -> list[dict[str, Tensor]]:
+        """As in the base class; anchors are assigned once for all."""
+        rpn_head, begin = assigning_once(self._first)
+        once = type(self)(rpn_head, self.head)
+        once._begin = begin
+        return super(TwoStageTWIHead, once).judge(
+            steps, data_samples, **judges
+        )
+
     def _losses(self, feats: tuple[Tensor, ...], data_samples: list) -> Any:
+        self._begin()
         rpn_head, roi_head = self.heads
         losses = {}
         for key, value in rpn_head.loss(

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS
+from mmengine.runner import Runner
 
 from era_mm.core import Distillation, distillation_kind
 from era_mm.core.build import as_named_configs, build_distillers, build_student
@@ -12,6 +14,7 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    run_config,
 )
 
 
@@ -219,15 +222,95 @@ def test_inherit__no_distiller_and_nothing_to_inherit_is_refused():
         build(None, distiller=None)
 
 
-def test_student__that_is_semi_supervised_says_what_to_give():
-    student = dict(
-        type='mmdet.SemiBaseDetector',
-        detector=detector_config(),
-        semi_train_cfg=dict(freeze_teacher=True),
+def semi_supervised(coco, folder):
+    """A config like mmdet's `soft-teacher_*`, written to a file."""
+    plain = run_config(detector_config(), coco, folder / 'semi')
+    labelled = plain.train_dataloader.dataset
+    *pipeline, pack = labelled.pipeline
+    branches = ('sup', 'unsup_teacher', 'unsup_student')
+
+    def dataset(**pipelines):
+        branched = dict(type='MultiBranch', branch_field=branches, **pipelines)
+        return dict(labelled, pipeline=[*pipeline, branched])
+
+    config = run_config(
+        dict(
+            type='SoftTeacher',
+            detector=detector_config(),
+            data_preprocessor=dict(
+                type='MultiBranchDataPreprocessor',
+                data_preprocessor=detector_config()['data_preprocessor'],
+            ),
+            semi_train_cfg=dict(freeze_teacher=True),
+            semi_test_cfg=dict(predict_on='teacher'),
+        ),
+        coco,
+        folder / 'semi',
+        train_dataloader=dict(
+            batch_size=2,
+            num_workers=0,
+            sampler=dict(
+                type='GroupMultiSourceSampler',
+                batch_size=2,
+                source_ratio=[1, 1],
+            ),
+            dataset=dict(
+                type='ConcatDataset',
+                datasets=[
+                    dataset(sup=[pack]),
+                    dataset(unsup_teacher=[pack], unsup_student=[pack]),
+                ],
+            ),
+        ),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2),
+        val_cfg=dict(type='TeacherStudentValLoop'),
+        custom_hooks=[dict(type='MeanTeacherHook')],
     )
-    with pytest.raises(ValueError, match=r'_base_\.model\.detector'):
-        MODELS.build(
-            distillation_config(
-                dict(type='era_mm.ERADistiller'), student=student
-            )
+    Config(config).dump(folder / 'semi.py')
+    return labelled.to_dict()
+
+
+def test_student__that_is_semi_supervised_trains_as_the_message_says(
+    coco, tmp_path
+):
+    labelled = semi_supervised(coco, tmp_path)
+    model = distillation_config(dict(type='era_mm.ERADistiller'))
+
+    def config(student, **entries):
+        text = (
+            "_base_ = ['semi.py']\n"
+            'model = dict(_delete_=True, type="era_mm.Distillation", '
+            f'student={student}, teacher={model["teacher"]!r}, '
+            f'distiller={model["distiller"]!r})\n'
+            f'work_dir = {str(tmp_path / "run")!r}\n'
+            f'experiment_name = {str(tmp_path)!r}.replace("/", "-")\n'
         )
+        text += '\n'.join(f'{k} = {v}' for k, v in entries.items())
+        (tmp_path / 'distilled.py').write_text(text + '\n')
+        return Config.fromfile(tmp_path / 'distilled.py')
+
+    with pytest.raises(ValueError, match='cannot be a student') as error:
+        Runner.from_cfg(config('_base_.model'))
+    changes = dict(
+        val_cfg="dict(type='ValLoop')",
+        custom_hooks='[]',
+        train_dataloader=dict(
+            _delete_=True,
+            batch_size=2,
+            num_workers=0,
+            sampler=dict(type='DefaultSampler', shuffle=True),
+            dataset=labelled,
+        ),
+    )
+    for hint in (
+        'student=_base_.model.detector',
+        f'val_cfg={changes["val_cfg"]}',
+        'MeanTeacherHook',
+        'DefaultSampler',
+        'MultiBranch',
+    ):
+        assert hint in str(error.value)
+    runner = Runner.from_cfg(config('_base_.model.detector', **changes))
+    runner.train()
+    assert runner.iter == 2
+    assert 'val/coco/bbox_mAP' in runner.message_hub.log_scalars

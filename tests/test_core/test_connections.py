@@ -62,7 +62,8 @@ def test_resample__stands_before_prepare_and_loss():
     model = build(resample=COVER)
     hearing = model.distillers['distiller']
     for feats in hearing.prepared:
-        assert [f.shape[2] for f in feats['neck']] == [8, 4, 2]
+        # Of an image of 256 pixels, strides 8 and 16.
+        assert [f.shape[2] for f in feats['neck']] == [32, 16, 8]
     model.train()
     data = model.data_preprocessor(detection_batch(), True)
     model(**data, mode='loss')

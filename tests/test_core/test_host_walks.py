@@ -26,13 +26,17 @@ from mmdet.engine.hooks import (
 from mmdet.engine.hooks import sync_norm_hook as sync_norm
 from mmdet.models.test_time_augs import DetTTAModel
 from mmengine.config import ConfigDict
+from mmengine.dist import master_only
 from mmengine.hooks import (
     EMAHook,
+    Hook,
     NaiveVisualizationHook,
     PrepareTTAHook,
+    RuntimeInfoHook,
     SyncBuffersHook,
 )
 from mmengine.hooks import sync_buffer_hook as sync_buffer
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
@@ -57,6 +61,7 @@ from era_mm.testing import (
     detection_batch,
     detector_config,
     distillation_config,
+    two_stage_config,
 )
 from era_mm.testing.toy import CLASSES
 
@@ -134,6 +139,34 @@ def class_batch(num=6):
         ],
         data_samples=[DataSample().set_gt_label(i % 3) for i in range(num)],
     )
+
+
+def two(config, second, scope, **distiller):
+    """Two students that teach each other."""
+    with DefaultScope.overwrite_default_scope(scope):
+        return MODELS.build(
+            ConfigDict(
+                type='era_mm.MutualDistillation',
+                students=dict(first=config, second=second),
+                distiller=dict(type='era_mm.IEKDDistiller', **distiller),
+            )
+        )
+
+
+def two_detectors():
+    return two(detector_config(), detector_config(width=12), 'mmdet')
+
+
+def two_classifiers(head=None, **preprocessor):
+    students = classifier_config(), classifier_config(12)
+    for student in students:
+        student['data_preprocessor'].update(preprocessor)
+        student['head'].update(head or {})
+    return two(*students, 'mmpretrain', source='backbone')
+
+
+def hosts_of(mutual):
+    return [half.student for half in mutual.students.values()]
 
 
 def runner(model, **entries):
@@ -373,24 +406,27 @@ def check_tta():
     assert torch.equal(found[0].bboxes, found[1].bboxes)
 
 
+def rf_config():
+    return dict(
+        search=dict(
+            step=0,
+            max_step=3,
+            search_interval=1,
+            exp_rate=0.5,
+            init_alphas=0.01,
+            mmin=1,
+            mmax=6,
+            num_branches=2,
+            # The extras are no part of the student's search.
+            skip_layer=['distillers'],
+        )
+    )
+
+
 def check_rf_search(tmp_path):
     found = []
     for model in detectors():
-        config = dict(
-            search=dict(
-                step=0,
-                max_step=3,
-                search_interval=1,
-                exp_rate=0.5,
-                init_alphas=0.01,
-                mmin=1,
-                mmax=6,
-                num_branches=2,
-                # The extras are no part of the student's search.
-                skip_layer=['distillers'],
-            )
-        )
-        hook = RFSearchHook('search', config, verbose=False)
+        hook = RFSearchHook('search', rf_config(), verbose=False)
         hook.init_model(model)
         hook.step(model, str(tmp_path))
         found.append(hook.config['structure'])
@@ -644,6 +680,314 @@ def test_hooks__do_to_the_student_what_they_do_to_the_plain_model(
         )
 
 
+# -- two students ------------------------------------------------------------
+
+
+def two_switch_recipes():
+    for start, then in ((MIXUP, None), (None, MIXUP)):
+        model = two_classifiers(batch_augments=start, to_onehot=True)
+        hook = SwitchRecipeHook(
+            [
+                dict(
+                    action_epoch=1,
+                    batch_augments=copy.deepcopy(then),
+                    loss=dict(
+                        type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1
+                    ),
+                )
+            ]
+        )
+        hook._do_switch(runner(model), hook.schedule[1])
+        for half in model.students.values():
+            assert mixed(half) is (then is not None)
+        losses = [host.head.loss_module for host in hosts_of(model)]
+        assert [type(loss).__name__ for loss in losses] == [
+            'LabelSmoothLoss'
+        ] * 2
+        assert losses[0] is not losses[1]
+
+
+def two_ema():
+    for hook_type in (EMAHook, PretrainEMAHook):
+        model = two_detectors()
+        plain = copy.deepcopy(hosts_of(model))
+        states = []
+        for own in (model, *plain):
+            hook = hook_type(momentum=0.5)
+            hook.before_run(runner(own))
+            with torch.no_grad():
+                for parameter in own.parameters():
+                    parameter.add_(1)
+            hook.after_train_iter(runner(own, iter=1), 0)
+            hook._swap_ema_parameters()
+            states.append(own.state_dict())
+        for name, state in zip(model.students, states[1:], strict=True):
+            own = {
+                key.removeprefix(f'students.{name}.'): value
+                for key, value in states[0].items()
+                if key.startswith(f'students.{name}.')
+            }
+            assert equal(own, state)
+
+
+def two_graphs():
+    seen = []
+    visualizer = SimpleNamespace(add_graph=lambda model, _: seen.append(model))
+    model = two_detectors()
+    NaiveVisualizationHook().before_train(runner(model, visualizer=visualizer))
+    assert seen == [model]
+
+
+def two_sync_buffers(monkeypatch):
+    def double(tensors, op):
+        for tensor in tensors:
+            tensor.mul_(2)
+
+    monkeypatch.setattr(sync_buffer, 'all_reduce_params', double)
+    model = two_detectors()
+    hook = SyncBuffersHook()
+    hook.distributed = True
+    hook.after_train_epoch(runner(model))
+    for host in hosts_of(model):
+        assert host.backbone.bn1.running_var.eq(2).all()
+
+
+def two_sync_norms(monkeypatch):
+    monkeypatch.setattr(sync_norm, 'get_dist_info', lambda: (0, 2))
+    monkeypatch.setattr(
+        sync_norm,
+        'all_reduce_dict',
+        lambda states, op: {key: value * 3 for key, value in states.items()},
+    )
+    model = two_detectors()
+    SyncNormHook().before_val_epoch(runner(model))
+    for half in model.students.values():
+        assert half.student.backbone.bn1.running_var.eq(3).all()
+        assert half.has_extras
+
+
+def two_tta():
+    """The first student's, as in every test of two."""
+    model = two_detectors().eval()
+    batch = detection_batch(1)
+    for sample in batch['data_samples']:
+        sample.set_metainfo(dict(flip=False, flip_direction=None))
+    config = dict(
+        type=DetTTAModel,
+        tta_cfg=ConfigDict(
+            nms=dict(type='nms', iou_threshold=0.5), max_per_img=20
+        ),
+    )
+    found = []
+    for own in (model, hosts_of(model)[0]):
+        state = runner(own)
+        PrepareTTAHook(copy.copy(config)).before_test(state)
+        views = {
+            key: [copy.deepcopy(value)] * 2 for key, value in batch.items()
+        }
+        found.append(state.model.test_step(views)[0].pred_instances)
+    assert torch.equal(found[0].bboxes, found[1].bboxes)
+
+
+def two_searches(tmp_path):
+    model = two_detectors()
+    hook = RFSearchHook('search', rf_config(), verbose=False)
+    hook.init_model(model)
+    hook.step(model, str(tmp_path))
+    for name in model.students:
+        key = f'students.{name}.neck.fpn_convs.0.conv'
+        assert key in hook.config['structure']
+
+
+def two_optimisers(model, **settings):
+    return build_optim_wrapper(
+        model,
+        ConfigDict(
+            constructor='era_mm.MutualOptimWrapperConstructor',
+            optimizer=dict(type='SGD', lr=0.1),
+            **settings,
+        ),
+    )
+
+
+def two_invalid_losses():
+    model = two_classifiers()
+    with torch.no_grad():
+        hosts_of(model)[1].head.fc.bias.fill_(torch.nan)
+    logged = model.train_step(class_batch(), two_optimisers(model))
+    assert logged['first.student_loss'].isfinite()
+    with pytest.raises(AssertionError):
+        CheckInvalidLossHook(interval=1).after_train_iter(
+            runner(model, iter=0), 0, outputs=logged
+        )
+
+
+def two_mean_teachers():
+    with pytest.raises(AssertionError):
+        MeanTeacherHook().before_train(runner(two_detectors(), iter=0))
+
+
+def two_numbers_of_classes():
+    wrong = detector_config()
+    wrong['bbox_head']['num_classes'] = 5
+    dataset = SimpleNamespace(metainfo=dict(classes=CLASSES))
+    loader = SimpleNamespace(dataset=dataset)
+    state = runner(two_detectors(), train_dataloader=loader)
+    NumClassCheckHook().before_train_epoch(state)
+    state.model = two(detector_config(), wrong, 'mmdet')
+    with pytest.raises(AssertionError, match='does not match'):
+        NumClassCheckHook().before_train_epoch(state)
+
+
+def two_epochs():
+    model = two_detectors()
+    for host in hosts_of(model):
+        host.set_epoch = lambda epoch, own=host: setattr(own, 'epoch', epoch)
+    SetEpochInfoHook().before_train_epoch(runner(model, epoch=3))
+    assert [host.epoch for host in hosts_of(model)] == [3, 3]
+
+
+def two_l1():
+    model = two_detectors()
+    dataset = SimpleNamespace(update_skip_type_keys=lambda keys: None)
+    state = runner(
+        model,
+        epoch=1,
+        max_epochs=2,
+        train_dataloader=SimpleNamespace(dataset=dataset),
+    )
+    YOLOXModeSwitchHook(1).before_train_epoch(state)
+    assert all(host.bbox_head.use_l1 for host in hosts_of(model))
+    # A part that only one has is no part of both.
+    state.model = two(detector_config(), two_stage_config(), 'mmdet')
+    with pytest.raises(AttributeError, match='bbox_head'):
+        YOLOXModeSwitchHook(1).before_train_epoch(state)
+
+
+def two_lambdas():
+    model = two_classifiers()
+    hook = DenseCLHook(start_iters=2)
+    for host in hosts_of(model):
+        host.loss_lambda = 0.5
+    hook.before_train(runner(model))
+    for iteration, expected in ((0, 0.0), (2, 0.5)):
+        hook.before_train_iter(runner(model, iter=iteration), 0)
+        assert [host.loss_lambda for host in hosts_of(model)] == [expected] * 2
+
+
+def two_margins():
+    dataset = SimpleNamespace(get_gt_labels=lambda: [0, 0, 0, 0, 1, 2, 2])
+    state = runner(
+        two_classifiers(dict(type='mmpretrain.ArcFaceClsHead')),
+        train_dataloader=SimpleNamespace(dataset=dataset),
+    )
+    SetAdaptiveMarginsHook().before_train(state)
+    margins = [host.head.margins for host in hosts_of(state.model)]
+    assert torch.equal(*margins)
+    assert len(set(margins[1].tolist())) == 3
+    state.model = two_classifiers()
+    with pytest.raises(ValueError, match='only be used for ``ArcFace'):
+        SetAdaptiveMarginsHook().before_train(state)
+
+
+def two_precise_norms():
+    loader = torch.utils.data.DataLoader(
+        [0] * 12, batch_size=6, collate_fn=lambda _: class_batch()
+    )
+    with pytest.raises(RuntimeError, match='leave out the second'):
+        update_bn_stats(two_classifiers().train(), loader, 12, logger='silent')
+
+
+def two_prototypes():
+    with pytest.warns(UserWarning, match='BaseRetriever'):
+        PrepareProtoBeforeValLoopHook().before_val(runner(two_classifiers()))
+
+
+def two_rates():
+    model = two_detectors()
+    wrapper = two_optimisers(
+        model, second=dict(optimizer=dict(type='SGD', lr=0.2))
+    )
+    state = runner(model, optim_wrapper=wrapper, iter=0, epoch=0)
+    state.message_hub = MessageHub.get_current_instance()
+    RuntimeInfoHook().before_train_iter(state, 0)
+    found = state.message_hub.log_scalars
+    assert found['train/first.lr'].current() == 0.1
+    assert found['train/second.lr'].current() == 0.2
+    # Its optimiser is one; the config is refused before.
+    with pytest.raises(AttributeError):
+        SimSiamHook(fix_pred_lr=True, lr=0.5).before_train_epoch(state)
+
+
+def two_frozen(tmp_path):
+    model = two_classifiers()
+    hook = SwAVHook(2, frozen_layers_cfg=dict(fc=2))
+    state = runner(model, iter=0, epoch=0, work_dir=str(tmp_path))
+    hook.before_run(state)
+    hook.before_train_epoch(state)
+    hook.before_train_iter(state, 0)
+    for host in hosts_of(model):
+        assert host.head.loss_module.use_queue is False
+        assert not host.head.fc.weight.requires_grad
+
+
+def two_warmups():
+    model = two_classifiers()
+    for host in hosts_of(model):
+        host.head.loss_module.scale = 1.0
+    hook = WarmupParamHook('scale', 'head.loss_module', 2)
+    hook.before_train(runner(model))
+    hook.before_train_iter(runner(model, iter=1, max_iters=8, max_epochs=4), 0)
+    assert [h.head.loss_module.scale for h in hosts_of(model)] == [0.25] * 2
+    hosts_of(model)[0].head.loss_module.scale = 2.0
+    with pytest.raises(RuntimeError, match="different values of 'scale'"):
+        hook.before_train(runner(model))
+
+
+OF_TWO = {
+    'CheckInvalidLossHook': two_invalid_losses,
+    'ClassNumCheckHook': two_numbers_of_classes,
+    'DenseCLHook': two_lambdas,
+    'EMAHook': two_ema,
+    'MeanTeacherHook': two_mean_teachers,
+    'NaiveVisualizationHook': two_graphs,
+    'NumClassCheckHook': two_numbers_of_classes,
+    'PreciseBNHook': two_precise_norms,
+    'PrepareProtoBeforeValLoopHook': two_prototypes,
+    'PrepareTTAHook': two_tta,
+    'RFSearchHook': two_searches,
+    'RuntimeInfoHook': two_rates,
+    'SetAdaptiveMarginsHook': two_margins,
+    'SetEpochInfoHook': two_epochs,
+    'SimSiamHook': two_rates,
+    'SwAVHook': two_frozen,
+    'SwitchRecipeHook': two_switch_recipes,
+    'SyncBuffersHook': two_sync_buffers,
+    'SyncNormHook': two_sync_norms,
+    'WarmupParamHook': two_warmups,
+    'YOLOXModeSwitchHook': two_l1,
+}
+
+
+@pytest.mark.parametrize(
+    'check', dict.fromkeys(OF_TWO.values()), ids=lambda check: check.__name__
+)
+def test_hooks__reach_both_of_two_students_or_are_refused(check, request):
+    assert set(OF_TWO) == set(HOOKS)
+    with DefaultScope.overwrite_default_scope(
+        'mmpretrain' if 'mixed' in check.__code__.co_names else 'mmdet'
+    ):
+        check(
+            **{
+                name: request.getfixturevalue(name)
+                for name in inspect.signature(check).parameters
+            }
+        )
+
+
+# -- registries --------------------------------------------------------------
+
+
 def _used(code):
     """Names that a function uses, those of functions inside included."""
     yield from code.co_names
@@ -653,12 +997,46 @@ def _used(code):
 
 
 def _touches_model(cls):
-    functions = (getattr(f, '__func__', f) for f in vars(cls).values())
+    """Whether one of its methods does, inherited and wrapped ones included."""
+    functions = (
+        inspect.unwrap(getattr(member, '__func__', member))
+        for owner in cls.__mro__
+        for member in vars(owner).values()
+    )
     return any(
         {'model', 'optim_wrapper'} & set(_used(function.__code__))
         for function in functions
         if isinstance(function, types.FunctionType)
     )
+
+
+def test_touches_model__also_behind_a_wrapper_or_in_a_base():
+    class Reading(Hook):
+        @master_only
+        def before_train(self, runner):
+            runner.model.eval()
+
+    class Inheriting(Reading):
+        pass
+
+    class Static(Hook):
+        @staticmethod
+        def before_train(runner):
+            return [rate for rate in runner.optim_wrapper.get_lr()]
+
+    class Other(Hook):
+        @master_only
+        def before_train(self, runner):
+            runner.logger.info('')
+
+    for cls, expected in (
+        (Reading, True),
+        (Inheriting, True),
+        (Static, True),
+        (Other, False),
+        (Hook, False),
+    ):
+        assert _touches_model(cls) is expected, cls
 
 
 def test_registries__every_constructor_and_hook_that_touches_a_model_is_here():

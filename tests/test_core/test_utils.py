@@ -16,9 +16,22 @@ from era_mm.core.utils import (
     errors_only,
     evaluating,
     preserve_rng,
+    random_state,
     take_step,
     to_cpu,
 )
+
+
+def test_random_state__can_be_given_again_and_again():
+    def draw():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    restore = random_state()
+    first, second = draw(), draw()
+    assert first != second
+    for _ in range(2):
+        restore()
+        assert [draw(), draw()] == [first, second]
 
 
 def test_preserve_rng__gives_every_generator_back():

@@ -4,10 +4,13 @@ import re
 
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 
 from era_mm.core import BaseDistiller
+from era_mm.core.dry_run import at_first_size
+from era_mm.core.wiring import Wiring
 from era_mm.testing import (
+    classifier_config,
     detection_batch,
     detector_config,
     distillation_config,
@@ -60,6 +63,78 @@ def test_dry_run__lets_each_distiller_meet_its_pair():
         'backbone': [(1, 16, 8, 12), (1, 32, 4, 6)],
     }
     assert list(wiring.teacher_shapes) == ['a', 'b']
+
+
+@pytest.mark.parametrize(
+    ('runs_at', 'suits_at', 'expected', 'tried'),
+    [
+        ([1, 2, 3], [1, 2], 1, [1]),
+        ([2, 3], [3], 3, [1, 2, 3]),
+        ([2, 3], [], 2, [1, 2, 3]),
+    ],
+    ids=['first', 'one that suits', 'none that suits'],
+)
+def test_first_size__is_one_that_runs(runs_at, suits_at, expected, tried):
+    calls = []
+
+    def run(size):
+        calls.append(size)
+        if size not in runs_at:
+            raise RuntimeError(f'not at {size}')
+        return size
+
+    assert at_first_size([1, 2, 2, 3], run, suits_at.__contains__) == expected
+    assert calls == tried
+    with pytest.raises(RuntimeError, match='not at 4'):
+        at_first_size([4, 5], run, bool)
+
+
+def swin(width):
+    return classifier_config() | dict(
+        backbone=dict(
+            type='mmpretrain.SwinTransformer',
+            arch=dict(
+                embed_dims=width, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2]
+            ),
+        ),
+        head=dict(
+            type='mmpretrain.LinearClsHead',
+            num_classes=3,
+            in_channels=8 * width,
+            loss=dict(type='mmpretrain.CrossEntropyLoss'),
+        ),
+    )
+
+
+def test_dry_run__is_as_large_as_windows_need():
+    """Those of Swin are 7 places wide, also at a stride of 32."""
+    config = distillation_config(ERA, classifier_config(), swin(8))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(config)
+        assert model.wiring.input_size == (224, 224)
+        with pytest.raises(ValueError, match=r'teacher cannot run.*64 x 64'):
+            MODELS.build(dict(config, input_size=64))
+
+
+def test_dry_run__is_as_large_as_the_teachers_head_needs():
+    model = MODELS.build(distillation_config(dict(type='_Reading')))
+    assert model.wiring.input_size == (256, 256)
+
+    def refuse(head, args):
+        # At a stride of 16, so from 512 pixels on.
+        if min(feat.shape[-1] for feat in args[0]) < 32:
+            raise RuntimeError('input image is smaller than kernel')
+
+    teacher = model.teachers['teacher'].model
+    teacher.bbox_head.register_forward_pre_hook(refuse)
+    wiring = Wiring(
+        student=model.student,
+        teachers=model.teachers,
+        distillers=model.distillers,
+        input_size=None,
+    )
+    assert wiring.input_size == (512, 512)
+    assert wiring.teacher_shapes['teacher']['neck'][-1][2:] == (32, 32)
 
 
 def test_wiring__hears_each_source_once_and_asks_no_idle_teacher():

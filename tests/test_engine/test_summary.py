@@ -52,7 +52,7 @@ def test_summary__leaves_the_model_as_it_was(teacher_file):
         ),
         (
             'auto',
-            ['3x8x8 3x4x4 4x8x8 4x4x4'],
+            ['3x32x32 3x16x16 4x32x32 4x16x16'],
             (1, 4),
             ['logit', 'box'],
             ("the teacher's own outputs", 'loss_era_logit, loss_era_box'),
@@ -89,10 +89,10 @@ def test_summary__of_a_detector(form, sources, weights, others, uses):
         lines[5],
     )
     assert lines[6:] == [
-        'sources, for an image of 64 x 64',
-        f'  {"student neck":<30} 16x8x8 16x4x4',
+        'sources, for an image of 256 x 256',
+        f'  {"student neck":<30} 16x32x32 16x16x16',
         *(f'  {"student bbox_head":<30} {shapes}' for shapes in sources),
-        f'  {"teacher neck":<30} 24x8x8 24x4x4',
+        f'  {"teacher neck":<30} 24x32x32 24x16x16',
         'losses, with their weights',
         f'  {"bbox_head.loss_cls":<30} 1',
         f'  {"bbox_head.loss_bbox":<30} 1',
@@ -163,6 +163,18 @@ def test_summary__says_why_flops_are_not_counted(monkeypatch):
     assert 'not counted (an image of 544 x 544 takes too long' in line
 
 
+def test_summary__says_why_the_cost_is_not_counted(monkeypatch):
+    model = MODELS.build(distillation_config(ERA))
+
+    def fail(*args, **kwargs):
+        raise KeyError('metainfo')
+
+    monkeypatch.setattr(type(model.student), 'forward', fail)
+    assert 'cost of a step not counted (KeyError: metainfo)' in (
+        summary_of(model, detection_batch(1)).splitlines()
+    )
+
+
 def test_summary__of_other_models():
     # No teacher and no data; several distillers; weights that are not told.
     methods = dict(
@@ -181,7 +193,7 @@ def test_summary__of_other_models():
         'y',
         'sources,',
     ]
-    assert lines[0].endswith('GFLOPs for 64 x 64')
+    assert lines[0].endswith('GFLOPs for 256 x 256')
     assert '  x.Dropping does not define its weights' in lines
     assert f'  x.{"*":<30}    times 2' in lines
     assert f'  y.{"loss_iekd_explore":<30} 50' in lines

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from mmengine.registry import MODELS
+from torch import nn
 
-from era_mm.heads import DenseTerm, RoITerm
+from era_mm.heads import DenseTerm, DenseTWIHead, RoITerm
 from era_mm.heads.detector_term import Said
 from era_mm.testing import noise
 
@@ -91,3 +93,51 @@ def test_units__rows_that_are_missing_count():
         terms.append(term._compare(noise(2, 3, seed=1), boxes + 1, said))
     for name in ('logit', 'box'):
         torch.testing.assert_close(terms[0][name] / 2, terms[1][name], **CLOSE)
+
+
+def guided(width):
+    """A head that predicts the anchors which its boxes are relative to."""
+    strides = [8, 16]
+    return MODELS.build(
+        dict(
+            type='GARetinaHead',
+            num_classes=3,
+            in_channels=width,
+            feat_channels=width,
+            stacked_convs=1,
+            approx_anchor_generator=dict(
+                type='AnchorGenerator',
+                octave_base_scale=4,
+                scales_per_octave=1,
+                ratios=[1.0],
+                strides=strides,
+            ),
+            square_anchor_generator=dict(
+                type='AnchorGenerator',
+                scales=[4],
+                ratios=[1.0],
+                strides=strides,
+            ),
+            loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize('alone', [False, True], ids=['pair', 'teacher'])
+def test_dense__guided_anchors_are_not_compared(alone):
+    own, theirs = guided(8), guided(16)
+    feats = [
+        [torch.randn(1, width, size, size) for size in (8, 4)]
+        for width in (8, 16)
+    ]
+    outs = DenseTWIHead(own).training_forward(feats[0])
+    # Scores and boxes have the same shapes, whatever the anchors.
+    found = [level for kind in outs for level in kind]
+    reason = DenseTerm().prepare(
+        head=DenseTWIHead(theirs),
+        student=None if alone else nn.ModuleDict(dict(bbox_head=own)),
+        student_feats={'bbox_head': found},
+        teacher_feats=feats[1],
+    )
+    assert reason is not None
+    assert "'s GARetinaHead predicts more than scores and boxes" in reason

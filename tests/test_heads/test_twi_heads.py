@@ -6,10 +6,11 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.structures import DataSample
 from torch import nn
 
-from era_mm.heads import DenseTerm
+from era_mm.heads import DenseTerm, LogitTerm
 from era_mm.heads.twi import find_head
 from era_mm.heads.twi_heads import DenseTWIHead, TWIHead
 from era_mm.testing import (
@@ -200,6 +201,78 @@ def test_judge__assigns_the_truth_once(kind, assigning, calls, monkeypatch):
     said = term.target(head, steps[0], samples)
     head.judge(steps, samples, by_labels=False, term=term, said=said)
     assert len(seen) == 2 * calls
+
+
+CLASSIFIERS = {
+    'linear': dict(
+        type='LinearClsHead', loss=dict(type='CrossEntropyLoss'), cal_acc=False
+    ),
+    'smoothed': dict(
+        type='LinearClsHead',
+        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1),
+    ),
+    # Its norm is frozen, or estimates would see one another.
+    'layers': dict(
+        type='StackedLinearClsHead',
+        mid_channels=[8],
+        norm_cfg=dict(type='BN1d'),
+    ),
+    'several labels': dict(
+        type='MultiLabelLinearClsHead',
+        loss=dict(type='CrossEntropyLoss', use_sigmoid=True),
+    ),
+    # Its loss is more than that of its logits.
+    'own loss': dict(type='EfficientFormerClsHead', distillation=False),
+}
+
+
+@pytest.mark.parametrize('by', ['labels', 'teacher', 'both'])
+@pytest.mark.parametrize('kind', CLASSIFIERS)
+def test_judge__of_a_classifier_runs_its_head_once(kind, by):
+    config = CLASSIFIERS[kind] | dict(num_classes=3, in_channels=16)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        module = MODELS.build(config).double().eval()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm1d):
+            norm.running_mean.fill_(0.5)
+    head = find_head(nn.ModuleDict(dict(head=module)))
+    assert type(head) is TWIHead
+    steps = [[noise(6, 16, seed=k).requires_grad_()] for k in range(5)]
+    samples = [DataSample().set_gt_label(i % 3) for i in range(6)]
+    term = said = None
+    if by != 'labels':
+        term = LogitTerm(temperature=2.0)
+        said = term.target(head, [steps[0][0].detach()], samples)
+    options = dict(by_labels=by != 'teacher', term=term, said=said)
+    expected = [head.judge([step], samples, **options)[0] for step in steps]
+    for step, terms in zip(steps, expected, strict=True):
+        assert set(terms) == {'loss', 'logit'} - {
+            dict(labels='logit', teacher='loss').get(by)
+        }
+        if by != 'teacher':
+            assert terms['loss'] == module.loss((step[0],), samples)['loss']
+
+    calls = []
+    *_, last = (m for m in module.modules() if isinstance(m, nn.Linear))
+    handle = last.register_forward_hook(lambda *_: calls.append(1))
+    found = head.judge(steps, samples, **options)
+    handle.remove()
+    assert len(calls) == (1 if kind != 'own loss' else 5 * len(expected[0]))
+    leaves = [step[0] for step in steps]
+    for one, other in zip(found, expected, strict=True):
+        assert set(one) == set(other)
+        for key, value in other.items():
+            torch.testing.assert_close(one[key], value, **CLOSE)
+    gradients = [
+        torch.autograd.grad(sum(sum(t.values()) for t in terms), leaves)
+        for terms in (found, expected)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other, **CLOSE)
+    assert not any(part.training for part in module.modules())
+    assert 'forward' not in vars(module)
 
 
 def test_judge__assigns_anew_where_it_depends_on_predictions():

@@ -3,10 +3,16 @@
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
+from mmengine.structures import InstanceData
 
 from era_mm.heads.twi import find_head
 from era_mm.heads.two_stage import TwoStageTWIHead
-from era_mm.testing import detection_batch, detector_config
+from era_mm.testing import (
+    detection_batch,
+    detector_config,
+    noise,
+    two_stage_config,
+)
 from era_mm.testing.host_families import host_config
 
 RPN_TRAIN_CFG = dict(
@@ -66,6 +72,64 @@ def test_proposals__of_a_detector_of_their_own_have_one_class():
     # A trial has all that pipelines give.
     trial = head.trial_sample(feats)
     assert trial.ignored_instances.bboxes.shape == (0, 4)
+
+
+def test_judge__of_several_assigns_the_rpns_truth_once(monkeypatch):
+    torch.manual_seed(0)
+    model = MODELS.build(ConfigDict(two_stage_config())).eval()
+    model.init_weights()
+    head = find_head(model)
+    steps = [
+        [
+            noise(2, 16, size, size, seed=9 * step + size).float()
+            for size in (8, 4)
+        ]
+        for step in range(3)
+    ]
+    samples = detection_batch(2)['data_samples']
+    generator = torch.Generator().manual_seed(0)
+    for sample in samples:
+        sample.set_metainfo(dict(batch_input_shape=(64, 64)))
+        corners = 32 * torch.rand(40, 2, generator=generator)
+        sides = 10 + 20 * torch.rand(40, 2, generator=generator)
+        sample.proposals = InstanceData(
+            bboxes=torch.cat([corners, corners + sides], dim=1),
+            scores=torch.ones(40),
+        )
+    before = torch.get_rng_state()
+    alone = [head.judge([step], samples)[0] for step in steps]
+
+    calls = {}
+
+    def count(owner, name, key):
+        original = getattr(owner, name)
+
+        def spy(*args, **kwargs):
+            calls[key] = calls.get(key, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    count(model.rpn_head.assigner, 'assign', 'rpn')
+    count(model.roi_head.bbox_assigner, 'assign', 'roi')
+    found = head.judge(steps, samples)
+    # Once for each of the two images, whatever the number of estimates.
+    assert calls == {'rpn': 2, 'roi': 3 * 2}
+    # The samplers of the RoI head draw as after those of the RPN.
+    for one, other, step in zip(found, alone, steps, strict=True):
+        assert set(one) == {
+            'loss_rpn_cls',
+            'loss_rpn_bbox',
+            'loss_cls',
+            'loss_bbox',
+        }
+        assert one == other == head.loss(step, samples)
+    assert len({float(terms['loss_cls']) for terms in found}) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+    # The next batch's truth is another.
+    head.judge(steps[:2], samples)
+    assert calls['rpn'] == 2 + 3 * 2 + 2
+    assert 'get_targets' not in vars(model.rpn_head)
 
 
 def test_pair__head_of_learnt_proposals_is_no_rpn():

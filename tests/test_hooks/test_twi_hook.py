@@ -7,7 +7,11 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 
-from era_mm.testing import detector_config, distillation_config
+from era_mm.testing import (
+    detector_config,
+    distillation_config,
+    run_ranks,
+)
 
 ERA = dict(type='era_mm.ERADistiller', mbrnet=dict(num_branches=2))
 HOOK = dict(type='era_mm.TWIHook', modes=['S', 'E0', 'E1', 'T', 'ST'])
@@ -213,3 +217,25 @@ def test_testing__needs_no_teacher_weights(
     model = distillation_config(ERA, checkpoint='https://nowhere/t.pth')
     alone = evaluate(make_runner, model, tmp_path / 'no_teacher', file)
     assert alone == {k: v for k, v in found.items() if k.startswith('coco/')}
+
+
+def test_ddp__a_rank_without_images_lets_the_other_go_on(
+    coco, teacher_file, tmp_path
+):
+    worker = Path(__file__).with_name('twi_ddp_worker.py')
+    run_ranks(worker, coco, teacher_file, str(tmp_path), timeout=120)
+    for images, split in ((1, (1, 0)), (3, (2, 1))):
+        ranks = [
+            torch.load(tmp_path / f'{images}_rank{rank}.pth')
+            for rank in (0, 1)
+        ]
+        assert tuple(len(measured) for measured, _ in ranks) == split
+        # Each batch counts alike, on whatever rank it was.
+        rows = torch.tensor([row for measured, _ in ranks for row in measured])
+        for _, reported in ranks:
+            shares = [
+                value
+                for key, value in reported.items()
+                if key.startswith('era/unexplained_e')
+            ]
+            assert shares == pytest.approx(rows.mean(dim=0).tolist())

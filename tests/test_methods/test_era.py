@@ -30,6 +30,7 @@ from era_mm.testing import (
     give_opinions,
     noise,
     save_teacher,
+    two_stage_config,
 )
 
 # -- decomposition ------------------------------------------------------------
@@ -1426,6 +1427,40 @@ def test_modes__blend_at_the_ends_is_student_and_t(teacher_file):
             )
 
 
+@pytest.mark.parametrize('alpha', [0.0, 1.0])
+@pytest.mark.parametrize('kind', ['alike', 'unlike', 'two stages'])
+def test_modes__blend_at_the_ends_keeps_that_sides_test_cfg(
+    kind, alpha, tmp_path
+):
+    """Other thresholds than the teacher's would give other boxes."""
+    student = detector_config()
+    teacher = detector_config(width=16, channels=24)
+    if kind == 'unlike':
+        teacher = detector_config(width=16, channels=24, head='FCOSHead')
+    if kind == 'two stages':
+        student, teacher = two_stage_config(), two_stage_config(16, 24)
+    for config, number, threshold in ((student, 9, 0.6), (teacher, 7, 0.2)):
+        test_cfg = config['test_cfg']
+        test_cfg.get('rcnn', test_cfg).update(
+            score_thr=0.0,
+            nms=dict(type='nms', iou_threshold=threshold),
+            max_per_img=number,
+        )
+    file = save_teacher(teacher, tmp_path / 't.pth')
+    model = build(file, student=student, teacher=teacher, alpha=alpha).eval()
+    model.active_modes = ('T', 'ST')
+    with torch.no_grad():
+        data = model.data_preprocessor(detection_batch(), False)
+        own = model(**data, mode='predict')
+    end = model.mode_predictions['T'] if alpha else own
+    for one, other in zip(end, model.mode_predictions['ST'], strict=True):
+        assert len(one.pred_instances) == (7 if alpha else 9)
+        for key in ('bboxes', 'scores', 'labels'):
+            assert torch.equal(
+                one.pred_instances[key], other.pred_instances[key]
+            ), key
+
+
 def test_modes__blend_of_other_heads_merges_boxes(tmp_path):
     teacher = detector_config(width=16, channels=24, head='FCOSHead')
     file = save_teacher(teacher, tmp_path / 't.pth')
@@ -1625,6 +1660,46 @@ def test_source__that_the_head_cannot_judge_leaves_twi(
         assert str(error.value).startswith("The teacher's head (RetinaHead)")
         assert "usually 'neck'" in str(error.value)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(scales=[0.5, 0.5]), 'level 0 resized by 0.5'),
+        # At a stride of 16 it would have the anchors of 8.
+        (dict(levels=[1, 0]), r'outputs \[1, 0\]'),
+    ],
+    ids=['resized', 'reordered'],
+)
+def test_source__that_is_resampled_for_the_teacher_leaves_twi(
+    changes, message, said
+):
+    source = dict(
+        student='neck',
+        teacher='neck',
+        resample=dict(student=changes, teacher=changes),
+    )
+    model = build(source=source)
+    assert len(said) == 1
+    assert re.search(
+        "ERA without TWI and terms on the student's own logits: .*"
+        f'as its neck gives them, .*{message}',
+        said[0],
+    )
+    losses = losses_of(model)
+    assert {key for key in losses if 'loss_era' in key} == {
+        'loss_era_align',
+        'loss_era_residual',
+    }
+    assert model.distillers['distiller'].inference_modes() == ()
+    for asked in (dict(twi_steps='all'), dict(logit=dict())):
+        with pytest.raises(ValueError, match=message):
+            build(source=source, **asked)
+    # All levels, as they are.
+    source['resample'] = dict(teacher=dict(levels=[0, 1], scales=[1, 1.0]))
+    assert (
+        'T' in build(source=source).distillers['distiller'].inference_modes()
+    )
 
 
 def test_pair__teacher_without_train_cfg_judges_nothing(said):

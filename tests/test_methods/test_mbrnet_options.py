@@ -598,11 +598,12 @@ def test_twi_on_aligned__off_takes_e0_out(build, steps, weights):
             weights, head_losses(model, inputs, samples), strict=True
         )
     )
-    head.fc.register_forward_hook(lambda *_: calls.append(1))
+    head.fc.register_forward_hook(lambda _, args, __: calls.append(*args))
     found = model(inputs, samples, mode='loss')['loss_era_twi_cls']
     torch.testing.assert_close(found, expected, **CLOSE)
-    # Nor is the head run for nothing.
-    assert len(calls) == sum(w > 0 for w in weights)
+    # Nor is the head run for nothing: once, on what is judged.
+    (judged,) = calls
+    assert len(judged) == len(samples) * sum(w > 0 for w in weights)
 
 
 def test_twi_on_aligned__on_is_the_default(build):

@@ -353,7 +353,7 @@ class HeadUser(BaseDistiller):
     @torch.no_grad()
     def _try_head(self, teacher_maps: tuple[Tensor, ...]) -> None:
         """Let the head judge the teacher's features of the dry run."""
-        reason = self._head.why_not_judged(
+        reason = self._why_resampled() or self._head.why_not_judged(
             teacher_maps, training=self.twi_steps != 'none'
         )
         if reason is None:
@@ -370,6 +370,21 @@ class HeadUser(BaseDistiller):
                 "teacher was trained with; else set twi_steps='none'."
             )
         self._leave_head(reason)
+
+    def _why_resampled(self) -> str | None:
+        """How a detector's head gets other levels than its neck gives."""
+        resampler = self.connections.resamplers.get('teacher')
+        if resampler is None or type(self._head) is TWIHead:
+            return None
+        levels = resampler.levels or ()
+        if levels == tuple(range(len(levels))) and all(
+            scale == 1 for scale in resampler.scales or ()
+        ):
+            return None
+        return (
+            'it expects the levels as its neck gives them, and '
+            f'`source.resample` changes them ({"; ".join(resampler.steps())})'
+        )
 
     @torch.no_grad()
     def _meet_logit(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_gather_object
 from mmengine.model import is_model_wrapper
 from torch import Tensor
 
@@ -105,13 +105,20 @@ class TWIHook(ModesHook):
     ) -> None:
         """Add the modes' metrics and the unexplained shares."""
         super().after_val_epoch(runner, metrics)
-        found, self._unexplained = self._unexplained, {}
+        own = {
+            name: torch.stack(shares).tolist()
+            for name, shares in self._unexplained.items()
+        }
+        self._unexplained = {}
+        found: dict[str, list] = {}
+        # A rank may have had no batch, so it does not know the names.
+        for of_rank in all_gather_object(own):
+            for name, rows in of_rank.items():
+                found.setdefault(name, []).extend(rows)
         several = len(found) > 1
-        for name, shares in found.items():
-            mean = torch.stack(shares).mean(dim=0)
-            all_reduce(mean, 'mean')
+        for name, rows in found.items():
             prefix = f'{name}.era' if several else 'era'
-            values = mean.tolist()
+            values = torch.tensor(rows).mean(dim=0).tolist()
             if metrics is not None:
                 metrics |= {
                     f'{prefix}/unexplained_e{step}': value
