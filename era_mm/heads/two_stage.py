@@ -9,12 +9,11 @@ from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 
 from ..core import Unregistered
+from .head_views import assigning_once, with_children
 from .twi_heads import (
     DetectorTWIHead,
     ProposalTWIHead,
-    assigning_once,
     one_class,
-    with_children,
 )
 
 

@@ -551,27 +551,6 @@ class ERADistiller(HeadUser, Measured):
         """Only the features: no logits, no proposals."""
         return self.feature_sources
 
-    def inference_modes(self) -> tuple[str, ...]:
-        """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'.
-
-        None if the teacher's head cannot be used, predicts less than the
-        student's or knows other classes; no 'ST' if the student's cannot be
-        used.
-        """
-        if self.twi_head is None or self._no_modes:
-            return ()
-        return (*self._estimates(), *([] if self._no_blend else ['ST']))
-
-    def absent_modes(self) -> dict[str, str]:
-        """All of them without the teacher's head, or 'ST' alone."""
-        if self._no_modes:
-            return dict.fromkeys((*self._estimates(), 'ST'), self._no_modes)
-        return {'ST': self._no_blend} if self._no_blend else {}
-
-    def _estimates(self) -> list[str]:
-        """The modes that are an estimate through the teacher's head."""
-        return [f'E{i}' for i in range(self.mbrnet.num_branches)] + ['T']
-
     def export(self, mode: str, **pair: Any) -> HostModel:
         """Mode 'E0' or 'T' as a host model; see ``export_estimate``."""
         return export_estimate(

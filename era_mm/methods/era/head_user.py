@@ -25,6 +25,7 @@ from ...heads import (
     why_not_reused,
     with_loss_of,
 )
+from .mbrnet import MBRNet
 
 
 class HeadUser(BaseDistiller):
@@ -39,6 +40,7 @@ class HeadUser(BaseDistiller):
 
     #: Gradients pass through its head, and its space is measured once.
     needs_frozen_teacher = True
+    mbrnet: MBRNet
     TWI_STEPS = ('auto', 'all', 'last', 'sampled', 'none')
     TWI_PLACES = ('head', 'predictors')
     TWI_TARGETS = ('auto', 'labels', 'teacher', 'both')
@@ -524,6 +526,27 @@ class HeadUser(BaseDistiller):
         if self.logit is not None and 'logit' not in self._left_out:
             own = ', '.join(f'loss_era_{k}' for k in self.logit.loss_weights())
         return f'TWI: {judge}', f"the student's own head: {own}"
+
+    def inference_modes(self) -> tuple[str, ...]:
+        """'E0' ... 'E(n-1)', 'T' (which is e_n) and 'ST'.
+
+        None if the teacher's head cannot be used, predicts less than the
+        student's or knows other classes; no 'ST' if the student's cannot be
+        used.
+        """
+        if self.twi_head is None or self._no_modes:
+            return ()
+        return (*self._estimates(), *([] if self._no_blend else ['ST']))
+
+    def absent_modes(self) -> dict[str, str]:
+        """All of them without the teacher's head, or 'ST' alone."""
+        if self._no_modes:
+            return dict.fromkeys((*self._estimates(), 'ST'), self._no_modes)
+        return {'ST': self._no_blend} if self._no_blend else {}
+
+    def _estimates(self) -> list[str]:
+        """The modes that are an estimate through the teacher's head."""
+        return [f'E{i}' for i in range(self.mbrnet.num_branches)] + ['T']
 
     @property
     def _head(self) -> TWIHead:
