@@ -157,7 +157,12 @@ def test_inner__state_and_optimiser_ride_in_the_file(teacher_file):
     state = model.state_dict()
     assert list(state) == list(model.student.state_dict())
     entry = extras_of(state)['distiller']
-    assert set(entry) == {'type', 'state_dict', 'inner', 'inner_optimizer'}
+    assert set(entry) == {
+        *('type', 'state_dict', 'inner', 'inner_optimizer'),
+        'measured_on',
+    }
+    teacher = model.teachers['teacher']
+    assert entry['measured_on'] == teacher.fingerprint()
 
     other = MODELS.build(coder_config(teacher_file))
     other.load_state_dict(state)

@@ -21,6 +21,7 @@ OWN = dict(
     inner_step='the wrapped one takes its own in it',
     loss='of a subclass, which calls that of the wrapped one',
     loss_weights='of a subclass, with those of the wrapped one',
+    measure_again='of all modules, those of the wrapped one among them',
     needs_teacher='it refines what is learnt from a teacher',
     plan_for='it chooses what is wrapped',
     prepare='of a subclass, which calls that of the wrapped one',
@@ -65,7 +66,13 @@ def _answer(name):
     return answer
 
 
-for _name in (*ARGUMENTS, 'inference_modes', 'phase', 'uses'):
+for _name in (
+    *ARGUMENTS,
+    'absent_modes',
+    'inference_modes',
+    'phase',
+    'uses',
+):
     setattr(Told, _name, _answer(_name))
 
 
