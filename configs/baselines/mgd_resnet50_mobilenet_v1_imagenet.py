@@ -9,6 +9,7 @@ model = dict(
         _delete_=True,
         type='era_mm.MGDDistiller',
         source='backbone',
+        mask='channels',
         mask_ratio=0.15,
         loss_weight=7e-5,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .host_models import is_query_based, kind_of
-from .utils import preserve_rng
+from .utils import evaluating, preserve_rng
 
 #: Sides of the trial image in pixels, tried in this order.
 DETECTOR_SIZES = (256, 512, 1024)
@@ -77,7 +77,7 @@ def head_runs(
     if head is None or is_query_based(model) or feeds not in feats:
         return True
     try:
-        with torch.no_grad(), preserve_rng():
+        with torch.no_grad(), preserve_rng(), evaluating(head):
             head(feats[feeds])
     # Whatever a host raises.
     except Exception:

@@ -73,6 +73,20 @@ class _Both:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _joined([part(*args, **kwargs) for part in self._parts], 'it')
 
+    def __bool__(self) -> bool:
+        return _joined([bool(part) for part in self._parts], 'it')
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError(
+            'A hook reads a value of the two students as one. Attributes and '
+            f'calls reach both, but a {type(self._parts[0]).__name__} has no '
+            'common value. Leave the hook out.'
+        )
+
+    __iter__ = __len__ = __getitem__ = __contains__ = _refuse
+    __int__ = __float__ = __eq__ = _refuse
+    __hash__ = object.__hash__
+
 
 def _joined(values: Sequence[Any], name: str) -> Any:
     """One value for what each of two students has under a name.
@@ -80,9 +94,11 @@ def _joined(values: Sequence[Any], name: str) -> Any:
     Raises:
         RuntimeError: Two settings that differ.
     """
+    first, second = values
+    if isinstance(first, (tuple, list)) and first == second:
+        return first
     if not all(isinstance(v, (int, float, str, type(None))) for v in values):
         return _Both(values)
-    first, second = values
     if first != second:
         raise RuntimeError(
             f'The two students have different values of {name!r}, {first!r} '
@@ -357,6 +373,11 @@ class MutualDistillation(BaseModel):
             return _joined([getattr(h.student, name) for h in halves], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        modules = self.__dict__.get('_modules', {})
+        if isinstance(modules.get(name), _Preprocessors):
+            halves = list(self.students.values())
+            _set_on_each(halves, name, value)
+            value = _Preprocessors([half.data_preprocessor for half in halves])
         is_own = (
             name in self.__dict__
             or name in self.__dict__.get('_modules', {})

@@ -90,6 +90,8 @@ class StudentModel(BaseModel):
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor)
         self.teachers: Mapping[str, BaseTeacher] = dict(teachers)
+        #: Hash of the teacher that the file of a resumed run names.
+        self._resumed_on: dict[str, str | None] = {}
         own = self._modules | {'distillers': nn.ModuleDict(distillers)}
         self._modules: dict[str, nn.Module | None] = student._modules | own
         # The dicts themselves, so that `_apply` on either changes both.
@@ -227,12 +229,24 @@ class StudentModel(BaseModel):
                 )
             if distiller.needs_teacher:
                 teacher = self.teachers[distiller.teacher]
-                entry['measured_on'] = teacher.loaded_fingerprint
+                entry['measured_on'] = self._measured_on(name)
                 # A head that came from a file must be in the next file, too.
                 if teacher.brought:
                     entry['teacher'] = dict(teacher.brought)
             extras[name] = entry
         return extras
+
+    def _measured_on(self, name: str) -> str | None:
+        """Hash of the teacher of all that a distiller measured, or None.
+
+        None if the teacher of a resumed run is not that of its file: what it
+        measured is then of either or of both.
+        """
+        teacher = self.teachers[self.distillers[name].teacher]
+        present = teacher.loaded_fingerprint
+        return (
+            present if self._resumed_on.get(name, present) == present else None
+        )
 
     def _load_extras(self, extras: Mapping) -> None:
         self.has_extras = True
@@ -275,11 +289,17 @@ class StudentModel(BaseModel):
                 self.teachers[distiller.teacher].take(entry['teacher'])
             if distiller.inner is not None:
                 distiller.inner.load_state_dict(entry['inner'])
-                distiller.inner_optimizer.load_state_dict(
-                    entry['inner_optimizer']
-                )
-            if _is_start.get() and distiller.needs_teacher:
+                # As for the run's own optimiser: a new run has its settings.
+                if not _is_start.get():
+                    distiller.inner_optimizer.load_state_dict(
+                        entry['inner_optimizer']
+                    )
+            if not distiller.needs_teacher:
+                continue
+            if _is_start.get():
                 self._measure_again(name, entry.get('measured_on'))
+            else:
+                self._resumed_on[name] = entry.get('measured_on')
 
     @staticmethod
     def _misfits(

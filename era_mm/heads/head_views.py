@@ -43,15 +43,18 @@ def assigning_once(
     """A view of a dense head that assigns a batch's targets only once.
 
     Heads whose assigner uses predictions (by the arguments of their
-    ``get_targets``) assign every time. What the head's sampler has drawn
+    ``get_targets``; guided anchors are predictions too) assign every time.
+    What the head's sampler has drawn
     counts as drawn each time: what comes next draws the same.
 
     Returns:
         The view, and what to call before each of its losses.
     """
     assign = getattr(head, 'get_targets', None)
-    if assign is None or not _FROM_TRUTH.issuperset(
-        inspect.signature(assign).parameters
+    if (
+        assign is None
+        or hasattr(head, 'loss_shape')
+        or not _FROM_TRUTH.issuperset(inspect.signature(assign).parameters)
     ):
         return head, lambda: None
     view: Any = with_children(head)

@@ -213,20 +213,22 @@ class TWIHead(BaseModule):
         said: Any,
     ) -> list[dict[str, Tensor]]:
         feats = [torch.cat(level) for level in zip(*steps, strict=True)]
-        outs = self.training_forward(feats) if by_labels else self(feats)
+        outs = self.training_forward(feats) if by_labels else None
+        told = None if term is None else self(feats)
         view: Any = with_children(self.head)
         batch = len(data_samples)
         judged = []
         for index in range(len(steps)):
-            own = _part(outs, slice(index * batch, (index + 1) * batch))
+            here = slice(index * batch, (index + 1) * batch)
             terms = {}
             if by_labels:
+                own = _part(outs, here)
                 # The head's own loss, on outputs that are there.
                 view.forward = lambda _, own=own: own
                 with self._as_it_was():
                     terms = _summed(view.loss((), data_samples))
             if term is not None:
-                terms |= term.of_outputs(own, said)
+                terms |= term.of_outputs(_part(told, here), said)
             judged.append(terms)
         return judged
 

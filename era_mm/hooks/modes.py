@@ -88,10 +88,27 @@ class ModesHook(Hook):
             if mode in absent:
                 left_out.setdefault(absent[mode], []).append(mode)
         for reason, modes in left_out.items():
+            self._check_not_watched(runner, modes, reason)
             runner.logger.warning(
                 f'{type(self).__name__} without {", ".join(modes)}: {reason}.'
             )
         self.modes = tuple(mode for mode in self.modes if mode not in absent)
+
+    @staticmethod
+    def _check_not_watched(
+        runner: Any, modes: Sequence[str], reason: str
+    ) -> None:
+        for hook in runner.hooks:
+            for key in ('save_best', 'monitor'):
+                watched = getattr(hook, key, None)
+                names = [watched] if isinstance(watched, str) else watched
+                for name in names or ():
+                    if str(name).partition('/')[0] in modes:
+                        raise ValueError(
+                            f'{type(hook).__name__} has {key}={name!r}, but '
+                            'this pair does not have that mode: '
+                            f'{reason}. Choose a metric of the student.'
+                        )
 
     def _begin(self, runner: Any, config: Any, loop: Any) -> None:
         self._model(runner).active_modes = self.modes

@@ -62,6 +62,42 @@ def snapshot(model):
     }
 
 
+# -- as one model ----------------------------------------------------------
+
+
+def test_dry_run__leaves_the_statistics_of_norms():
+    norm = dict(norm_cfg=dict(type='BN'))
+    students = {
+        name: detector_config(**options)
+        for name, options in (('first', {}), ('second', dict(width=12)))
+    }
+    for student in students.values():
+        student['bbox_head'] |= norm
+    model = build(
+        students=students,
+        distiller=dict(type='era_mm.FeatureImitationDistiller'),
+    )
+    norms = [m for m in model.modules() if hasattr(m, 'num_batches_tracked')]
+    assert any('bbox_head' in name for name, _ in model.named_modules())
+    for module in norms:
+        assert not module.num_batches_tracked
+
+
+def test_hooks__read_what_both_students_have_or_are_told():
+    model = build()
+    assert model.bbox_head.num_classes == 3
+    strides = model.students['first'].student.bbox_head.prior_generator.strides
+    assert model.bbox_head.prior_generator.strides == strides
+    for ask in (len, list, float, lambda x: x == 1):
+        with pytest.raises(TypeError, match='has no common value'):
+            ask(model.bbox_head)
+    new = copy.deepcopy(model.students['first'].data_preprocessor)
+    new.marked = True
+    model.data_preprocessor = new
+    assert all(h.data_preprocessor.marked for h in model.students.values())
+    assert model.data_preprocessor.marked
+
+
 # -- turns -----------------------------------------------------------------
 
 

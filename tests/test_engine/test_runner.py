@@ -210,3 +210,25 @@ def test_start__of_a_method_that_measures_nothing_is_silent(
     saved = entry_of(file)
     assert all(torch.equal(hook.extras[key], saved[key]) for key in saved)
     assert 'measured again' not in log
+
+
+def test_start__has_the_optimiser_of_the_new_config_inside(run):
+    _, file, _ = run('a', SOKD)
+    optimizer = dict(type='SGD', lr=0.123)
+    _, last, _ = run('b', dict(SOKD, optimizer=optimizer), load_from=str(file))
+    content = torch.load(last, weights_only=False)
+    entry = extras_of(content['state_dict'])['distiller']
+    state = entry['inner_optimizer']
+    assert state['policy']['param_groups'][0]['lr'] == 0.123
+
+
+def test_resume__with_another_teacher_leaves_nobody_to_name(
+    run, other_teacher
+):
+    _, file, _ = run('a')
+    _, last, _ = run(
+        'b', teacher=other_teacher, load_from=str(file), resume=True
+    )
+    content = torch.load(last.with_name('epoch_2.pth'), weights_only=False)
+    entry = extras_of(content['state_dict'])['distiller']
+    assert entry['measured_on'] is None

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from mmengine.registry import MODELS
 from torch import nn
 
 from era_mm.heads import DenseTerm, DenseTWIHead, RoITerm
@@ -95,37 +94,9 @@ def test_units__rows_that_are_missing_count():
         torch.testing.assert_close(terms[0][name] / 2, terms[1][name], **CLOSE)
 
 
-def guided(width):
-    """A head that predicts the anchors which its boxes are relative to."""
-    strides = [8, 16]
-    return MODELS.build(
-        dict(
-            type='GARetinaHead',
-            num_classes=3,
-            in_channels=width,
-            feat_channels=width,
-            stacked_convs=1,
-            approx_anchor_generator=dict(
-                type='AnchorGenerator',
-                octave_base_scale=4,
-                scales_per_octave=1,
-                ratios=[1.0],
-                strides=strides,
-            ),
-            square_anchor_generator=dict(
-                type='AnchorGenerator',
-                scales=[4],
-                ratios=[1.0],
-                strides=strides,
-            ),
-            loss_cls=dict(type='FocalLoss', use_sigmoid=True),
-        )
-    ).eval()
-
-
 @pytest.mark.parametrize('alone', [False, True], ids=['pair', 'teacher'])
-def test_dense__guided_anchors_are_not_compared(alone):
-    own, theirs = guided(8), guided(16)
+def test_dense__guided_anchors_are_not_compared(alone, guided_head):
+    own, theirs = guided_head(8), guided_head(16)
     feats = [
         [torch.randn(1, width, size, size) for size in (8, 4)]
         for width in (8, 16)

@@ -258,7 +258,9 @@ def test_judge__of_a_classifier_runs_its_head_once(kind, by):
     handle = last.register_forward_hook(lambda *_: calls.append(1))
     found = head.judge(steps, samples, **options)
     handle.remove()
-    assert len(calls) == (1 if kind != 'own loss' else 5 * len(expected[0]))
+    # Labels have its training outputs, the teacher its eval ones.
+    passes = len(expected[0])
+    assert len(calls) == passes * (1 if kind != 'own loss' else 5)
     leaves = [step[0] for step in steps]
     for one, other in zip(found, expected, strict=True):
         assert set(one) == set(other)
@@ -300,6 +302,28 @@ def test_judge__assigns_anew_where_it_depends_on_predictions():
     head.head.assigner.assign = spy
     found = head.judge(steps, samples)
     assert len(calls) == 3 * 2
+    for step, terms in zip(steps, found, strict=True):
+        for key, value in head.loss(step, samples).items():
+            torch.testing.assert_close(terms[key], value)
+
+
+def test_judge__assigns_anew_where_anchors_are_predicted(guided_head):
+    torch.manual_seed(0)
+    module = guided_head(16)
+    for parameter in module.parameters():
+        parameter.data.normal_(std=0.1)
+    head = DenseTWIHead(module)
+    steps = [
+        [
+            noise(2, 16, size, size, seed=10 * k + size).float()
+            for size in (8, 4)
+        ]
+        for k in range(2)
+    ]
+    samples = detection_batch(2)['data_samples']
+    for sample in samples:
+        sample.set_metainfo(dict(batch_input_shape=(64, 64)))
+    found = head.judge(steps, samples)
     for step, terms in zip(steps, found, strict=True):
         for key, value in head.loss(step, samples).items():
             torch.testing.assert_close(terms[key], value)

@@ -130,6 +130,22 @@ def log_of(runner):
     return file.read_text()
 
 
+def test_modes__left_out_ones_must_not_be_watched(make_runner):
+    teacher = detector_config(width=16, channels=24)
+    teacher['bbox_head'] |= dict(num_classes=7)
+    runner = make_runner(
+        distillation_config(ERA, teacher=teacher),
+        custom_hooks=[dict(type='era_mm.TWIHook', modes=['E0'])],
+        default_hooks=dict(
+            checkpoint=dict(
+                type='CheckpointHook', save_best='E0/coco/bbox_mAP'
+            )
+        ),
+    )
+    with pytest.raises(ValueError, match=r'save_best=.E0/coco.*that mode: '):
+        runner.train()
+
+
 @pytest.mark.parametrize('several', [False, True])
 def test_modes__that_a_pair_does_not_have_are_left_out(
     several, make_runner, tmp_path

@@ -25,6 +25,7 @@ OWN = dict(
     needs_teacher='it refines what is learnt from a teacher',
     plan_for='it chooses what is wrapped',
     prepare='of a subclass, which calls that of the wrapped one',
+    recipes='of what is wrapped alone',
     scheduled='each applies its own schedules',
     schedules='each has its own',
     set_up_inner='sets up that of the wrapped one first',

@@ -228,7 +228,7 @@ def files_in(command):
             'newest',
             'newest/torch.txt',
             'onedl-mmcv==2.3.6',
-            ['cu13==9.24.0.43'],
+            ['cu13==9.26.0.51'],
         ),
     ],
 )

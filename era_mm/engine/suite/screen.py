@@ -54,8 +54,11 @@ class Screen:
             result = f'failed: {first}; {" ".join(lines[-1:])} ({cell.log})'
         else:
             metric = cell.suite.metric
-            value = metric.values_of(row)[metric.key] * metric.scale
-            result = f'{metric.name} {value:.{metric.digits}f}'
+            value = metric.values_of(row).get(metric.key)
+            result = 'tested'
+            if value is not None:
+                value *= metric.scale
+                result = f'{metric.name} {value:.{metric.digits}f}'
             self._seconds.append(seconds)
         self._count()
         self._say(f'{cell.name}: {result}, {clock(seconds)}{self._so_far()}')

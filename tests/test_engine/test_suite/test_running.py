@@ -405,7 +405,7 @@ def test_run__says_which_metric_a_test_gave():
     text = SUITE.replace('m/ap', 'm/mAP')
     Path('toys.yaml').write_text(text)
     with pytest.raises(
-        UserError, match="compares 'm/mAP', but the test gave m/ap"
+        UserError, match="compares 'm/mAP', but the test split gave m/ap"
     ):
         run(only=['*/plain/s0'])
 
