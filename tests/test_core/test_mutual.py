@@ -91,6 +91,15 @@ def test_hooks__read_what_both_students_have_or_are_told():
     for ask in (len, list, float, lambda x: x == 1):
         with pytest.raises(TypeError, match='has no common value'):
             ask(model.bbox_head)
+    # A forward pass of both would need two results.
+    images = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(RuntimeError, match='PreciseBNHook'):
+        model(images, mode='tensor')
+    model.eval()
+    found = model(images, mode='tensor')
+    expected = model.students['first'](images, mode='tensor')
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert torch.equal(one, other)
     new = copy.deepcopy(model.students['first'].data_preprocessor)
     new.marked = True
     model.data_preprocessor = new

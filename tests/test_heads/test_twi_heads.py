@@ -7,6 +7,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.models.heads import LinearClsHead
 from mmpretrain.structures import DataSample
 from torch import nn
 
@@ -275,6 +276,38 @@ def test_judge__of_a_classifier_runs_its_head_once(kind, by):
         torch.testing.assert_close(one, other, **CLOSE)
     assert not any(part.training for part in module.modules())
     assert 'forward' not in vars(module)
+
+
+class Twofold(LinearClsHead):
+    """Its logits are doubled while it trains."""
+
+    def forward(self, feats):
+        return (1 + self.training) * super().forward(feats)
+
+
+@pytest.mark.parametrize('by', ['labels', 'teacher', 'both'])
+def test_judge__labels_have_training_outputs_and_the_teacher_eval_ones(by):
+    module = Twofold(num_classes=3, in_channels=16).double().eval()
+    head = TWIHead(module)
+    steps = [[noise(6, 16, seed=k)] for k in range(2)]
+    samples = [DataSample().set_gt_label(i % 3) for i in range(6)]
+    term = LogitTerm(temperature=2.0)
+    said = term.target(head, [steps[0][0]], samples)
+    found = head.judge(
+        steps,
+        samples,
+        by_labels=by != 'teacher',
+        term=None if by == 'labels' else term,
+        said=said,
+    )
+    for (step,), terms in zip(steps, found, strict=True):
+        logits = module.fc(step)
+        if by != 'teacher':
+            wanted = module._get_loss(2 * logits, samples)['loss']
+            torch.testing.assert_close(terms['loss'], wanted, **CLOSE)
+        if by != 'labels':
+            wanted = term.of_outputs(logits, said)['logit']
+            torch.testing.assert_close(terms['logit'], wanted, **CLOSE)
 
 
 def test_judge__assigns_anew_where_it_depends_on_predictions():

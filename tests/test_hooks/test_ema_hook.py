@@ -1,6 +1,7 @@
 """Averaged extras: by hand, in validation, in files, after a resumption."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 
 from era_mm.core import extras_of
+from era_mm.hooks.ema import EMAHook
 from era_mm.testing import detector_config, distillation_config, run_config
 from era_mm.testing.runs import recorded_run
 
@@ -142,6 +144,25 @@ def test_before_its_begin__the_average_is_what_is_trained(run, tmp_path):
     _, _, watch = run('a', begin_epoch=2)
     for name, value in watch.validated[0].items():
         assert torch.equal(value, watch.trained[3][name])
+
+
+def test_averages__of_a_file_with_former_names_are_those():
+    """As in ``test_student_model.py``, for the averages."""
+    era = dict(type='era_mm.ERADistiller')
+    averages, other = (
+        MODELS.build(distillation_config(era)).distillers for _ in range(2)
+    )
+    expected = other['distiller'].state_dict()
+    former = {
+        key.replace('mbrnet.branches.', 'mbrnet.bottlenecks.'): value
+        for key, value in expected.items()
+    }
+    assert set(former) != set(expected)
+    hook = EMAHook()
+    hook.ema_extras = SimpleNamespace(module=averages)
+    hook._put({'distiller': dict(type='ERADistiller', state_dict=former)})
+    for key, value in averages['distiller'].state_dict().items():
+        assert torch.equal(value, expected[key]), key
 
 
 def test_model__that_has_no_extras_is_refused(make_runner):

@@ -198,6 +198,12 @@ def test_distiller__goes_on_in_the_teachers_head(tmp_path, layer):
     torch.testing.assert_close(losses['loss_crosskd_box'], 0.5 * box / total)
 
 
+def test_distiller__crosses_after_three_of_four_layers(tmp_path):
+    model = build(tmp_path, deep(detector_config(), 4))
+    sources = model.distillers['distiller'].student_sources
+    assert sources == ('bbox_head.cls_convs.2', 'bbox_head.reg_convs.2')
+
+
 def test_distiller__compares_distributions_with_their_own_weight(tmp_path):
     """GFL: 4 times the KL of a side, averaged over the four."""
     config = detector_config(head='GFLHead')

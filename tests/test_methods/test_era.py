@@ -1666,10 +1666,11 @@ def test_source__that_the_head_cannot_judge_leaves_twi(
     ('changes', 'message'),
     [
         (dict(scales=[0.5, 0.5]), 'level 0 resized by 0.5'),
+        (dict(scales=[2.0, 2.0]), 'level 0 resized by 2'),
         # At a stride of 16 it would have the anchors of 8.
         (dict(levels=[1, 0]), r'outputs \[1, 0\]'),
     ],
-    ids=['resized', 'reordered'],
+    ids=['smaller', 'larger', 'reordered'],
 )
 def test_source__that_is_resampled_for_the_teacher_leaves_twi(
     changes, message, said

@@ -198,6 +198,11 @@ def test_space__a_dead_channel_is_divided_by_a_share_of_the_others():
     # Half of the channels have no variance to explain.
     torch.testing.assert_close(space.share_weights, torch.tensor([2.0]))
     assert not space.normalize([dead])[0][:, 0].any()
+    # Another teacher's may have one. The counter is reset by itself.
+    space.reset()
+    space.first_batches.reset()
+    for key, value in FeatureSpace([2]).state_dict().items():
+        assert torch.equal(space.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize(('value', 'unit'), [(3.0, 3.0), (0.0, 1.0)])
