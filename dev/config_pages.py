@@ -215,9 +215,10 @@ def twin_of(config: Path) -> str | None:
 def suite_runs(folder: Path) -> dict[str, tuple[Runs, list[float]]]:
     """The metric of each run of the suites, in percent, by config."""
     return {
-        config: (Runs(f'{header["suite"]}.jsonl', '*', 'test'), values)
-        for header, rows in read_suites(folder)
-        for config, values in values_by_config(header, rows).items()
+        config: (Runs(f'{suite}.jsonl', '*', 'test'), values)
+        for config, (suite, values) in values_by_config(
+            read_suites(folder)
+        ).items()
     }
 
 

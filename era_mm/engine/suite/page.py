@@ -81,14 +81,10 @@ def _pair(pair: PairResults) -> Iterator[str]:
     yield ''
     yield from _verdicts(pair)
     yield from _collapsed(pair)
-    wholes = dict.fromkeys(
-        pair.header['methods'][part]['part_of']
-        for part in pair.methods('part')
-    )
-    for whole in wholes:
-        yield f'{pair.title_of(whole)} by parts:'
+    if pair.methods('part'):
+        yield 'Variants, each below its method:'
         yield ''
-        yield _parts_table(pair, whole)
+        yield _parts_table(pair)
         yield ''
     yield from _remarks(pair)
 
@@ -193,23 +189,22 @@ def _compared(pair: PairResults, method: str, mode: str) -> list[str]:
     ]
 
 
-def _parts_table(pair: PairResults, whole: str) -> str:
+def _parts_table(pair: PairResults) -> str:
     digits = pair.metric.digits
     head = [
         '',
         'runs',
         pair.metric.name,
-        f'more than {pair.title_of(whole)}',
+        'more than the method',
         'more than plain',
         'time',
     ]
+    parts: dict[str, list[str]] = {}
+    for part in pair.methods('part'):
+        whole = pair.header['methods'][part]['part_of']
+        parts.setdefault(whole, [whole]).append(part)
     rows = []
-    parts = [
-        part
-        for part in pair.methods('part')
-        if pair.header['methods'][part]['part_of'] == whole
-    ]
-    for method in [whole, *parts]:
+    for whole, method in ((w, m) for w, each in parts.items() for m in each):
         cost = pair.cost(method)
         rows.append(
             [

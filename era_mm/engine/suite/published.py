@@ -84,9 +84,8 @@ def _measured(
 ) -> dict[str, str]:
     """Our means by config, from runs of the unchanged config."""
     shown = {}
-    for header, rows in suites:
-        for config, values in values_by_config(header, rows).items():
-            mean = estimate(values)
-            half = '' if mean.half is None else f' +- {mean.half:.1f}'
-            shown[config] = f'{mean.mean:.1f}{half}'
+    for config, (_, values) in values_by_config(suites).items():
+        mean = estimate(values)
+        half = '' if mean.half is None else f' +- {mean.half:.1f}'
+        shown[config] = f'{mean.mean:.1f}{half}'
     return shown

@@ -209,30 +209,36 @@ class PairResults:
 
 
 def values_by_config(
-    header: Row, rows: Iterable[Row]
-) -> dict[str, list[float]]:
+    suites: Iterable[tuple[Row, Iterable[Row]]],
+) -> dict[str, tuple[str, list[float]]]:
     """The metric of each run of an unchanged config, by config.
 
     On the test split, in the units of the tables. Runs with other options or
-    another length are left out, and a teacher of several pairs counts once. A
-    suite that compares on val gives none.
+    another length are left out, and a teacher of several pairs counts once. Of
+    several suites with the same config the one with most runs is taken.
 
     Args:
-        header: Header of a suite.
-        rows: Its rows.
+        suites: Header and rows of each suite.
+
+    Returns:
+        The suite's name and its values for each config.
     """
-    metric = Metric(**header['metric'])
-    if metric.split != 'test':
-        return {}
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        method = header['methods'].get(row['method'])
-        factor = header['schedule'] * method['schedule'] if method else 1
-        if 'error' in row or row['options'] or factor != 1:
-            continue
-        runs = found.setdefault(row['config'], {})
-        runs[row['fingerprint']] = row['metrics'][metric.key] * metric.scale
-    return {config: list(runs.values()) for config, runs in found.items()}
+    found: dict[str, tuple[str, list[float]]] = {}
+    for header, rows in suites:
+        metric = Metric(**header['metric'])
+        by_config: dict[str, dict[str, float]] = {}
+        for row in rows:
+            method = header['methods'].get(row['method'])
+            factor = header['schedule'] * method['schedule'] if method else 1
+            if 'error' in row or row['options'] or factor != 1:
+                continue
+            runs = by_config.setdefault(row['config'], {})
+            value = row['metrics'][metric.key] * metric.scale
+            runs[row['fingerprint']] = value
+        for config, runs in by_config.items():
+            if len(runs) > len(found.get(config, ('', []))[1]):
+                found[config] = header['suite'], list(runs.values())
+    return found
 
 
 def read_results(folder: Path) -> list[tuple[Row, list[Row]]]:

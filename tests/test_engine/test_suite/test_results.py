@@ -171,7 +171,7 @@ def test_page__what_was_not_measured_is_not_run(tmp_path):
 
 def test_page__parts_are_compared_with_the_whole(tmp_path):
     found = [*rows(), *(row('cut', s, 0.48 + 0.02 * s) for s in range(3))]
-    table = table_of(written(tmp_path, found), 'era by parts:')
+    table = table_of(written(tmp_path, found), 'Variants, each')
     assert table['era'][2:4] == ['', '9.0 +- 2.5']
     # 48, 50, 52 to 48, 51, 54: 0, -1, -2.
     assert table['cut'][1:3] == ['50.0 +- 5.0', '-1.0 +- 2.5']
@@ -223,7 +223,6 @@ def test_page__on_val_has_the_values_of_the_last_validation(tmp_path):
     mean = float(on_test['era'][1].partition(' ')[0])
     halved = table_of(text, '### Big to small')['era'][1]
     assert float(halved.partition(' ')[0]) == pytest.approx(mean / 2, abs=0.06)
-    assert values_by_config(header, found) == {}
 
 
 def test_page__tells_of_failures_and_of_several_teachers(tmp_path):
@@ -275,24 +274,30 @@ def test_page__shows_what_others_published_and_what_is_ours(tmp_path):
 
 
 def test_values_by_config__are_of_runs_of_the_config_as_it_is():
-    found = values_by_config(
-        HEADER,
-        [
-            *rows(),
-            # The teacher of a second pair, which is trained once.
-            row('teacher', None, 0.6, pair='q'),
-            row('era', 3, 0.1, options={'model.x': 1}),
-            dict(row('era', 4, 0.1), error='stopped'),
-        ],
+    toys = [
+        *rows(),
+        # The teacher of a second pair, which is trained once.
+        row('teacher', None, 0.6, pair='q'),
+        row('era', 3, 0.1, options={'model.x': 1}),
+        dict(row('era', 4, 0.1), error='stopped'),
+    ]
+    # One that compares on val has the test metrics as well.
+    tries = dict(
+        HEADER, suite='tries', metric=dict(HEADER['metric'], split='val')
     )
+    fewer = [row('era', 0, 0.2), row('at', 0, 0.3), row('at', 1, 0.5)]
     # plain_x2, of twice the length, is left out.
-    assert found == {
-        'teacher_config': [60.0],
-        'plain_config': pytest.approx([40.0, 42.0, 44.0]),
-        'fitnet_config': pytest.approx([45.0, 47.0, 49.0]),
-        'era_config': pytest.approx([48.0, 51.0, 54.0]),
-        'cwd_config': [90.0],
+    expected = {
+        'teacher_config': ('toys', [60.0]),
+        'plain_config': ('toys', pytest.approx([40.0, 42.0, 44.0])),
+        'fitnet_config': ('toys', pytest.approx([45.0, 47.0, 49.0])),
+        'era_config': ('toys', pytest.approx([48.0, 51.0, 54.0])),
+        'cwd_config': ('toys', [90.0]),
+        'at_config': ('tries', [30.0, 50.0]),
     }
+    suites = [(HEADER, toys), (tries, fewer)]
+    assert values_by_config(suites) == expected
+    assert values_by_config(suites[::-1]) == expected
 
 
 def test_rows__of_other_tools_are_not_a_suite(tmp_path):
