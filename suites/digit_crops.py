@@ -45,3 +45,25 @@ methods = dict(
         options={'model.distiller.form': 'normalised'},
     ),
 )
+
+# What was best on val (digit_crops_tuning.py), where it is not the config's
+# weight.
+for method, shown, terms, words, scale in (
+    ('fitnet', 'FitNet', 'loss_imitation', 'five times the weight', 5.0),
+    (
+        'lskd',
+        'KD, standardised logits',
+        'loss_logit_score',
+        'a fifth of the weight',
+        0.2,
+    ),
+    ('dist', 'DIST', 'loss_logit_score', 'a fifth of the weight', 0.2),
+    ('dkd', 'DKD', 'loss_logit_score', 'a fifth of the weight', 0.2),
+    ('mgd', 'MGD', 'loss_mgd', 'five times the weight', 5.0),
+    ('at', 'AT', 'loss_at', 'a fifth of the weight', 0.2),
+):
+    methods[method] = dict(
+        title=f'{shown}, {words}',
+        options={f'model.distiller.schedules.{terms}.scale': scale},
+    )
+del method, shown, terms, words, scale

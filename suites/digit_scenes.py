@@ -101,6 +101,6 @@ for method, shown, terms, words, scale in (
 ):
     methods[method] = dict(
         title=f'{shown}, {words}',
-        options={'model.distiller.schedules': {terms: dict(scale=scale)}},
+        options={f'model.distiller.schedules.{terms}.scale': scale},
     )
 del method, shown, terms, words, scale

@@ -32,6 +32,6 @@ for method, shown, terms in (
         methods[f'{method}_{name}'] = dict(
             part_of=method,
             title=f'{shown}, {words}',
-            options={'model.distiller.schedules': {terms: dict(scale=scale)}},
+            options={f'model.distiller.schedules.{terms}.scale': scale},
         )
 del method, shown, terms, name, words, scale

@@ -49,6 +49,21 @@ def test_suite__every_cell_has_a_config_of_one_schedule(
     assert lengths['teacher'] == lengths['plain']
 
 
+def test_suite__a_try_does_not_change_its_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    suite = read_suite(ROOT / 'suites/digit_crops_tuning.py')
+    cells = {cell.key[1]: cell for cell in all_cells(suite, tmp_path)}
+    # Both replace the distiller by one dict; only the try adds to it.
+    assert cells['fitnet_fifth'].config.model.distiller.schedules == dict(
+        loss_imitation=dict(scale=0.2)
+    )
+    assert 'schedules' not in cells['fitnet'].config.model.distiller
+    # DKD's own ramp stays.
+    assert cells['dkd_fifth'].config.model.distiller.schedules == dict(
+        loss_logit_score=dict(ramp=107, scale=0.2)
+    )
+
+
 #: The methods of published numbers that are here, as `kinds_of` calls them.
 HERE = {
     'plain': [],
