@@ -61,6 +61,15 @@ for method, shown, terms, words, scale in (
     ('dkd', 'DKD', 'loss_logit_score', 'a fifth of the weight', 0.2),
     ('mgd', 'MGD', 'loss_mgd', 'five times the weight', 5.0),
     ('at', 'AT', 'loss_at', 'a fifth of the weight', 0.2),
+    ('reviewkd', 'ReviewKD', 'loss_reviewkd', 'five times the weight', 5.0),
+    (
+        'simkd',
+        'SimKD, with its projector',
+        'loss_simkd',
+        'five times the weight',
+        5.0,
+    ),
+    ('ie_kd', 'IE-KD', 'loss_iekd_*', 'a fifth of the weights', 0.2),
 ):
     methods[method] = dict(
         title=f'{shown}, {words}',
