@@ -47,7 +47,9 @@ methods = dict(
 )
 
 # What was best on val (digit_crops_tuning.py), where it is not the config's
-# weight.
+# weight. Still as in their configs: IE-DML, Residual KD, SoKD and
+# Trunk-to-Branch, which have not had their tries, and ERA with its parts, for
+# which a fifth was better on val and which have not been run with it.
 for method, shown, terms, words, scale in (
     ('fitnet', 'FitNet', 'loss_imitation', 'five times the weight', 5.0),
     (

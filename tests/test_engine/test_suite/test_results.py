@@ -177,6 +177,28 @@ def test_page__parts_are_compared_with_the_whole(tmp_path):
     assert table['cut'][1:3] == ['50.0 +- 5.0', '-1.0 +- 2.5']
 
 
+def test_page__variants_are_below_their_own_method(tmp_path):
+    whole = HEADER['methods']
+    thin = dict(whole['cut'], title='thin', part_of='fitnet')
+    pair = HEADER['pairs']['p']
+    header = dict(
+        HEADER,
+        methods=whole | dict(thin=thin),
+        pairs=dict(p=dict(pair, methods=[*pair['methods'], 'thin'])),
+    )
+    found = [
+        *rows(),
+        *(row('cut', s, 0.48 + 0.02 * s) for s in range(3)),
+        *(row('thin', s, 0.46 + 0.02 * s) for s in range(3)),
+    ]
+    write_rows(tmp_path / 'toys.jsonl', header, found)
+    table = table_of(page(tmp_path), 'Variants, each')
+    assert list(table)[2:] == ['era', 'cut', 'fitnet', 'thin']
+    # 46, 48, 50 to 45, 47, 49.
+    assert table['thin'][2] == '1.0 +- 0.0'
+    assert table['cut'][2] == '-1.0 +- 2.5'
+
+
 def test_page__modes_have_rows_of_their_own(tmp_path):
     found = rows()
     for entry in found:
