@@ -36,4 +36,22 @@ for method, shown, terms in (
             title=f'{shown}, {words}',
             options={f'model.distiller.schedules.{terms}.scale': scale},
         )
+# ERA's other form has terms of another size, so tries of its own.
+methods['era_normalised'] = dict(
+    part_of='era',
+    title='ERA, normalised form',
+    options={'model.distiller.form': 'normalised'},
+)
+for name, words, scale in (
+    ('fifth', 'a fifth of the weights', 0.2),
+    ('fivefold', 'five times the weights', 5.0),
+):
+    methods[f'era_normalised_{name}'] = dict(
+        part_of='era',
+        title=f'ERA, normalised form, {words}',
+        options={
+            'model.distiller.form': 'normalised',
+            'model.distiller.schedules.loss_era_*.scale': scale,
+        },
+    )
 del method, shown, terms, name, words, scale

@@ -116,7 +116,16 @@ def step_memory(
 
 
 def cpu_model() -> str:
-    """Name of the processor, or its architecture if there is no name."""
+    """Name of the processor, and the instruction set that torch uses on it.
+
+    Virtual machines often have the same name for processors of several
+    generations ('AMD EPYC'), on which a step takes one or three times as long.
+    The name is the architecture's if the system gives none.
+    """
+    return f'{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}'
+
+
+def _cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith('model name'):
