@@ -45,7 +45,7 @@ def find_misfits(
         'not finite': [
             key
             for key in both
-            if not _is_finite(given[key]) and _is_finite(own[key])
+            if not is_finite(given[key]) and is_finite(own[key])
         ],
     }
     if not keys:
@@ -79,7 +79,8 @@ def _kind(value: Any) -> str:
     return 'integer'
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a value is no tensor, or one of finite numbers only."""
     return (
         not isinstance(value, Tensor)
         or not value.is_floating_point()

@@ -50,7 +50,10 @@ def main(
     args = vars(parser.parse_args())
     root, sheet = args.pop('out'), args.pop('contact_sheet')
     try:
-        with tqdm(desc='images', unit='image', leave=False) as bar:
+        # No bar in a log.
+        with tqdm(
+            desc='images', unit='image', leave=False, disable=None
+        ) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total

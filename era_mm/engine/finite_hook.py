@@ -1,4 +1,4 @@
-"""Stops a run whose losses are not finite, or skips such steps."""
+"""Stops a run whose losses or weights are not finite, or skips such steps."""
 
 import math
 from collections import deque
@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from era_mm.core import DistilledStudent
+from era_mm.core.fit import first_of, is_finite
 from era_mm.errors import UserError
 from era_mm.registry import HOOKS
 
@@ -48,6 +49,10 @@ class FiniteHook(Hook):
     those whose losses are not finite are counted here. A term that is not
     finite while all gradients are stops the run as with ``'stop'``.
 
+    Either way, no file is written with a weight or buffer that is not finite
+    and was before training: a norm's statistics can overflow while the norm's
+    output, and so each loss, stays finite.
+
     ``train`` adds the hook to every run; ``check_finite = False`` in the
     config turns it off, ``check_finite = dict(action='skip')`` sets its
     arguments.
@@ -63,7 +68,8 @@ class FiniteHook(Hook):
     Raises:
         UserError: A term is not finite; the message has the term, its
             iteration, the images of that batch and the other terms. Or too
-            many steps in a row were skipped.
+            many steps in a row were skipped. Or weights to save are not
+            finite.
     """
 
     RANGES = {'max_skipped': (1, math.inf)}
@@ -87,9 +93,16 @@ class FiniteHook(Hook):
         self._stepped = False
         self._is_left_out = False
         self._in_a_row = 0
+        self._never_finite: set[str] = set()
 
     def before_train(self, runner: Runner) -> None:
         """Stand between gradients and optimisers, if steps are skipped."""
+        # Some hosts keep infinity in a buffer on purpose.
+        self._never_finite = {
+            name.removeprefix('module.')
+            for name, buffer in runner.model.named_buffers()
+            if not is_finite(buffer)
+        }
         if self.action == 'skip':
             for optimizer in _optimizers_of(runner):
                 handle = optimizer.register_step_pre_hook(self._guard)
@@ -207,8 +220,22 @@ class FiniteHook(Hook):
         runner.logger.warning(f'A step is left out ({total} so far): {said}')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check, so that no file has weights that are not finite."""
+        """Check, so that no file has weights that are not finite.
+
+        Only the main rank comes here; its error ends the run of all.
+        """
         self._look(runner)
+        names = [
+            name
+            for name, value in checkpoint.get('state_dict', {}).items()
+            if name not in self._never_finite and not is_finite(value)
+        ]
+        if names:
+            raise UserError(
+                f'after iteration {runner.iter} weights are not finite, '
+                f'though the losses were ({len(names)}): {first_of(names)}. '
+                f'No checkpoint is written.{ADVICE}'
+            )
 
     def after_train(self, runner: Runner) -> None:
         """Check the last steps, and say how many were skipped."""

@@ -77,6 +77,49 @@ def test_hook__lets_loss_scaling_leave_steps_out():
         feed(hook, 3, loss=NAN, runner=amp)
 
 
+class NormWithCeiling(nn.BatchNorm1d):
+    """Its ``ceiling`` is infinite on purpose."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.register_buffer('ceiling', torch.tensor(float('inf')))
+
+
+def test_hook__writes_no_file_with_statistics_that_overflowed():
+    model = nn.Sequential(NormWithCeiling(2), nn.Linear(2, 1))
+    runner = runner_at(7)
+    runner.model = model
+    hook = FiniteHook()
+    hook.before_train(runner)
+    model(torch.randn(4, 2))
+    hook.before_save_checkpoint(runner, dict(state_dict=model.state_dict()))
+    # The variance overflows; the output is 0.
+    assert model(1e25 * torch.randn(4, 2)).isfinite().all()
+    with pytest.raises(UserError) as caught:
+        hook.before_save_checkpoint(
+            runner, dict(state_dict=model.state_dict())
+        )
+    assert (
+        'after iteration 7 weights are not finite, though the losses were '
+        '(1): 0.running_var. No checkpoint is written.'
+    ) in str(caught.value)
+
+
+def test_hook__knows_what_was_infinite_inside_a_wrapper_for_ranks():
+    model = nn.Sequential()
+    model.module = nn.Sequential(NormWithCeiling(2))
+    runner = runner_at(1)
+    runner.model = model
+    hook = FiniteHook()
+    hook.before_train(runner)
+    saved = model.module.state_dict()
+    assert not saved['0.ceiling'].isfinite()
+    hook.before_save_checkpoint(runner, dict(state_dict=saved))
+    saved['0.weight'] = saved['0.weight'] * NAN
+    with pytest.raises(UserError, match=r'\(1\): 0\.weight\.'):
+        hook.before_save_checkpoint(runner, dict(state_dict=saved))
+
+
 # -- skipping ----------------------------------------------------------------
 
 
