@@ -17,7 +17,15 @@ from era_mm.errors import UserError
 
 from .cells import ROOT, Cell, all_cells
 from .page import write_page
-from .rows import Row, header_of, key_of, read_rows, write_rows
+from .results import read_results
+from .rows import (
+    Row,
+    header_of,
+    key_of,
+    read_rows,
+    rows_of_others,
+    write_rows,
+)
 from .running import Command, Matrix, worker_command
 from .screen import open_screen
 from .spec import read_suite
@@ -83,10 +91,21 @@ def run_suite(
         write_rows(rows_file, header, found)
 
     done = True
+    work_dir = work_dir or Path('work_dirs/suites', suite.name)
+    cells = all_cells(suite, work_dir)
+    repeated = _matching(cells, again)
+    others = [
+        row
+        for other, found in read_results(results)
+        if other['suite'] != suite.name
+        for row in found
+    ]
+    present = {
+        key_of(row): row
+        for row in [*rows, *rows_of_others(cells, rows, others)]
+    }
+    rows = list(present.values())
     if jobs or dry_run:
-        work_dir = work_dir or Path('work_dirs/suites', suite.name)
-        cells = all_cells(suite, work_dir)
-        repeated = _matching(cells, again)
         keys = {cell.key for cell in repeated}
         with open_screen(jobs, console) as screen:
             matrix = Matrix(

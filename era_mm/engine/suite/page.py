@@ -297,7 +297,13 @@ def _collapsed(pair: PairResults) -> Iterator[str]:
 
 
 def _remarks(pair: PairResults) -> Iterator[str]:
-    """Runs that failed, and the machines of the others."""
+    """Runs that failed or are outdated, and the machines of the others."""
+    if pair.num_outdated:
+        yield (
+            f'{pair.num_outdated} rows are of options that the suite no '
+            'longer has, and left out.'
+        )
+        yield ''
     if pair.failed:
         yield 'Runs that stopped with an error and have no number:'
         yield ''

@@ -12,7 +12,7 @@ from typing import Any
 
 from era_mm.statistics import Estimate, estimate, mean_ratio, paired
 
-from .rows import Row, read_rows
+from .rows import Row, is_outdated, read_rows
 from .spec import TEACHER, Metric
 
 #: A plain run counts as long as a method's if it takes at least this share of
@@ -38,7 +38,9 @@ class PairResults:
         self.seeds: list[int] = header['seeds']
         self.about: dict[str, Any] = header['pairs'][pair]
         self.title: str = self.about['title']
-        mine = [row for row in rows if row['pair'] == pair]
+        every = [row for row in rows if row['pair'] == pair]
+        mine = [row for row in every if not is_outdated(row, header)]
+        self.num_outdated = len(every) - len(mine)
         self.failed = [row for row in mine if 'error' in row]
         self.rows = [row for row in mine if 'error' not in row]
 

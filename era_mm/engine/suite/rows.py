@@ -50,10 +50,17 @@ def header_of(suite: Suite) -> Row:
                 role=method.role,
                 part_of=method.part_of,
                 schedule=method.schedule,
+                options=dict(method.options),
             )
             for method in suite.methods.values()
         },
     )
+
+
+def is_outdated(row: Mapping[str, Any], header: Mapping[str, Any]) -> bool:
+    """Whether a row is of a method whose options have changed since."""
+    method = header['methods'].get(row['method'], {})
+    return row['options'] != method.get('options', row['options'])
 
 
 def read_rows(file: Path) -> tuple[Row | None, list[Row]]:
@@ -167,6 +174,58 @@ def _about(cell: Cell, teacher: str | None, commits: Sequence[str]) -> Row:
         attempts=len(commits),
         finished=datetime.now(UTC).isoformat(timespec='seconds'),
     )
+
+
+def rows_of_others(
+    cells: Iterable[Cell], own: Sequence[Row], others: Iterable[Row]
+) -> list[Row]:
+    """Rows of the same runs in other suites, for cells without one.
+
+    A weight that was the best of its tries needs no second run where it
+    becomes a method's.
+
+    Args:
+        cells: The cells of the suite.
+        own: The rows of the suite.
+        others: The rows of other suites. One counts if its config is the same
+            to the last value, and its teacher that of the suite's own rows,
+            if there are any.
+
+    Returns:
+        The further rows, under the cells' names.
+    """
+    by_print = {
+        row['fingerprint']: row
+        for row in others
+        if 'error' not in row and row['method'] != TEACHER
+    }
+    present = {key_of(row): row for row in own}
+    teachers: dict[str, set[str]] = {}
+    for row in own:
+        if row['teacher']:
+            teachers.setdefault(row['pair'], set()).add(row['teacher'])
+    found = []
+    for cell in cells:
+        if cell.method is None or is_current(
+            present.get(cell.key), cell, None
+        ):
+            continue
+        pair, method, _ = cell.key
+        same = by_print.get(cell.fingerprint)
+        if same is None or (
+            same['teacher']
+            and same['teacher'] not in teachers.get(pair, [same['teacher']])
+        ):
+            continue
+        found.append(
+            dict(
+                same,
+                pair=pair,
+                method=method,
+                options=dict(cell.method.options),
+            )
+        )
+    return found
 
 
 def is_current(

@@ -48,7 +48,8 @@ def train(folder, seed):
 
 
 def test(folder, seed):
-    bonus = {'plain': 0, 'teacher': 9, 'plain_x2': 1, 'era': 3 + seed % 2}
+    era = 3 + (seed or 0) % 2
+    bonus = {'plain': 0, 'teacher': 9, 'plain_x2': 1, 'era': era, 'half': era}
     value = 0.4 + 0.01 * (seed or 0) + 0.01 * bonus[folder_name(folder)]
     log = folder / 'test' / '1'
     log.mkdir(parents=True, exist_ok=True)

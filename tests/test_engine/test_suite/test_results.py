@@ -169,6 +169,21 @@ def test_page__what_was_not_measured_is_not_run(tmp_path):
     assert '- Better' not in text
 
 
+def test_page__rows_of_former_options_are_left_out(tmp_path):
+    header = json.loads(json.dumps(HEADER))
+    header['methods']['era']['options'] = {'model.weight': 0.5}
+    found = [
+        dict(line, options={'model.weight': 0.5})
+        if (line['method'], line['seed']) == ('era', 2)
+        else line
+        for line in rows()
+    ]
+    write_rows(tmp_path / 'toys.jsonl', header, found)
+    text = page(tmp_path)
+    assert table_of(text, '### Big')['era'][:2] == ['1 of 3', '54.0, one run']
+    assert '2 rows are of options that the suite no longer has' in text
+
+
 def test_page__parts_are_compared_with_the_whole(tmp_path):
     found = [*rows(), *(row('cut', s, 0.48 + 0.02 * s) for s in range(3))]
     table = table_of(written(tmp_path, found), 'Variants, each')

@@ -68,7 +68,7 @@ def run(**kwargs):
     screen = io.StringIO()
     console = Console(file=screen, width=200)
     done = run_suite(
-        'toys.yaml',
+        kwargs.pop('file', 'toys.yaml'),
         jobs=kwargs.pop('jobs', 3),
         commit='abc',
         command=fake,
@@ -179,6 +179,69 @@ def test_run__a_changed_config_is_run_again_and_no_other():
     run()
     assert calls() == both('era/seed0', 'era/seed1')
     assert read()[1]['era', 0]['options'] == {'model.weight': 2.0}
+
+
+TRIES = """
+title: Tries
+metric: {key: m/ap, name: AP, scale: 100}
+seeds: [0]
+pairs:
+  big_small: {teacher: big, student: small, title: Big to small}
+methods:
+  plain: {config: '{student}', role: plain}
+  era: {config: 'era_{pair}'}
+  half: {part_of: era, options: {model.weight: 0.5}}
+"""
+
+
+def test_run__a_run_of_another_suite_with_the_same_config_counts():
+    run()
+    calls()
+    Path('tries.yaml').write_text(TRIES)
+    assert run(file='tries.yaml')[0]
+    # The first try is the method as it is; the second needs the teacher.
+    base = 'work_dirs/suites/tries/big_small/'
+    found = [call.replace(base, '') for call in calls()]
+    assert sorted(found) == both('half/seed0', 'teacher')
+    _, tried = rows.read_rows(Path('results/tries.jsonl'))
+    assert [row['method'] for row in tried] == [
+        'teacher',
+        'plain',
+        'era',
+        'half',
+    ]
+    # Half the weight becomes the method's.
+    Path('toys.yaml').write_text(
+        SUITE.replace(
+            "'era_{pair}'", "'era_{pair}', options: {model.weight: 0.5}"
+        )
+    )
+    run(jobs=0)
+    taken = read()[1]['era', 0]
+    assert taken['options'] == {'model.weight': 0.5}
+    assert taken['fingerprint'] == tried[-1]['fingerprint']
+    assert taken['finished'] == tried[-1]['finished']
+    run()
+    assert calls() == both('era/seed1')
+
+
+@pytest.mark.parametrize(
+    'change', [dict(teacher='other'), dict(error='no memory')]
+)
+def test_run__a_run_of_another_teacher_or_that_failed_does_not(change):
+    run()
+    calls()
+    header, found = read()
+    moved = found.pop(('era', 0))
+    rows.write_rows(Path('results/toys.jsonl'), header, found.values())
+    rows.write_rows(
+        Path('results/tries.jsonl'),
+        dict(header, suite='tries'),
+        [moved | change],
+    )
+    run()
+    assert calls() == ['test era/seed0']
+    assert 'error' not in read()[1]['era', 0]
 
 
 def test_run__again_and_only_choose_cells():
