@@ -967,7 +967,7 @@ def test_losses__against_a_written_out_reference(teacher_file):
             e = [x + y for x, y in zip(e, d[branch], strict=True)]
     expected = {
         'loss_era_align': left[0],
-        # s = (1, 1/2), n = 2
+        # s = (1, 1), n = 2
         'loss_era_residual': 4 * (left[1] + left[2]) / 2,
         'era_unexplained_e0': left[0],
         'era_unexplained_e1': left[1],
