@@ -12,7 +12,7 @@ import hashlib
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .download import download
-from .fit import find_misfits, first_of, lines_of
+from .fit import (
+    OTHER_KINDS,
+    find_misfits,
+    first_of,
+    lines_of,
+    misfits_by_kind,
+    names_not_finite,
+)
 from .places import read_place
 from .safe_files import ADVICE, load_file
 from .utils import to_cpu
@@ -249,12 +256,10 @@ def load_whole(
     """
     missing: list[str] = []
     surplus: list[str] = []
-    # The host may resize what it loads, so it checks the shapes.
-    kinds = [
-        line
-        for line in find_misfits(model.state_dict(), state_dict, keys=False)
-        if not line.startswith('other shapes')
-    ]
+    own = model.state_dict()
+    # What is loaded takes the kind of the model's.
+    kinds = misfits_by_kind(own, state_dict)[OTHER_KINDS]
+    infinite = names_not_finite(own)
 
     def keep(_: nn.Module, incompatible: Any) -> None:
         missing[:] = incompatible.missing_keys
@@ -265,21 +270,26 @@ def load_whole(
     try:
         model.load_state_dict(state_dict, strict=False)
     except RuntimeError as error:
-        # After its first line, torch has one per tensor of another shape.
-        reshaped = [
-            _SIZE_MISMATCH.sub(r'\1: file (\2), model (\3)', line.strip())
-            for line in str(error).splitlines()[1:]
-        ]
+        reshaped = other_shapes(str(error).splitlines())
+        if not reshaped:
+            # The host's own, of what it cannot resize.
+            raise
     finally:
         handle.remove()
     missing = [
         key for key in missing if not key.endswith('num_batches_tracked')
     ]
-    ways = {'missing in the file': missing, 'other shapes': reshaped}
-    if any(ways.values()):
+    ways = {
+        'missing in the file': missing,
+        'other shapes': reshaped,
+        OTHER_KINDS: kinds,
+        # Under their present names: the file may have older ones.
+        'not finite': sorted(names_not_finite(model.state_dict()) - infinite),
+    }
+    if missing or reshaped:
         # Then an unused tensor may be the one that is missing.
         ways['not in the model'] = surplus
-    _refuse(model, name, [*lines_of(ways), *kinds])
+    _refuse(model, name, lines_of(ways))
     if surplus:
         print_log(
             f'{name!r} has {len(surplus)} tensors that '
@@ -288,6 +298,14 @@ def load_whole(
             logger='current',
             level=logging.WARNING,
         )
+
+
+def other_shapes(messages: Iterable[str]) -> list[str]:
+    """Names and shapes from torch's messages of tensors that do not fit."""
+    found = [_SIZE_MISMATCH.search(message) for message in messages]
+    return [
+        match.expand(r'\1: file (\2), model (\3)') for match in found if match
+    ]
 
 
 def _refuse(

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OTHER_KINDS = 'other kinds of numbers'
+
 
 def find_misfits(
-    own: Mapping[str, Any], given: Mapping[str, Any], keys: bool = True
+    own: Mapping[str, Any], given: Mapping[str, Any]
 ) -> list[str]:
     """How weights differ from a model's, a line for each kind of difference.
 
@@ -18,13 +20,19 @@ def find_misfits(
     Args:
         own: The model's state dict.
         given: The weights.
-        keys: Whether keys that only one side has count as a difference.
 
     Returns:
         The lines, each with the first three weights; empty if all fit.
     """
+    return lines_of(misfits_by_kind(own, given))
+
+
+def misfits_by_kind(
+    own: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """As :func:`find_misfits`: the names by the kind of difference."""
     both = [key for key in own if key in given]
-    ways = {
+    return {
         'missing in the file': [
             key
             for key in own
@@ -36,7 +44,7 @@ def find_misfits(
             for key in both
             if _shape(given[key]) != _shape(own[key])
         ],
-        'other kinds of numbers': [
+        OTHER_KINDS: [
             f'{key}: file {_kind(given[key])}, model {_kind(own[key])}'
             for key in both
             if _kind(given[key]) != _kind(own[key])
@@ -48,9 +56,11 @@ def find_misfits(
             if not is_finite(given[key]) and is_finite(own[key])
         ],
     }
-    if not keys:
-        del ways['missing in the file'], ways['not in the model']
-    return lines_of(ways)
+
+
+def names_not_finite(weights: Mapping[str, Any]) -> set[str]:
+    """Names of tensors with a number that is nan or infinite."""
+    return {name for name, value in weights.items() if not is_finite(value)}
 
 
 def lines_of(ways: Mapping[str, Sequence[str]]) -> list[str]:

@@ -94,11 +94,13 @@ class StudentModel(BaseModel):
         self._resumed_on: dict[str, str | None] = {}
         own = self._modules | {'distillers': nn.ModuleDict(distillers)}
         self._modules: dict[str, nn.Module | None] = student._modules | own
-        # The dicts themselves, so that `_apply` on either changes both.
+        # The dicts themselves, so that `_apply` on either changes both, and
+        # a hook on either is called where the student loads.
         for name in (
             '_parameters',
             '_buffers',
             '_non_persistent_buffers_set',
+            '_load_state_dict_pre_hooks',
         ):
             self.__dict__[name] = getattr(student, name)
         # From here on attributes that the student has are set on it.
@@ -132,6 +134,13 @@ class StudentModel(BaseModel):
             return
         setattr(self.student, name, value)
         self._adopt(name)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_students(name):
+            delattr(self.student, name)
+            self._modules.pop(name, None)
+            return
+        super().__delattr__(name)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Replace a child of the student's, or add one of its own."""

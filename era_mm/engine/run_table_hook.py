@@ -1,5 +1,6 @@
 """The results of a training, in a few lines at its end."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,15 +111,22 @@ def table_of(work_dir: Path, plain: str | None = None) -> list[str]:
         if run.is_distillation:
             config = next(iter(sorted(work_dir.glob('*.py'))), work_dir)
             lines.append(
-                f'{"as a stock model":<20}python -m era_mm export_student '
-                f'{config} {run.checkpoint} --out {work_dir}/student'
+                f'{"as a stock model":<20}'
+                + _command(
+                    *('export_student', config, run.checkpoint),
+                    *('--out', work_dir / 'student'),
+                )
             )
-    folders = ' '.join(str(r.folder) for r in (run, other) if r is not None)
+    folders = [r.folder for r in (run, other) if r is not None]
     lines.append(
-        f'{"as a report":<20}python -m era_mm report {folders} --out '
-        f'{work_dir.name}.html'
+        f'{"as a report":<20}'
+        + _command('report', *folders, '--out', f'{work_dir.name}.html')
     )
     return lines
+
+
+def _command(*words: object) -> str:
+    return shlex.join(['python', '-m', 'era_mm', *map(str, words)])
 
 
 def _line(

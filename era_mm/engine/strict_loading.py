@@ -10,8 +10,15 @@ from mmengine.runner import Runner
 from torch import nn
 
 from era_mm.core import DistilledStudent
-from era_mm.core.checkpoint import METADATA_KEY
-from era_mm.core.fit import find_misfits
+from era_mm.core.checkpoint import METADATA_KEY, other_shapes
+from era_mm.core.fit import (
+    OTHER_KINDS,
+    find_misfits,
+    first_of,
+    lines_of,
+    misfits_by_kind,
+    names_not_finite,
+)
 from era_mm.engine.work_dir import fault_in
 from era_mm.errors import UserError, said_of
 
@@ -28,7 +35,10 @@ class StrictLoading(Runner):
     """A Runner that refuses checkpoints of another model.
 
     mmengine loads what fits and warns of the rest, on resume as well.
-    ``strict_load = False`` in the config restores this.
+    ``strict_load = False`` in the config restores this. As for a teacher, the
+    host may rename and resize what it loads. Tensors beside the model's parts,
+    such as averaged copies, are named in the log. On resume the file must be
+    exactly of this model.
 
     Raises:
         UserError: Keys, shapes or kinds of numbers differ, or weights are not
@@ -87,18 +97,32 @@ class StrictLoading(Runner):
     ) -> dict:
         """As mmengine's; what does not fit is refused."""
         self._file = filename
-        keys: dict[str, list[str]] = {}
+        model = self._bare_model
+        infinite = names_not_finite(model.state_dict())
+        missing: list[str] = []
+        surplus: list[str] = []
+        errors: list[str] = []
 
         def note(module: nn.Module, incompatible: Any) -> None:
-            keys['missing in the file'] = [
+            missing[:] = [
                 key
                 for key in incompatible.missing_keys
                 if not key.endswith('num_batches_tracked')
             ]
-            keys['not in the model'] = list(incompatible.unexpected_keys)
+            surplus[:] = incompatible.unexpected_keys
 
-        # The hosts translate old names of weights only while they load.
-        handle = self._bare_model.register_load_state_dict_post_hook(note)
+        def begin(*arguments: Any) -> None:
+            nonlocal errors
+            errors = arguments[-1]
+
+        # The hosts translate old names of weights only while they load, and
+        # mmengine logs what does not fit, and raises nothing. The list of
+        # torch's messages is only given to hooks before loading, whose
+        # public form torch has from 2.5 on.
+        handles = [
+            model.register_load_state_dict_post_hook(note),
+            model._register_load_state_dict_pre_hook(begin),
+        ]
         try:
             with said_of(
                 f'checkpoint: {filename} cannot be loaded',
@@ -106,13 +130,30 @@ class StrictLoading(Runner):
             ):
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         finally:
-            handle.remove()
-        if self._strict:
-            self._refuse(
-                f'{title} ({len(names)}): {", ".join(names[:3])}'
-                + (', ...' if len(names) > 3 else '')
-                for title, names in keys.items()
-                if names
+            for handle in handles:
+                handle.remove()
+        if not self._strict:
+            return checkpoint
+        ways = {
+            'missing in the file': missing,
+            'other shapes': other_shapes(errors),
+            # Under their present names: the file may have older ones.
+            'not finite': sorted(
+                names_not_finite(model.state_dict()) - infinite
+            ),
+        }
+        # An unused tensor of a part that the model has is of a deeper model,
+        # or the one that is missing; others are beside it, such as averages.
+        parts = dict(model.named_children())
+        of_parts = [key for key in surplus if key.split('.')[0] in parts]
+        misfits = any(ways.values()) or of_parts
+        self._refuse(
+            lines_of(ways | {'not in the model': surplus if misfits else []})
+        )
+        if surplus:
+            self.logger.warning(
+                f'{filename} has {len(surplus)} tensors that '
+                f'{type(model).__name__} does not use: {first_of(surplus)}.'
             )
         return checkpoint
 
@@ -141,10 +182,14 @@ class StrictLoading(Runner):
             str(key).removeprefix('module.'): value
             for key, value in weights.items()
         }
-        self._refuse(find_misfits(own, plain, keys=self._is_resuming))
         if self._is_resuming:
+            self._refuse(find_misfits(own, plain))
             self._check_distillers(weights)
             self._check_rest(checkpoint)
+        else:
+            # What is loaded takes the kind of the model's.
+            kinds = misfits_by_kind(own, plain)[OTHER_KINDS]
+            self._refuse(lines_of({OTHER_KINDS: kinds}))
 
     def _check_rest(self, checkpoint: Mapping) -> None:
         """Check what a resumed run needs besides weights."""

@@ -16,7 +16,7 @@ from ..core import BaseDistiller, Features, MeasuredPair, Plan, Unregistered
 from ..core.classes import why_other_classes
 from ..core.phase import Phase
 from ..heads import why_not_reused
-from ..layers import full_precision
+from ..layers import full_precision, spare_lone_values
 from ..registry import MODELS
 
 #: Place of the projector in the student's config.
@@ -65,6 +65,8 @@ class SimKDProjector(BaseModule):
                 nn.ReLU(inplace=True),
             ]
         self.layers = nn.Sequential(*layers)
+        # The last batch of an epoch may have only one image.
+        spare_lone_values(self.layers)
 
     def forward(self, feats: Sequence[Tensor] | Tensor) -> tuple[Tensor]:
         """The last map, projected."""

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -188,9 +189,12 @@ class Run:
         dumped = _newest_config(self.folder)
         if dumped is None:
             return ''
-        line = f'mim train era_mm {dumped} --work-dir {self.folder}_again'
+        words = ['mim', 'train', 'era_mm', str(dumped)]
+        words += ['--work-dir', f'{self.folder}_again']
         launcher = (self.config or {}).get('launcher', 'none')
-        return line if launcher == 'none' else f'{line} --launcher {launcher}'
+        if launcher != 'none':
+            words += ['--launcher', launcher]
+        return shlex.join(words)
 
     def last(self, key: str, mode: str = '') -> float | None:
         """The last value of a metric, None where there is none."""

@@ -202,6 +202,27 @@ def test_walks__children_parameters_and_modules_are_the_plain_models():
     assert [name for name, _ in pair.named_children()][-1] == 'distillers'
 
 
+def test_walks__what_is_deleted_is_gone_from_both():
+    _, pair = detectors()
+    del pair.neck
+    assert not hasattr(pair, 'neck')
+    assert not hasattr(pair.student, 'neck')
+    assert 'neck' not in dict(pair.named_children())
+    del pair.test_cfg
+    assert not hasattr(pair.student, 'test_cfg')
+
+
+def test_walks__a_hook_on_the_model_is_called_where_the_student_loads():
+    plain, pair = detectors()
+    called = []
+    for model in (plain, pair):
+        model._register_load_state_dict_pre_hook(
+            lambda state_dict, *arguments: called.append(len(state_dict))
+        )
+        model.load_state_dict(plain.state_dict())
+    assert len(called) == 2
+
+
 def test_walks__what_is_set_or_replaced_is_the_students():
     _, pair = detectors()
     neck = copy.deepcopy(pair.student.neck)

@@ -91,6 +91,94 @@ def test_batch_of_one__is_a_finite_step(host, distiller):
     assert all(module.training for module in model.distillers.modules())
 
 
+@pytest.mark.parametrize('host', ['detector', 'classifier'])
+@pytest.mark.parametrize(
+    'distiller',
+    [
+        dict(type='FeatureImitationDistiller'),
+        dict(type='PKDDistiller'),
+        dict(type='ATDistiller'),
+        dict(type='CWDDistiller'),
+        dict(type='MGDDistiller'),
+        dict(type='ReviewKDDistiller'),
+        dict(type='LogitDistiller'),
+        dict(type='CrossKDDistiller'),
+        dict(type='SimKDDistiller'),
+        dict(type='ResidualKDDistiller'),
+        dict(type='TrunkToBranchDistiller'),
+        dict(
+            type='SoKDDistiller',
+            base=dict(type='era_mm.FeatureImitationDistiller'),
+        ),
+    ],
+    ids=lambda distiller: distiller['type'].removesuffix('Distiller'),
+)
+def test_batch_of_one__is_a_finite_step_of_every_method(host, distiller):
+    only = {'CrossKD': 'detector', 'SimKD': 'classifier'}
+    kind = distiller['type'].removesuffix('Distiller')
+    if only.get(kind, host) != host:
+        pytest.skip(f'{kind} is for a {only[kind]}')
+    distiller = distiller | dict(type=f'era_mm.{distiller["type"]}')
+    extra = {}
+    if host == 'detector':
+        pair = (
+            with_a_level_of_one_place(),
+            with_a_level_of_one_place(width=16, channels=24),
+        )
+        scope, batch = 'mmdet', detection_batch(1)
+    else:
+        pair = (classifier_config(), classifier_config(16))
+        scope, batch = 'mmpretrain', detection_batch(1)
+        batch['data_samples'] = [DataSample().set_gt_label(1)]
+        if kind in ('AT', 'CWD', 'MGD', 'ReviewKD', 'TrunkToBranch'):
+            distiller['source'] = 'backbone'
+        if kind == 'SimKD':
+            distiller['channels'] = [64, 128]
+            extra['inherit'] = ['head']
+        if kind == 'SoKD':
+            # It looks for areas on maps, and these are vectors.
+            distiller['dam'] = False
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(distillation_config(distiller, *pair) | extra)
+    model.init_weights()
+    model.train()
+    data = model.data_preprocessor(batch, True)
+    total, _ = model.parse_losses(model(**data, mode='loss'))
+    total.backward()
+    assert total.isfinite()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) > 10
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    for module in model.modules():
+        assert module.training
+
+
+def test_residual_pair__takes_one_place_of_one_image_in_every_norm():
+    """The adapter has norms where the pair's channels are not the student's.
+
+    So has the pair after an export: they are the model's own.
+    """
+    pair = MODELS.build(
+        dict(
+            type='era_mm.ResidualPair',
+            student=dict(backbone=dict(type='mmpretrain.LeNet5')),
+            assistant=dict(
+                type='era_mm.FeatureAssistant',
+                in_channels=[120],
+                out_channels=[16],
+            ),
+            in_channels=[120],
+            out_channels=[16],
+        )
+    ).train()
+    norms = [m for m in pair.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) > 1
+    (found,) = pair(torch.randn(1, 1, 32, 32))
+    assert found.shape[:2] == (1, 16)
+    assert found.isfinite().all()
+    assert not any(norm.num_batches_tracked for norm in norms)
+
+
 def test_first_batch_of_one__teaches_nothing_of_a_variance_that_is_unknown():
     """One value per channel has none; a share of it would be of anything."""
     with DefaultScope.overwrite_default_scope('mmpretrain'):

@@ -112,3 +112,31 @@ def test_teacher__of_which_a_file_lacks_a_tensor_is_refused(tmp_path):
         ValueError, match=r'missing in the file \(1\): bbox_head.conv_cls.bias'
     ):
         Teacher(detector_config(head='FCOSHead'), str(file)).load()
+
+
+def test_teacher__of_numbers_that_are_none_is_refused_under_older_names(
+    tmp_path,
+):
+    state = dict(MODELS.build(detector_config(head='FCOSHead')).state_dict())
+    state['bbox_head.conv_cls.bias'] *= torch.nan
+    file = tmp_path / 'teacher.pth'
+    torch.save({'state_dict': older_names(state)}, file)
+    with pytest.raises(
+        ValueError, match=r'not finite \(1\): bbox_head.conv_cls.bias'
+    ):
+        Teacher(detector_config(head='FCOSHead'), str(file)).load()
+
+
+def test_teacher__that_its_host_cannot_resize_has_the_hosts_error(tmp_path):
+    """Not one of ours about shapes."""
+
+    def refuse(*arguments):
+        raise NotImplementedError('a table of this size cannot be resized')
+
+    config = detector_config(head='FCOSHead')
+    file = tmp_path / 'teacher.pth'
+    torch.save({'state_dict': MODELS.build(config).state_dict()}, file)
+    teacher = Teacher(config, str(file))
+    teacher.model._register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(NotImplementedError, match='cannot be resized'):
+        teacher.load()

@@ -1,5 +1,7 @@
 """The table at a run's end, from work dirs written by hand."""
 
+import shlex
+
 import pytest
 from mmengine.config import Config
 
@@ -68,6 +70,23 @@ def test_table__modes_plain_of_the_same_seed_and_what_to_do(kin):
         assert cells[name][3] in cli.COMMANDS
     assert 'export_student' in cells['as a stock model']
     assert str(kin.parent / 'b') in cells['as a report']
+
+
+def test_table__commands_work_in_a_folder_with_a_blank(kin):
+    folder = kin.rename(kin.parent / 'my era')
+    (config,) = folder.glob('*.py')
+    cells = {line[:20].strip(): line[20:] for line in table_of(folder)}
+    words = shlex.split(cells['as a stock model'])
+    assert words[3:] == [
+        'export_student',
+        str(config),
+        str(folder / 'epoch_2.pth'),
+        '--out',
+        str(folder / 'student'),
+    ]
+    words = shlex.split(cells['as a report'])
+    assert words[4] == str(folder)
+    assert words[-1] == 'my era.html'
 
 
 def test_table__plain_as_the_config_says(kin):

@@ -701,6 +701,24 @@ def test_load_from__refuses_what_does_not_fit_unless_asked(
     assert train(config, tmp_path / 'b', strict_load=False, **options) == 0
 
 
+def test_load_from__takes_what_the_host_takes(config, whole, tmp_path, capsys):
+    """Averages beside the model are named; a deeper model's are refused."""
+    options = {'train_cfg.max_epochs': 1}
+    file = shutil.copy(whole / 'best_score_epoch_3.pth', tmp_path / 'f.pth')
+    spoil(file, put(torch.ones(1), 'state_dict', 'ema_head_fc_bias'))
+    options['load_from'] = file
+    assert train(config, tmp_path / 'a', **options) == 0
+    log = next((tmp_path / 'a').glob('*/*.log')).read_text()
+    assert (
+        'f.pth has 1 tensors that Distillation does not use: ema_head_fc_bias.'
+    ) in log
+    spoil(file, put(torch.ones(1), 'state_dict', 'head.more.bias'))
+    assert train(config, tmp_path / 'b', **options) == 1
+    printed = capsys.readouterr().err
+    assert 'not in the model (2): ' in printed
+    assert 'head.more.bias' in printed
+
+
 def test_load_from__takes_a_plain_student(config, whole, tmp_path):
     file = shutil.copy(whole / 'best_score_epoch_3.pth', tmp_path / 'f.pth')
     spoil(file, without_extras)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 
 import pytest
@@ -48,6 +49,14 @@ def test_read_run__a_whole_run(tmp_path):
     assert run.checkpoint == folder / 'epoch_2.pth'
     assert run.remarks == []
     assert 'recipe.py' in run.command
+
+
+def test_command__works_in_a_folder_with_a_blank(tmp_path):
+    folder = write_run(tmp_path / 'my run', train=train_lines(2))
+    words = shlex.split(read_run(folder).command)
+    assert words[:3] == ['mim', 'train', 'era_mm']
+    assert words[3].startswith(str(folder))
+    assert words[4:] == ['--work-dir', f'{folder}_again']
 
 
 def test_read_run__a_resumed_run_counts_each_step_once(tmp_path):

@@ -332,7 +332,7 @@ class HeadUser(BaseDistiller):
         if self._asks_for_logit:
             raise ValueError(
                 f'`logit` cannot be distilled: {reason}. Remove `logit`, or '
-                'give both heads the same anchors and classes.'
+                'give both models heads whose outputs can be compared.'
             )
         print_log(
             f"ERA without a term on the student's own logits: {reason}.",

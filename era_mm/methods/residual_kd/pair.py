@@ -16,6 +16,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
 from ...core.utils import preserve_rng
+from ...layers import spare_lone_values
 from ...registry import MODELS
 
 Feats = tuple[Tensor, ...]
@@ -309,6 +310,10 @@ class ResidualPair(BaseModule):
         with preserve_rng():
             self.adapter = ResidualAdapter(in_channels, out_channels, norm_cfg)
             self.assistant = MMENGINE_MODELS.build(assistant)
+        # As the extras of other methods: the last batch of an epoch may have
+        # only one image.
+        for module in (self.adapter, self.assistant):
+            spare_lone_values(module)
 
     def init_weights(self) -> None:
         """Initialise the student as in a plain model, then the rest."""

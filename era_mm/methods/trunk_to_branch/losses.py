@@ -54,7 +54,8 @@ def mean_squared_correlation(
         C_kj = E_k^T E_j / N                          D x D
         out  = 2 / (K (K - 1)) * sum_{k < j} ||C_kj||_F^2 / D^2
 
-    0 for independent peers, at most 1; 0 for a single peer. Of N independent
+    0 for independent peers, at most 1; 0 for a single peer, and for a single
+    sample, which has no correlation. Of N independent
     samples it is about 1 / N by chance. Mean, variance and C are those of the
     samples of all ranks together; ranks may hold different numbers of them.
 
@@ -70,18 +71,9 @@ def mean_squared_correlation(
     Shape:
         - embeddings: K of ``(N, D)``
         - out: scalar
-
-    Raises:
-        ValueError: There is only one sample.
     """
     if len(embeddings) < 2:
         return embeddings[0].new_zeros(())
-    if len(embeddings[0]) * get_world_size() < 2:
-        raise ValueError(
-            'The correlation of the peers needs two samples, but the batch '
-            'has one. Use a larger batch (drop_last=True for a last one that '
-            'is smaller).'
-        )
     # Products in half precision would lose small correlations.
     with torch.autocast(embeddings[0].device.type, enabled=False):
         stacked = full_precision(torch.stack(list(embeddings)))

@@ -239,6 +239,8 @@ def test_run__a_run_of_another_teacher_or_that_failed_does_not(change):
         dict(header, suite='tries'),
         [moved | change],
     )
+    run(jobs=0)
+    assert ('era', 0) not in read()[1]
     run()
     assert calls() == ['test era/seed0']
     assert 'error' not in read()[1]['era', 0]
