@@ -35,8 +35,9 @@ def spare_lone_values(module: nn.Module) -> None:
     as in eval mode, for inputs such as ``(1, C)`` or ``(1, C, 1, 1)``. They
     have no variance over the batch, so torch raises an error; the last batch
     of an epoch may have only one image. The running statistics are not
-    updated, and other inputs are normalised as usual. All ranks have the same
-    batch size, so all do the same.
+    updated, and other inputs are normalised as usual. The statistics are the
+    rank's own: ranks may have maps of other sizes, so they cannot wait for
+    each other here.
 
     Source: ours.
 

@@ -1,5 +1,6 @@
 """One rank of test_ddp.py; started by torchrun."""
 
+import copy
 import sys
 
 import torch
@@ -18,7 +19,16 @@ OPTIONS = {
     'off': dict(
         twi_steps='none', loss=dict(align_weight=0.0, residual_weight=0.0)
     ),
+    # One image for each rank, whose last level has one place.
+    'lone': dict(form='released'),
 }
+
+
+def with_a_level_of_one_place(config: dict) -> dict:
+    config = copy.deepcopy(config)
+    config['neck'].update(num_outs=4, add_extra_convs='on_input')
+    config['bbox_head']['anchor_generator']['strides'] = [8, 16, 32, 64]
+    return config
 
 
 def main(coco: str, teacher_file: str, out: str) -> None:
@@ -28,6 +38,11 @@ def main(coco: str, teacher_file: str, out: str) -> None:
             dict(type='era_mm.ERADistiller', **options),
             checkpoint=teacher_file,
         )
+        if name == 'lone':
+            teacher = model['teacher']
+            teacher['config'] = with_a_level_of_one_place(teacher['config'])
+            teacher['checkpoint'] = 'random'
+            model['student'] = with_a_level_of_one_place(model['student'])
         cfg = Config(
             run_config(
                 model,
@@ -38,6 +53,8 @@ def main(coco: str, teacher_file: str, out: str) -> None:
                 train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=5),
             )
         )
+        if name == 'lone':
+            cfg.train_dataloader.batch_size = 1
         prepare_launch(cfg)
         assert cfg.model_wrapper_cfg.find_unused_parameters is False
         runner = Runner.from_cfg(cfg)

@@ -18,12 +18,15 @@ def out(coco, teacher_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize('name', ['all', 'sampled', 'none', 'detached', 'off'])
+@pytest.mark.parametrize(
+    'name', ['all', 'sampled', 'none', 'detached', 'off', 'lone']
+)
 def test_ddp__two_ranks_end_with_the_same_weights(name, out):
     ranks = [torch.load(out / f'{name}_rank{rank}.pth') for rank in (0, 1)]
     assert any('mbrnet' in key for key in ranks[0])
     for key, value in ranks[0].items():
         assert torch.equal(value, ranks[1][key]), key
+        assert value.isfinite().all(), key
 
 
 @pytest.mark.parametrize('name', ['all', 'sampled', 'none', 'detached'])
