@@ -47,9 +47,9 @@ methods = dict(
 )
 
 # What was best on val (digit_crops_tuning.py), where it is not the config's
-# weight. Still as in their configs: IE-DML, Residual KD, SoKD and
-# Trunk-to-Branch, which have not had their tries, and ERA with its parts, for
-# which a fifth was better on val and which have not been run with it.
+# weight. Still as in their configs: Residual KD and SoKD, which have not had
+# their tries, and ERA with its parts, for which a fifth was better on val and
+# which have not been run with it.
 for method, shown, terms, words, scale in (
     ('fitnet', 'FitNet', 'loss_imitation', 'five times the weight', 5.0),
     (
@@ -72,6 +72,20 @@ for method, shown, terms, words, scale in (
         5.0,
     ),
     ('ie_kd', 'IE-KD', 'loss_iekd_*', 'a fifth of the weights', 0.2),
+    (
+        'ie_dml',
+        'IE-DML, two students',
+        'loss_iekd_*',
+        'a fifth of the weights',
+        0.2,
+    ),
+    (
+        't2b',
+        'Trunk-to-Branch, no teacher',
+        'loss_t2b_*',
+        'a fifth of the weights',
+        0.2,
+    ),
 ):
     methods[method] = dict(
         title=f'{shown}, {words}',
