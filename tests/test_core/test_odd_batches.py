@@ -15,6 +15,7 @@ from era_mm.engine.step_cost import cost_line
 from era_mm.layers import spare_lone_values
 from era_mm.methods.era.losses import ERALoss
 from era_mm.methods.era.residuals import step_errors
+from era_mm.registry import MODELS as ERA_MODELS
 from era_mm.testing import (
     classifier_config,
     detection_batch,
@@ -91,34 +92,40 @@ def test_batch_of_one__is_a_finite_step(host, distiller):
     assert all(module.training for module in model.distillers.modules())
 
 
-@pytest.mark.parametrize('host', ['detector', 'classifier'])
+BOTH = ('detector', 'classifier')
+METHODS = {
+    'FeatureImitation': BOTH,
+    'PKD': BOTH,
+    'AT': BOTH,
+    'CWD': BOTH,
+    'MGD': BOTH,
+    'ReviewKD': BOTH,
+    'Logit': BOTH,
+    'CrossKD': BOTH[:1],
+    'SimKD': BOTH[1:],
+    'ResidualKD': BOTH,
+    'TrunkToBranch': BOTH,
+    'SoKD': BOTH,
+}
+
+
+def test_methods__are_all_tried_with_a_batch_of_one():
+    registered = {
+        name.removesuffix('Distiller')
+        for name in ERA_MODELS.module_dict
+        if name.endswith('Distiller')
+    }
+    assert registered == {*METHODS, 'ERA', 'IEKD'}
+
+
 @pytest.mark.parametrize(
-    'distiller',
-    [
-        dict(type='FeatureImitationDistiller'),
-        dict(type='PKDDistiller'),
-        dict(type='ATDistiller'),
-        dict(type='CWDDistiller'),
-        dict(type='MGDDistiller'),
-        dict(type='ReviewKDDistiller'),
-        dict(type='LogitDistiller'),
-        dict(type='CrossKDDistiller'),
-        dict(type='SimKDDistiller'),
-        dict(type='ResidualKDDistiller'),
-        dict(type='TrunkToBranchDistiller'),
-        dict(
-            type='SoKDDistiller',
-            base=dict(type='era_mm.FeatureImitationDistiller'),
-        ),
-    ],
-    ids=lambda distiller: distiller['type'].removesuffix('Distiller'),
+    ('kind', 'host'),
+    [(kind, host) for kind, hosts in METHODS.items() for host in hosts],
 )
-def test_batch_of_one__is_a_finite_step_of_every_method(host, distiller):
-    only = {'CrossKD': 'detector', 'SimKD': 'classifier'}
-    kind = distiller['type'].removesuffix('Distiller')
-    if only.get(kind, host) != host:
-        pytest.skip(f'{kind} is for a {only[kind]}')
-    distiller = distiller | dict(type=f'era_mm.{distiller["type"]}')
+def test_batch_of_one__is_a_finite_step_of_every_method(kind, host):
+    distiller = dict(type=f'era_mm.{kind}Distiller')
+    if kind == 'SoKD':
+        distiller['base'] = dict(type='era_mm.FeatureImitationDistiller')
     extra = {}
     if host == 'detector':
         pair = (
