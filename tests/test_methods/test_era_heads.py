@@ -300,6 +300,11 @@ def test_twin__has_the_teachers_own_losses_and_predictions(
             assert len(one)
             assert set(one.keys()) == set(other.keys())
             for key, value in one.items():
+                if key == 'masks':
+                    # Rounding may turn a place at the threshold.
+                    turned = (value != other[key]).double().mean()
+                    assert turned < 1e-3, turned
+                    continue
                 torch.testing.assert_close(
                     value, other[key], rtol=1e-4, atol=1e-3
                 )
