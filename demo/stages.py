@@ -89,11 +89,13 @@ class Screen:
 
     def finish(self, seconds: float | None) -> None:
         """The stage is done; None if there was nothing to do."""
-        if seconds is not None and self._first is None:
-            self._spent += seconds
-            self._spent_there += self._stage.expected
-        elif seconds is not None:
-            self._spent, self._spent_there = self._totals()
+        # A stage that finds its work done says nothing of the pace.
+        if seconds is not None and seconds >= 1:
+            if self._first is None:
+                self._spent += seconds
+                self._spent_there += self._stage.expected
+            else:
+                self._spent, self._spent_there = self._totals()
         took = 'unchanged' if seconds is None else f'{seconds:.0f} s'
         self._progress.console.print(
             f'{self._title}: done, {took}',

@@ -165,6 +165,31 @@ def test_screen__time_left_follows_the_pace(tmp_path, monkeypatch):
         assert shown[-1] == (0.0, 40.0, 40.0)
 
 
+def test_screen__stage_that_finds_its_work_done_says_nothing_of_the_pace(
+    monkeypatch,
+):
+    now = [0.0]
+    monkeypatch.setattr(stages.time, 'monotonic', lambda: now[0])
+    shown = []
+    monkeypatch.setattr(
+        stages.Screen,
+        '_show',
+        lambda self, share, left, left_all, text: shown.append(left),
+    )
+    first, second, third = (Work(name).stage for name in ('a', 'b', 'c'))
+    with stages.open_screen([first, second, third]) as screen:
+        screen.begin(first)
+        screen.finish(0.1)
+        screen.begin(second)
+        assert shown[-1] == 10.0
+        screen.update(0.0, '')
+        now[0] = 0.2
+        screen.update(1.0, '')
+        screen.finish(0.2)
+        screen.begin(third)
+        assert shown[-1] == 10.0
+
+
 def test_screen__resumed_stage_is_timed_from_where_it_went_on(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(stages.time, 'monotonic', lambda: now[0])
