@@ -283,6 +283,12 @@ def test_twin__has_the_teachers_own_losses_and_predictions(
 
     model.eval()
     model.active_modes = ('E0', 'E1', 'T', 'ST')
+    for module in (model.student, model.teachers['teacher'].model):
+        roi_head = getattr(module, 'roi_head', None)
+        if roi_head is not None and roi_head.with_mask:
+            # The scores of the places, not whether they pass a threshold,
+            # which rounding may decide.
+            roi_head.test_cfg.mask_thr_binary = -1
     data = batch_of(model, training=False)
     # Boxes and masks go back to the original image's pixels.
     for sample in data['data_samples']:
@@ -300,13 +306,13 @@ def test_twin__has_the_teachers_own_losses_and_predictions(
             assert len(one)
             assert set(one.keys()) == set(other.keys())
             for key, value in one.items():
+                atol = 1e-3
                 if key == 'masks':
-                    # Rounding may turn a place at the threshold.
-                    turned = (value != other[key]).double().mean()
-                    assert turned < 1e-3, turned
-                    continue
+                    assert value.max() > 100
+                    # Of 256 levels, cut to the one below.
+                    atol = 1
                 torch.testing.assert_close(
-                    value, other[key], rtol=1e-4, atol=1e-3
+                    value.double(), other[key].double(), rtol=1e-4, atol=atol
                 )
 
 
