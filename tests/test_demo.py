@@ -137,17 +137,29 @@ def test_alone__second_demo_is_refused(tmp_path):
         pass
 
 
-def test_screen__time_left_follows_the_pace(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(stages.time, 'monotonic', lambda: now[0])
-    shown = []
+@pytest.fixture
+def now(monkeypatch):
+    """The time in seconds, as a list with one number."""
+    found = [0.0]
+    monkeypatch.setattr(stages.time, 'monotonic', lambda: found[0])
+    return found
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a screen has shown: share, seconds left, and those of the demo."""
+    found = []
     monkeypatch.setattr(
         stages.Screen,
         '_show',
-        lambda self, share, left, left_all, text: shown.append(
+        lambda self, share, left, left_all, text: found.append(
             (round(share, 3), round(left, 3), round(left_all, 3))
         ),
     )
+    return found
+
+
+def test_screen__time_left_follows_the_pace(now, shown):
     first, second = Work('first').stage, Work('second').stage
     with stages.open_screen([first, second]) as screen:
         screen.begin(first)
@@ -166,39 +178,23 @@ def test_screen__time_left_follows_the_pace(tmp_path, monkeypatch):
 
 
 def test_screen__stage_that_finds_its_work_done_says_nothing_of_the_pace(
-    monkeypatch,
+    now, shown
 ):
-    now = [0.0]
-    monkeypatch.setattr(stages.time, 'monotonic', lambda: now[0])
-    shown = []
-    monkeypatch.setattr(
-        stages.Screen,
-        '_show',
-        lambda self, share, left, left_all, text: shown.append(left),
-    )
     first, second, third = (Work(name).stage for name in ('a', 'b', 'c'))
     with stages.open_screen([first, second, third]) as screen:
         screen.begin(first)
         screen.finish(0.1)
         screen.begin(second)
-        assert shown[-1] == 10.0
+        assert shown[-1][1] == 10.0
         screen.update(0.0, '')
         now[0] = 0.2
         screen.update(1.0, '')
         screen.finish(0.2)
         screen.begin(third)
-        assert shown[-1] == 10.0
+        assert shown[-1][1] == 10.0
 
 
-def test_screen__resumed_stage_is_timed_from_where_it_went_on(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(stages.time, 'monotonic', lambda: now[0])
-    shown = []
-    monkeypatch.setattr(
-        stages.Screen,
-        '_show',
-        lambda self, share, left, left_all, text: shown.append(left),
-    )
+def test_screen__resumed_stage_is_timed_from_where_it_went_on(now, shown):
     stage = Work().stage
     with stages.open_screen([stage]) as screen:
         screen.begin(stage)
@@ -206,7 +202,7 @@ def test_screen__resumed_stage_is_timed_from_where_it_went_on(monkeypatch):
         # A quarter took 10 s, so the last quarter will too.
         now[0] = 10.0
         screen.update(0.75, '')
-    assert shown[-1] == pytest.approx(10.0)
+    assert shown[-1][1] == 10.0
 
 
 @pytest.fixture
