@@ -118,8 +118,9 @@ METHODS = {
 def test_methods__are_all_tried_with_a_batch_of_one():
     registered = {
         name.removesuffix('Distiller')
-        for name in ERA_MODELS.module_dict
-        if name.endswith('Distiller')
+        for name, cls in ERA_MODELS.module_dict.items()
+        # Other tests register distillers of their own.
+        if name.endswith('Distiller') and cls.__module__.startswith('era_mm.')
     }
     assert registered == {*METHODS, 'ERA', 'IEKD'}
 
