@@ -49,6 +49,8 @@ class BaseDistiller(BaseModule):
       only the inner module trains; the student does not change.
     - ``freeze_inner``: the inner module is frozen after that phase.
     - ``schedules``: a factor per loss term over the global step.
+    - :attr:`early_sources`, :meth:`early_loss`, :meth:`late_loss`: losses
+      that are computed before the student's head runs.
     - :meth:`loss_weights`: the weight of each loss term, for the summary.
     - :meth:`is_complete`: False where a step leaves out some loss terms.
     - :meth:`choose_sources`: sources that depend on the pair.
@@ -245,6 +247,43 @@ class BaseDistiller(BaseModule):
             Back-propagated terms under ``loss_<method>_<term>``; logged
             quantities under names without "loss".
         """
+
+    @property
+    def early_sources(self) -> tuple[str, ...]:
+        """The student's sources that :meth:`early_loss` needs; or none.
+
+        A method whose losses take much memory, but not the outputs of the
+        student's head, computes them before that head runs, and both are not
+        in memory at the same time.
+        """
+        return ()
+
+    def early_loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> dict[str, Tensor]:
+        """The terms of :meth:`loss` that need ``early_sources`` alone.
+
+        In training it is called within the student's forward pass, when these
+        sources have run.
+
+        Args:
+            student_feats: Features of ``early_sources``.
+            teacher_feats: As in :meth:`loss`.
+            data_samples: As in :meth:`loss`.
+        """
+        raise NotImplementedError(f'{type(self).__name__} has none.')
+
+    def late_loss(self, *, student_feats: Features) -> dict[str, Tensor]:
+        """The other terms of :meth:`loss`, after :meth:`early_loss`.
+
+        Args:
+            student_feats: As in :meth:`loss`.
+        """
+        raise NotImplementedError(f'{type(self).__name__} has none.')
 
     def compare(
         self, *, student_feats: Features, teacher_feats: Features

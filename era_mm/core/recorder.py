@@ -4,7 +4,7 @@ Legend: a *source* is a dotted module name, ``neck`` or ``backbone.layer3``.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,6 +79,30 @@ class Recorder:
         self._outputs: dict[str, tuple[Tensor, ...]] = {}
         self._versions: dict[str, list[int]] = {}
         self._handles: list = []
+        self._waiting: list[tuple[Mapping[str, int], Callable]] = []
+
+    def when_recorded(
+        self,
+        counts: Mapping[str, int],
+        call: Callable[[dict[str, tuple[Tensor, ...]]], None],
+    ) -> None:
+        """Call a function while the model runs, once, inside the block.
+
+        Args:
+            counts: The number of tensors by source that it waits for.
+            call: Gets the outputs of these sources.
+        """
+        self._waiting.append((counts, call))
+
+    def _tell(self) -> None:
+        for waiting in list(self._waiting):
+            counts, call = waiting
+            if all(
+                len(self._outputs.get(source, ())) == count
+                for source, count in counts.items()
+            ):
+                self._waiting.remove(waiting)
+                call({source: self._outputs[source] for source in counts})
 
     def __enter__(self) -> 'Recorder':
         self.clear()
@@ -94,6 +118,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._waiting.clear()
 
     def _hook(self, source: str):
         def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -102,6 +127,7 @@ class Recorder:
             self._versions.setdefault(source, []).extend(
                 0 if feat.is_inference() else feat._version for feat in feats
             )
+            self._tell()
 
         return record
 

@@ -10,12 +10,13 @@ from mmengine.logging import MessageHub, print_log
 from torch import Tensor
 
 from ..layers import spare_lone_values
-from .base_distiller import BaseDistiller
+from .base_distiller import BaseDistiller, Features
 from .build import Inheritance
 from .data_preprocessor import DistillationDataPreprocessor
 from .guards import GradientWatch, check_graph, learns
 from .host_models import HostModel, forward_until
 from .phase import Phase, resting
+from .recorder import Recorder
 from .rerun import Rerun
 from .student_model import StudentModel
 from .teacher import BaseTeacher
@@ -175,7 +176,10 @@ class DistilledStudent(StudentModel):
             for name in phase.frozen:
                 broadcast_buffers(self.student.get_submodule(name))
         frozen = resting(self.student, phase.frozen)
+        early: dict[str, dict[str, Any]] = {}
         with frozen, self.wiring.recorder as recorder:
+            if is_learning:
+                self._begin_early(recorder, teacher_feats, data_samples, early)
             if phase.task:
                 losses = dict(self.student(inputs, data_samples, mode='loss'))
             else:
@@ -214,13 +218,58 @@ class DistilledStudent(StudentModel):
                 distiller.inner_step(
                     **feats, data_samples=data_samples, rerun=rerun
                 )
-            terms = distiller.scheduled(
-                distiller.loss(**feats, data_samples=data_samples), step
-            )
-            self._add(losses, name, terms)
+            if name in early:
+                terms = early.pop(name)
+                terms |= distiller.late_loss(
+                    student_feats=feats['student_feats']
+                )
+            else:
+                terms = distiller.loss(**feats, data_samples=data_samples)
+            self._add(losses, name, distiller.scheduled(terms, step))
         if is_learning:
             self._check_phase(phase, idle, losses)
         return losses
+
+    def _begin_early(
+        self,
+        recorder: Recorder,
+        teacher_feats: Mapping[str, Features],
+        data_samples: list,
+        early: dict[str, dict[str, Any]],
+    ) -> None:
+        """Let distillers compute losses before the student's head runs.
+
+        Args:
+            recorder: Records the student.
+            teacher_feats: The features of each teacher by source.
+            data_samples: Ground truth and meta data.
+            early: Gets the losses, by the distiller's name.
+        """
+
+        def begin(name: str, student_feats: Features) -> None:
+            distiller = self.distillers[name]
+            # Else it is idle, or `check_graph` says why it must not be so.
+            if any(learns(maps) for maps in student_feats.values()):
+                early[name] = distiller.early_loss(
+                    **distiller.connections.connect(
+                        student_feats=student_feats,
+                        teacher_feats={
+                            source: teacher_feats[distiller.teacher][source]
+                            for source in distiller.teacher_sources
+                        },
+                    ),
+                    data_samples=data_samples,
+                )
+
+        for name, distiller in self.distillers.items():
+            if distiller.early_sources:
+                recorder.when_recorded(
+                    {
+                        source: len(self.wiring.student_shapes[source])
+                        for source in distiller.early_sources
+                    },
+                    functools.partial(begin, name),
+                )
 
     @staticmethod
     def _is_idle(distiller: BaseDistiller, feats: Mapping[str, Any]) -> bool:

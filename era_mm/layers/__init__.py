@@ -19,6 +19,7 @@ from .logits import (
 )
 from .lone_values import spare_lone_values
 from .resampler import Resampler, crop_to_common
+from .settled import settled
 
 __all__ = [
     'Aligns',
@@ -40,6 +41,7 @@ __all__ = [
     'kl_loss',
     'levels_of',
     'rows_of_levels',
+    'settled',
     'spare_lone_values',
     'standardise_logits',
     'top_rows',

@@ -91,3 +91,35 @@ def test_recorder__output_that_is_no_feature_is_refused():
         Recorder(net, ['0'], owner='student'),
     ):
         net(torch.ones(1))
+
+
+def test_when_recorded__is_called_once_as_soon_as_all_are_there():
+    net = nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity())
+    seen = []
+    recorder = Recorder(net, ['0', '1', '2'], owner='student')
+    with recorder:
+        recorder.when_recorded(
+            {'0': 1, '1': 2},
+            lambda outputs: seen.append(
+                {
+                    key: [t.item() for t in value]
+                    for key, value in outputs.items()
+                }
+            ),
+        )
+        net(torch.tensor(5.0))
+        # '1' gave one tensor of two.
+        assert seen == []
+        net[1](torch.tensor(6.0))
+        assert seen == [{'0': [5.0], '1': [5.0, 6.0]}]
+        net[2](torch.tensor(7.0))
+    assert len(seen) == 1
+    # What never came does not wait for the next block.
+    with recorder:
+        recorder.when_recorded({'0': 2}, seen.append)
+        net(torch.tensor(5.0))
+    with recorder:
+        net[0](torch.tensor(5.0))
+        net(torch.tensor(5.0))
+        net[1](torch.tensor(6.0))
+    assert len(seen) == 1

@@ -1,6 +1,6 @@
 """ERADistiller: the residual approximation and TWI, put together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from ...core import Features, HostModel, MeasuredPair, Plan
 from ...core.host_models import is_query_based
 from ...core.utils import evaluating, run_seed
-from ...heads import RoITerm, find_head, tower_sources
-from ...layers import Measured, check_alike, full_precision, levels_of
+from ...heads import DenseTWIHead, RoITerm, find_head, tower_sources
+from ...layers import (
+    Measured,
+    check_alike,
+    full_precision,
+    levels_of,
+    settled,
+)
 from ...registry import MODELS
 from .approximation import (
     Parts,
@@ -189,6 +195,8 @@ class ERADistiller(HeadUser, Measured):
         self.alpha = alpha
         self.mbrnet: MBRNet
         self._tokens = False
+        # What the teacher's head says, between the two halves of a step.
+        self._said: Any = None
 
     @classmethod
     def plan_for(cls, pair: MeasuredPair) -> Plan:
@@ -374,6 +382,79 @@ class ERADistiller(HeadUser, Measured):
                 (SoKD): its head is applied to these, and its space is
                 measured on them.
         """
+        losses, said = self._loss_of_features(
+            student_feats=student_feats,
+            teacher_feats=teacher_feats,
+            own_feats=own_feats or teacher_feats,
+            data_samples=data_samples,
+        )
+        return losses | self._loss_of_own_head(student_feats, said)
+
+    @property
+    def _settles(self) -> bool:
+        """Whether a dense head is compared with itself.
+
+        Its maps on an estimate take as much memory as those of the student's
+        own head. Its losses are two, with a tower each.
+        """
+        return (
+            self.twi_steps != 'none'
+            and self.twi_targets == 'teacher'
+            and isinstance(self.twi_head, DenseTWIHead)
+            # An RPN's; regions need the student's.
+            and self._proposals is None
+        )
+
+    @property
+    def early_sources(self) -> tuple[str, ...]:
+        """The features, where much memory is freed before the next head."""
+        return self.feature_sources if self._settles else ()
+
+    def early_loss(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        data_samples: list,
+    ) -> dict[str, Tensor]:
+        """All but the terms of the student's own head."""
+        losses, self._said = self._loss_of_features(
+            student_feats=student_feats,
+            teacher_feats=teacher_feats,
+            own_feats=teacher_feats,
+            data_samples=data_samples,
+        )
+        return losses
+
+    def late_loss(self, *, student_feats: Features) -> dict[str, Tensor]:
+        """The terms of the student's own head."""
+        said, self._said = self._said, None
+        return self._loss_of_own_head(student_feats, said)
+
+    def _loss_of_own_head(
+        self, student_feats: Features, said: Any
+    ) -> dict[str, Tensor]:
+        if self._own_term is None:
+            return {}
+        terms = self._own_term.of_student(student_feats, said)
+        return {f'loss_era_{k}': value for k, value in terms.items()}
+
+    def _loss_of_features(
+        self,
+        *,
+        student_feats: Features,
+        teacher_feats: Features,
+        own_feats: Features,
+        data_samples: list,
+    ) -> tuple[dict[str, Tensor], Any]:
+        """The other terms, and what the teacher's head says.
+
+        Args:
+            student_feats: Features by source.
+            teacher_feats: The features to approximate.
+            own_feats: The teacher's own features.
+            data_samples: Ground truth.
+        """
         maps = self._maps(student_feats, self.feature_sources)
         targets = self._maps(teacher_feats, self.teacher_sources)
         check_alike(
@@ -386,7 +467,7 @@ class ERADistiller(HeadUser, Measured):
         # Sums and differences of estimates in full precision: the last
         # residuals are small.
         targets = own = tuple(full_precision(t) for t in targets)
-        if own_feats is not None:
+        if own_feats is not teacher_feats:
             own = self._maps(own_feats, self.teacher_sources)
             own = tuple(full_precision(t) for t in own)
         learns = self.training and torch.is_grad_enabled()
@@ -412,18 +493,15 @@ class ERADistiller(HeadUser, Measured):
             self.twi_steps != 'none' and self.step % self.twi_interval == 0
         )
         said: Any = None
-        term, own_term = self._term, self._own_term
-        if term is not None and (judges or own_term is not None):
+        term = self._term
+        if term is not None and (judges or self._own_term is not None):
             with torch.no_grad():
                 said = term.target(self._head, own, data_samples)
                 if learns:
                     term.measure(said)
-        if own_term is not None:
-            terms = own_term.of_student(student_feats, said)
-            losses |= {f'loss_era_{k}': value for k, value in terms.items()}
         if judges:
             losses |= self._twi_losses(parts, data_samples, said)
-        return losses
+        return losses, said
 
     def _explain(self, losses: dict[str, Tensor]) -> None:
         """Update the running shares that weight TWI, unless not finite."""
@@ -448,17 +526,34 @@ class ERADistiller(HeadUser, Measured):
             # All ranks and a resumed run draw alike, other seeds do not.
             run_seed() * 2**31 + self.step,
         )
-        term = self.logit
+        steps = [
+            estimate_from(
+                parts, k, space=self.mbrnet.space, detach=self.detach
+            )
+            for k in weights
+        ]
+        levels = len(steps[0])
+
+        def judged(maps: Sequence[Tensor]) -> dict[str, Tensor]:
+            given = [maps[i : i + levels] for i in range(0, len(maps), levels)]
+            return self._judged(given, weights, data_samples, said)
+
+        maps = [level for step in steps for level in step]
+        return settled(judged, maps) if self._settles else judged(maps)
+
+    def _judged(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        weights: Mapping[int, float],
+        data_samples: list,
+        said: Any,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of the teacher's head, summed over estimates."""
         judged = self._head.judge(
-            [
-                estimate_from(
-                    parts, k, space=self.mbrnet.space, detach=self.detach
-                )
-                for k in weights
-            ],
+            steps,
             data_samples,
             by_labels=self.twi_targets != 'teacher',
-            term=None if self.twi_targets == 'labels' else term,
+            term=None if self.twi_targets == 'labels' else self.logit,
             said=said,
         )
         losses: dict[str, Tensor] = {}
