@@ -337,6 +337,9 @@ def _label(subject: Distilled) -> None:
     distiller = subject.model.distillers['distiller']
     for owner, method, part in (
         (wiring, 'teach', 'teacher'),
+        # In two halves, or in one.
+        (distiller, 'early_loss', 'distiller'),
+        (distiller, 'late_loss', 'distiller'),
         (distiller, 'loss', 'distiller'),
     ):
         setattr(owner, method, _labelled(getattr(owner, method), part))

@@ -344,17 +344,25 @@ def test_step__waits_for_nothing(kind, tmp_path):
     for _ in range(3):
         terms_and_gradients(model, kind)
     calls = []
-    loss = era.loss
 
-    def watched(**kwargs):
-        calls.append(kwargs)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode('error')
-        try:
-            return loss(**kwargs)
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
+    def watched(name):
+        loss = getattr(era, name)
 
-    era.loss = watched
+        def run(**kwargs):
+            calls.append(name)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode('error')
+            try:
+                return loss(**kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode('default')
+
+        return run
+
+    for name in ('early_loss', 'late_loss', 'loss'):
+        setattr(era, name, watched(name))
     terms_and_gradients(model, kind)
-    assert len(calls) == 1
+    assert (
+        calls
+        == dict(dense=['early_loss', 'late_loss'], classifier=['loss'])[kind]
+    )
