@@ -254,7 +254,10 @@ class BaseDistiller(BaseModule):
 
         A method whose losses take much memory, but not the outputs of the
         student's head, computes them before that head runs, and both are not
-        in memory at the same time.
+        in memory at the same time. The sources must not lie in a part under
+        activation checkpointing. :meth:`loss` still computes all terms: for
+        steps in which none of these sources learns, and for callers that have
+        all features.
         """
         return ()
 
@@ -267,8 +270,9 @@ class BaseDistiller(BaseModule):
     ) -> dict[str, Tensor]:
         """The terms of :meth:`loss` that need ``early_sources`` alone.
 
-        In training it is called within the student's forward pass, when these
-        sources have run.
+        In training it is called within the student's forward pass, in a
+        forward hook, when these sources have run, so before
+        :meth:`inner_step`.
 
         Args:
             student_feats: Features of ``early_sources``.

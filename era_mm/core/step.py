@@ -248,17 +248,17 @@ class DistilledStudent(StudentModel):
 
         def begin(name: str, student_feats: Features) -> None:
             distiller = self.distillers[name]
+            feats = distiller.connections.connect(
+                student_feats=student_feats,
+                teacher_feats={
+                    source: teacher_feats[distiller.teacher][source]
+                    for source in distiller.teacher_sources
+                },
+            )
             # Else it is idle, or `check_graph` says why it must not be so.
-            if any(learns(maps) for maps in student_feats.values()):
+            if any(learns(maps) for maps in feats['student_feats'].values()):
                 early[name] = distiller.early_loss(
-                    **distiller.connections.connect(
-                        student_feats=student_feats,
-                        teacher_feats={
-                            source: teacher_feats[distiller.teacher][source]
-                            for source in distiller.teacher_sources
-                        },
-                    ),
-                    data_samples=data_samples,
+                    **feats, data_samples=data_samples
                 )
 
         for name, distiller in self.distillers.items():

@@ -56,11 +56,11 @@ def settled(
 
         value_k = losses(x)_k,   d value_k / d x computed now
 
-    They have the value and the gradient of ``losses(inputs)``, once: they
-    cannot be differentiated twice. What ``losses`` computes must not reach
-    anything else that is trained. Each loss takes a backward pass through its
-    own part. In float16 gradients without the loss scale of AMP would be
-    zero, so there the graph is kept.
+    They have the value and the gradient of ``losses(inputs)``; second
+    derivatives count as 0. What ``losses`` computes must not reach anything
+    else that is trained. Each loss takes a backward pass through its own
+    part. In float16 gradients without the loss scale of AMP would be zero, so
+    there the graph is kept.
 
     Source: ours.
 
@@ -70,22 +70,18 @@ def settled(
     """
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     trained = [leaf for leaf in leaves if leaf.requires_grad]
-    if not trained or any(computes_in_half(leaf) for leaf in trained[:1]):
+    if not trained or computes_in_half(trained[0]):
         return dict(losses(list(inputs)))
-    found = dict(losses(leaves))
+    # Copies, because the first layer may work in place.
+    found = dict(losses([leaf.clone() for leaf in leaves]))
     learning = [name for name, value in found.items() if value.requires_grad]
     for name in learning:
-        known = iter(
-            torch.autograd.grad(
-                found[name],
-                trained,
-                retain_graph=name != learning[-1],
-                allow_unused=True,
-            )
-        )
-        found[name] = _Settled.apply(
-            found[name].detach(),
-            [next(known) if leaf.requires_grad else None for leaf in leaves],
-            *inputs,
-        )
+        # The backward pass of a run is not under autocast either.
+        with torch.autocast(trained[0].device.type, enabled=False):
+            # Not `autograd.grad`, which checkpointed parts of a head refuse.
+            found[name].backward(retain_graph=name != learning[-1])
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        found[name] = _Settled.apply(found[name].detach(), gradients, *inputs)
     return found

@@ -1,11 +1,13 @@
 """Losses whose gradients are computed at once."""
 
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
 from mmengine.utils import digit_version
+from torch.utils.checkpoint import checkpoint
 
 from era_mm.layers import settled
 from era_mm.testing import noise
@@ -110,9 +112,55 @@ def test_settled__in_bfloat16_is_settled():
     assert type(loss.grad_fn).__name__ == '_SettledBackward'
 
 
-def test_settled__cannot_be_differentiated_twice():
+def test_settled__second_derivatives_count_as_zero():
+    # x^3 + x^2 at 2: 16, then 2 of the second alone.
     x = torch.tensor([2.0], requires_grad=True)
     loss = settled(lambda t: dict(a=(t[0] ** 3).sum()), [x])['a']
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match='does not require grad'):
-        gradient.backward()
+    total = loss + (x**2).sum()
+    (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+    assert gradient.item() == 16
+    assert torch.autograd.grad(gradient, x)[0].item() == 2
+
+
+def test_settled__first_layer_may_work_in_place():
+    x = torch.tensor([2.0, -1.0], requires_grad=True)
+    before = x * 1
+    loss = settled(lambda t: dict(a=(3 * t[0].relu_()).sum()), [before])['a']
+    loss.backward()
+    assert x.grad.tolist() == [3, 0]
+    assert before.tolist() == [2, -1]
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_settled__parts_may_be_checkpointed(reentrant):
+    def losses(tensors):
+        found = checkpoint(
+            lambda t: t.exp() ** 2, tensors[0], use_reentrant=reentrant
+        )
+        return dict(a=found.sum(), b=found.mean())
+
+    gradients = []
+    for of in (losses, functools.partial(settled, losses)):
+        x = noise(3).requires_grad_()
+        found = of([x])
+        (found['a'] + found['b']).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_settled__backward_pass_is_not_under_autocast():
+    # A part in full precision has its gradient in full precision.
+    weight = noise(16, 16).float()
+
+    def losses(tensors):
+        with torch.autocast('cpu', enabled=False):
+            return dict(a=(tensors[0] @ weight).square().sum())
+
+    gradients = []
+    for of in (losses, functools.partial(settled, losses)):
+        x = noise(4, 16, seed=1).float().requires_grad_()
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            found = of([x])
+        found['a'].backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)

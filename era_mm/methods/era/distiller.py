@@ -392,23 +392,27 @@ class ERADistiller(HeadUser, Measured):
 
     @property
     def _settles(self) -> bool:
-        """Whether a dense head is compared with itself.
+        """Whether a dense head is compared with itself on one estimate.
 
-        Its maps on an estimate take as much memory as those of the student's
-        own head. Its losses are two, with a tower each.
+        Its maps take as much memory as those of the student's own head, and
+        two gradients at the estimate much less: one for each of its losses,
+        which have a tower each. Predictors and RPNs have no towers.
         """
         return (
-            self.twi_steps != 'none'
+            self.twi_steps in ('sampled', 'last')
             and self.twi_targets == 'teacher'
-            and isinstance(self.twi_head, DenseTWIHead)
-            # An RPN's; regions need the student's.
-            and self._proposals is None
+            and type(self.twi_head) is DenseTWIHead
         )
 
     @property
     def early_sources(self) -> tuple[str, ...]:
         """The features, where much memory is freed before the next head."""
         return self.feature_sources if self._settles else ()
+
+    def begin_step(self, step: int) -> None:
+        """As in the base class; a step that failed may have left its half."""
+        super().begin_step(step)
+        self._said = None
 
     def early_loss(
         self,
