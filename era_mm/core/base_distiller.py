@@ -279,7 +279,10 @@ class BaseDistiller(BaseModule):
             teacher_feats: As in :meth:`loss`.
             data_samples: As in :meth:`loss`.
         """
-        raise NotImplementedError(f'{type(self).__name__} has none.')
+        # Optional, so not abstract: `check_early` requires it if needed.
+        raise NotImplementedError(
+            f"{type(self).__name__} has no losses before the student's head."
+        )
 
     def late_loss(self, *, student_feats: Features) -> dict[str, Tensor]:
         """The other terms of :meth:`loss`, after :meth:`early_loss`.
@@ -287,7 +290,33 @@ class BaseDistiller(BaseModule):
         Args:
             student_feats: As in :meth:`loss`.
         """
-        raise NotImplementedError(f'{type(self).__name__} has none.')
+        # Optional likewise.
+        raise NotImplementedError(
+            f"{type(self).__name__} has no losses before the student's head."
+        )
+
+    def check_early(self) -> None:
+        """Refuse half of what early losses need; called by the core.
+
+        Raises:
+            ValueError: There are ``early_sources`` that are not among the
+                student's, or a method that goes with them is missing.
+        """
+        if not self.early_sources:
+            return
+        unknown = set(self.early_sources) - set(self.student_sources)
+        if unknown:
+            raise ValueError(
+                f'{type(self).__name__} has the `early_sources` '
+                f'{sorted(unknown)}, which are not among its '
+                f'`student_sources` {list(self.student_sources)}.'
+            )
+        for name in ('early_loss', 'late_loss'):
+            if getattr(type(self), name) is getattr(BaseDistiller, name):
+                raise ValueError(
+                    f'{type(self).__name__} has `early_sources` but no '
+                    f'`{name}`. Define `{name}`, or remove `early_sources`.'
+                )
 
     def compare(
         self, *, student_feats: Features, teacher_feats: Features

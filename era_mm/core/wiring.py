@@ -89,6 +89,7 @@ class Wiring:
             )
             distiller.prepare(**self._pair_of(distiller), **met)
             distiller.set_up_inner()
+            distiller.check_early()
         #: Records the student's sources.
         # Again: a distiller may drop sources when it meets the pair.
         self.recorder = self._listen_to_all()

@@ -464,3 +464,43 @@ def test_inner__without_its_loss_is_refused_when_built():
 
     with pytest.raises(ValueError, match='no `inner_loss` to train it'):
         Mute().set_up_inner()
+
+
+@ERA_MODELS.register_module(name='_EarlyDistiller', force=True)
+class EarlyDistiller(SelfDistiller):
+    """Without a teacher, with all of its losses before the head's."""
+
+    early_sources = ('neck',)
+
+    def early_loss(self, **batch):
+        return self.loss(**batch)
+
+    def late_loss(self, *, student_feats):
+        return {'loss_late': student_feats['neck'][1].square().mean()}
+
+
+def test_early__both_halves_are_in_the_step():
+    config = distillation_config(dict(type='era_mm._EarlyDistiller'))
+    del config['teacher']
+    model = MODELS.build(config)
+    data = model.data_preprocessor(detection_batch(), True)
+    losses = model(**data, mode='loss')
+    assert losses['loss_self'] > 0
+    assert losses['loss_late'] > 0
+
+
+@pytest.mark.parametrize('missing', ['early_loss', 'late_loss'])
+def test_early__half_of_it_is_refused(missing, monkeypatch):
+    monkeypatch.setattr(
+        EarlyDistiller, missing, getattr(BaseDistiller, missing)
+    )
+    with pytest.raises(ValueError, match=f'but no `{missing}`'):
+        EarlyDistiller().check_early()
+
+
+def test_early__source_that_is_not_recorded_is_refused(monkeypatch):
+    monkeypatch.setattr(EarlyDistiller, 'early_sources', ('backbone',))
+    config = distillation_config(dict(type='era_mm._EarlyDistiller'))
+    del config['teacher']
+    with pytest.raises(ValueError, match=r"\['backbone'\], which are not"):
+        MODELS.build(config)

@@ -17,6 +17,7 @@ OWN = dict(
     freeze_inner='the wrapped one is asked in `inner_step`',
     inner='that of both together',
     inner_loss='of the policy',
+    check_early='of its own',
     early_loss='none: the wrapped one reads what the wrapper refines',
     early_sources='none, likewise',
     inner_optimizer='that of both together',

@@ -396,7 +396,7 @@ class ERADistiller(HeadUser, Measured):
 
         Its maps take as much memory as those of the student's own head, and
         two gradients at the estimate much less: one for each of its losses,
-        which have a tower each. Predictors and RPNs have no towers.
+        for which most heads have a tower each. Predictors and RPNs have none.
         """
         return (
             self.twi_steps in ('sampled', 'last')
