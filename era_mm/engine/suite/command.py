@@ -20,6 +20,7 @@ from .page import write_page
 from .results import read_results
 from .rows import (
     Row,
+    cell_key_of,
     header_of,
     key_of,
     read_rows,
@@ -110,7 +111,7 @@ def run_suite(
         with open_screen(jobs, console) as screen:
             matrix = Matrix(
                 _chosen(cells, only),
-                [row for row in rows if key_of(row) not in keys],
+                [row for row in rows if cell_key_of(row) not in keys],
                 jobs=jobs,
                 watcher=screen,
                 save=save,
@@ -161,7 +162,7 @@ def _listing(matrix: Matrix) -> Iterator[str]:
     for cell in matrix.cells:
         state = 'finished'
         if cell in to_run:
-            row = matrix.rows.get(cell.key)
+            row = matrix.row(cell)
             state = 'to run'
             if matrix.current(cell):
                 state = 'finished, but its weights are not here: to run'

@@ -5,6 +5,7 @@ rows.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from era_mm.statistics import Estimate, estimate, mean_ratio, paired
 
-from .rows import Row, is_outdated, read_rows
+from .rows import Row, is_outdated, read_rows, teachers_in_use
 from .spec import TEACHER, Metric
 
 #: A plain run counts as long as a method's if it takes at least this share of
@@ -89,13 +90,16 @@ class PairResults:
             )
         )
 
-    def teacher_value(self) -> float | None:
-        """The metric of the teacher."""
-        for row in self.rows:
-            if row['method'] == TEACHER:
-                found = self.metric.values_of(row).get(self.metric.key)
-                return None if found is None else found * self.metric.scale
-        return None
+    def teachers(self) -> list[tuple[float, int]]:
+        """The metric of each teacher, and how many runs learned from it."""
+        runs = Counter(
+            row['teacher'] for row in self.rows if row['method'] != TEACHER
+        )
+        return [
+            (found[self.metric.key] * self.metric.scale, runs[row['teacher']])
+            for row in teachers_in_use(self.rows)
+            if self.metric.key in (found := self.metric.values_of(row))
+        ]
 
     def mean(self, method: str, mode: str = '') -> Estimate | None:
         """Mean over the seeds; None without runs."""
@@ -108,22 +112,37 @@ class PairResults:
         """Difference of a method to another, by pairs of seeds.
 
         Without the seeds in which a run of either collapsed: one of them
-        makes the interval useless.
+        makes the interval useless. Without those in which the two learned
+        from different teachers.
         """
         if other is None:
             return None
-        left = self.collapsed(other) | self.collapsed(method)
-        mine, theirs = (
-            {seed: v for seed, v in values.items() if seed not in left}
-            for values in (self.values(method, mode), self.values(other))
-        )
-        return paired(mine, theirs)
+        left = {*self.collapsed(other), *self.collapsed(method)}
+        return self._difference(other, method, mode, left)
 
     def more_than_counting_all(
         self, other: str, method: str
     ) -> Estimate | None:
         """As :meth:`more_than`, with the seeds of collapsed runs."""
-        return paired(self.values(method), self.values(other))
+        return self._difference(other, method, '', set())
+
+    def _difference(
+        self, other: str, method: str, mode: str, left: set[int]
+    ) -> Estimate | None:
+        mine, theirs = self._teachers(method), self._teachers(other)
+        for seed in mine.keys() & theirs.keys():
+            if len({mine[seed], theirs[seed]} - {None}) > 1:
+                left = left | {seed}
+        return paired(
+            *(
+                {seed: v for seed, v in values.items() if seed not in left}
+                for values in (self.values(method, mode), self.values(other))
+            )
+        )
+
+    def _teachers(self, method: str) -> dict[int, str | None]:
+        """Checksum of the teacher's weights by seed; None without one."""
+        return {row['seed']: row['teacher'] for row in self._of(method)}
 
     def collapsed(self, method: str) -> BySeed:
         """Runs far below the others of a method, which say little of it.

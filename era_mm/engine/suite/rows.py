@@ -20,12 +20,53 @@ from .spec import TEACHER, Suite
 
 Row = dict[str, Any]
 #: By pair, method and seed.
-Key = tuple[str, str, int | None]
+CellKey = tuple[str, str, int | None]
+#: As that; teachers by the checksum of their weights, as one that is trained
+#: on another machine may differ.
+Key = tuple[str, str, int | str | None]
+
+
+def cell_key_of(row: Mapping[str, Any]) -> CellKey:
+    """Key of the cell that a row is of."""
+    return row['pair'], row['method'], row['seed']
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
     """Key of a row in its suite."""
-    return row['pair'], row['method'], row['seed']
+    if row['method'] == TEACHER:
+        return row['pair'], TEACHER, row['teacher']
+    return cell_key_of(row)
+
+
+def row_for(rows: Iterable[Row], cell: Cell) -> Row | None:
+    """The newest row of a cell; None if there is none."""
+    mine = [row for row in rows if cell_key_of(row) == cell.key]
+    return max(mine, key=lambda row: row['finished'], default=None)
+
+
+def teachers_in_use(rows: Iterable[Row]) -> list[Row]:
+    """The rows of teachers: those with students in ``rows``, and the newest.
+
+    Args:
+        rows: The rows of a suite, or of a pair.
+    """
+    rows = list(rows)
+    with_students = {
+        (row['pair'], row['teacher'])
+        for row in rows
+        if row['method'] != TEACHER
+    }
+    teachers = [row for row in rows if row['method'] == TEACHER]
+    newest = {
+        row['pair']: row
+        for row in sorted(teachers, key=lambda row: row['finished'])
+    }
+    return [
+        row
+        for row in teachers
+        if (row['pair'], row['teacher']) in with_students
+        or row is newest[row['pair']]
+    ]
 
 
 def header_of(suite: Suite) -> Row:
@@ -84,7 +125,17 @@ def read_rows(file: Path) -> tuple[Row | None, list[Row]]:
 
 
 def write_rows(file: Path, header: Row, rows: Iterable[Row]) -> None:
-    """Write a file completely or not at all, rows in the suite's order."""
+    """Write a file completely or not at all, rows in the suite's order.
+
+    Rows of earlier teachers are left out when they have no students any more.
+    """
+    rows = list(rows)
+    teachers = [key_of(row) for row in teachers_in_use(rows)]
+    rows = [
+        row
+        for row in rows
+        if row['method'] != TEACHER or key_of(row) in teachers
+    ]
     pairs, methods = list(header['pairs']), [TEACHER, *header['methods']]
 
     def place(row: Row) -> tuple[int, ...]:
@@ -111,7 +162,8 @@ def row_of(
 
     Args:
         cell: The cell.
-        teacher: Checksum of its teacher's weights.
+        teacher: Checksum of its teacher's weights; a teacher's row has that
+            of its own.
         commits: Commit of the code in each attempt.
         jobs: Number of concurrent runs on the machine.
 
@@ -199,7 +251,7 @@ def rows_of_others(
         for row in others
         if 'error' not in row and row['method'] != TEACHER
     }
-    present = {key_of(row): row for row in own}
+    present = {cell_key_of(row): row for row in own}
     teachers: dict[str, set[str]] = {}
     for row in own:
         if row['teacher']:

@@ -11,7 +11,15 @@ from typing import Protocol
 
 from . import logs
 from .cells import Cell, read_json, write_json
-from .rows import Key, Row, failed_row, is_current, key_of, row_of
+from .rows import (
+    Key,
+    Row,
+    failed_row,
+    is_current,
+    key_of,
+    row_for,
+    row_of,
+)
 
 #: Seconds between two checks of the runs.
 LOOK_EVERY = 0.2
@@ -117,7 +125,11 @@ class Matrix:
 
     def current(self, cell: Cell, teacher: str | None = None) -> bool:
         """Whether a cell's row exists and is up to date."""
-        return is_current(self.rows.get(cell.key), cell, teacher)
+        return is_current(self.row(cell), cell, teacher)
+
+    def row(self, cell: Cell) -> Row | None:
+        """The newest row of a cell."""
+        return row_for(self.rows.values(), cell)
 
     def to_run(self) -> list[Cell]:
         """The cells that are not finished, as far as known now.
@@ -256,7 +268,7 @@ class Matrix:
         row = self._row(run, status)
         if 'error' in row:
             failed.append(cell)
-        self.rows[cell.key] = row
+        self.rows[key_of(row)] = row
         self.save(list(self.rows.values()))
         self.watcher.ended(cell, row, time.monotonic() - run.began)
 
@@ -278,9 +290,8 @@ class Matrix:
                     ]
                 ),
             )
-        return row_of(
-            cell, teacher=run.teacher, commits=commits, jobs=self.jobs
-        )
+        teacher = cell.checksum if cell.method is None else run.teacher
+        return row_of(cell, teacher=teacher, commits=commits, jobs=self.jobs)
 
     def _stop(self) -> None:
         """Stop the running processes."""

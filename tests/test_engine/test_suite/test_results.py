@@ -262,13 +262,47 @@ def test_page__on_val_has_the_values_of_the_last_validation(tmp_path):
     assert float(halved.partition(' ')[0]) == pytest.approx(mean / 2, abs=0.06)
 
 
-def test_page__tells_of_failures_and_of_several_teachers(tmp_path):
+def test_page__tells_of_failures(tmp_path):
     broken = dict(row('at', 1, 0.0), error='train stopped with status 1\nx')
     del broken['metrics']
-    other = row('era', 2, 0.5, teacher='another')
-    text = written(tmp_path, [*rows()[:-2], broken, other])
+    text = written(tmp_path, [*rows(), broken])
     assert '- at, seed 1: train stopped with status 1\n' in text
+    assert 'different teachers' not in text
+
+
+def test_page__compares_no_runs_of_different_teachers(tmp_path):
+    # ERA's third run learned from another teacher than FitNet's.
+    other = row('era', 2, 0.5, teacher='another')
+    second = row('teacher', None, 0.7, teacher='another')
+    text = written(tmp_path, [*rows()[:-2], other, second])
     assert 'had 2 different teachers' in text
+    table = table_of(text, 'Big to small')
+    assert table['teacher of 5 runs'][:2] == ['1 of 1', '60.0']
+    assert table['teacher of 1 run'][:2] == ['1 of 1', '70.0']
+    # Plain has no teacher: 8, 9 and 50 - 44. FitNet had the first: 3, 4.
+    assert table['era'][0] == '3 of 3'
+    assert table['era'][2].startswith('7.7 ')
+    assert table['era'][4].startswith('3.5 ')
+
+
+def test_write_rows__keeps_the_teachers_with_students_and_the_newest(tmp_path):
+    def teacher(weights, day):
+        found = row('teacher', None, 0.6, teacher=weights)
+        return found | dict(finished=f'2026-01-0{day}T00:00:00')
+
+    file = tmp_path / 'toys.jsonl'
+    write_rows(
+        file,
+        HEADER,
+        [
+            teacher('first', 1),
+            teacher('left', 2),
+            teacher('new', 3),
+            row('era', 0, 0.5, teacher='first'),
+        ],
+    )
+    _, found = read_rows(file)
+    assert [r['teacher'] for r in found] == ['first', 'new', 'first']
 
 
 def test_page__shows_what_others_published_and_what_is_ours(tmp_path):

@@ -288,6 +288,34 @@ def test_run__rows_of_another_machine_count_and_another_teacher_does_not():
     )
 
 
+def test_run__the_row_of_a_teacher_with_students_elsewhere_stays():
+    run()
+    calls()
+    header, found = read()
+    del found['era', 1]
+    for row in found.values():
+        if row['teacher']:
+            row |= dict(teacher='other', finished='2026-01-01T00:00:00')
+    rows.write_rows(Path('results/toys.jsonl'), header, found.values())
+    shutil.rmtree('work_dirs')
+    run(only=['*/era/s1'])
+    assert calls() == both('teacher', 'era/seed1')
+    _, found = rows.read_rows(Path('results/toys.jsonl'))
+    own = found[-1]['teacher']
+    assert [
+        (row['method'], row['teacher']) for row in found if row['teacher']
+    ] == [
+        ('teacher', 'other'),
+        ('teacher', own),
+        ('era', 'other'),
+        ('era', own),
+    ]
+    # The page is of both, and the next call trains neither.
+    run(only=['*/era/s1'])
+    assert calls() == []
+    assert 'teacher of 1 run ' in Path('docs/results.md').read_text()
+
+
 def test_run__a_teacher_of_two_pairs_is_trained_once():
     pair = '  big_small: {teacher: big, student: small, title: Big to small}\n'
     other = '  again: {teacher: big, student: small, words: {}}\n'
@@ -308,7 +336,7 @@ def test_run__a_teacher_of_two_pairs_is_trained_once():
         ('again', 'teacher'),
         ('again', 'era'),
     ]
-    assert {row['teacher'] for row in all_rows} == {None, 'teacher 0'}
+    assert {row['teacher'] for row in all_rows} == {'teacher 0'}
 
 
 def test_run__a_failed_cell_has_no_number_and_is_tried_again():
