@@ -39,17 +39,23 @@ methods = dict(
             'model.distiller.loss.twi_scales': (1.0, 0.0),
         },
     ),
+    era=dict(title='ERA, weights of the config'),
+    era_fifth=dict(
+        config='era_{pair}_digit_crops',
+        title='ERA, a fifth of the weights',
+        options={'model.distiller.schedules.loss_era_*.scale': 0.2},
+    ),
     era_normalised=dict(
-        part_of='era',
-        title='normalised form',
+        config='era_{pair}_digit_crops',
+        title='ERA, normalised form',
         options={'model.distiller.form': 'normalised'},
     ),
 )
 
 # What was best on val (digit_crops_tuning.py), where it is not the config's
-# weight. Still as in their configs: Residual KD and SoKD, which have not had
-# their tries, and ERA with its parts, for which a fifth was better on val and
-# which have not been run with it.
+# weight. Of ERA, a fifth was; its parts have the weights of the config, which
+# are the released ones. Residual KD, SoKD and ERA's normalised form are as in
+# their configs and have not had their tries.
 for method, shown, terms, words, scale in (
     ('fitnet', 'FitNet', 'loss_imitation', 'five times the weight', 5.0),
     (
