@@ -69,6 +69,9 @@ def _suite(header: Row, rows: Sequence[Row]) -> str:
         + f'. Rows: `results/{header["suite"]}.jsonl`.',
         '',
     ]
+    # A file of an earlier version has none.
+    if header.get('note'):
+        lines += [header['note'], '']
     for name in header['pairs']:
         lines += _pair(PairResults(header, name, rows))
     return '\n'.join(lines)

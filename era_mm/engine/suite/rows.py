@@ -74,6 +74,7 @@ def header_of(suite: Suite) -> Row:
     return dict(
         suite=suite.name,
         title=suite.title,
+        note=suite.note,
         metric=asdict(suite.metric),
         seeds=list(suite.seeds),
         schedule=suite.schedule,

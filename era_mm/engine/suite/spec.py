@@ -131,6 +131,8 @@ class Suite:
         options: Changes to every config, including the teacher's.
         keep: Patterns of logged values to keep in the rows, such as
             'era_unexplained_*': the first and the last of each.
+        note: Text below the heading on the page, such as why some methods
+            have fewer runs.
     """
 
     name: str
@@ -142,6 +144,7 @@ class Suite:
     schedule: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
     keep: Sequence[str] = ()
+    note: str = ''
 
     def methods_of(self, pair: Pair) -> Iterator[Method]:
         """The methods for a pair."""
@@ -175,7 +178,7 @@ def read_suite(file: str | Path) -> Suite:
         found,
         where,
         needs=('title', 'metric', 'seeds', 'pairs', 'methods'),
-        may=('schedule', 'options', 'keep'),
+        may=('schedule', 'options', 'keep', 'note'),
     )
     pairs = {
         name: _pair(name, entry, where)
@@ -217,6 +220,7 @@ def read_suite(file: str | Path) -> Suite:
         schedule=found.get('schedule', 1.0),
         options=found.get('options', {}),
         keep=tuple(found.get('keep', ())),
+        note=found.get('note', ''),
     )
 
 

@@ -38,6 +38,7 @@ SUITE = """
 title: Toys
 metric: {key: m/ap, name: AP, scale: 100}
 seeds: [0, 1]
+note: Two seeds, as they are toys.
 pairs:
   big_small: {teacher: big, student: small, title: Big to small}
 methods:
@@ -135,6 +136,7 @@ def test_run__trains_and_tests_every_cell_once_and_keeps_all():
     assert 'big_small/era/s0: AP 43.0, ' in printed
     assert '[7/7' in printed
     page = Path('docs/results.md').read_text()
+    assert '\nTwo seeds, as they are toys.\n' in page
     # Differences 3 and 4: mean 3.5, half 12.7062 * 0.5 = 6.4.
     assert ' 3.5 +- 6.4 |' in page
 
