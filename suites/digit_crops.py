@@ -5,10 +5,10 @@ _base_ = '_base_/digit_crops.py'
 title = 'Classification: digit crops'
 seeds = [0, 1, 2, 3, 4]
 note = """\
-Every method has a first run, with the weights that were best on val (Residual KD
-and SoKD: those of their configs). Methods of which it was more than 2 points below
-that of the best baseline have no more so far. `python -m era_mm suite
-suites/digit_crops.py` runs the rest."""
+Every method has a first run, with the weights that were best on val (Residual
+KD and SoKD: those of their configs). Methods of which it was more than 2
+points below that of the best baseline have no more so far. `python -m era_mm
+suite suites/digit_crops.py` runs the rest."""
 methods = dict(
     plain_x2=dict(
         config='{student}',

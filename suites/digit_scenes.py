@@ -5,11 +5,12 @@ _base_ = '_base_/digit_scenes.py'
 title = 'Detection: digit scenes'
 seeds = [0, 1, 2, 3, 4]
 note = """\
-Every method has a first run, with the weights that were best on val. Methods of
-which it was more than 2 AP below that of the best baseline have one or two: they
-are far from the top, where the values of a method differ by about half a point
-from seed to seed. For the second pair only the plain student and ERA have been
-run. `python -m era_mm suite suites/digit_scenes.py` runs the rest."""
+Every method has a first run, with the weights that were best on val. Methods
+of which it was more than 2 AP below that of the best baseline have one or
+two: they are far from the top, where the values of a method differ by about
+half a point from seed to seed. For the second pair only the plain student and
+ERA have been run. `python -m era_mm suite suites/digit_scenes.py` runs the
+rest."""
 pairs = dict(
     r18w32_gfl_r18w16=dict(
         title='RetinaNet of width 32 to GFL of width 16: unlike heads',
