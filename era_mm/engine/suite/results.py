@@ -235,8 +235,9 @@ def values_by_config(
     """The metric of each run of an unchanged config, by config.
 
     On the test split, in the units of the tables. Runs with other options or
-    another length are left out, and a teacher of several pairs counts once. Of
-    several suites with the same config the one with most runs is taken.
+    another length are left out. A teacher of several pairs, or trained on
+    several machines, counts once, as it was first. Of several suites with the
+    same config the one with most runs is taken.
 
     Args:
         suites: Header and rows of each suite.
@@ -255,7 +256,7 @@ def values_by_config(
                 continue
             runs = by_config.setdefault(row['config'], {})
             value = row['metrics'][metric.key] * metric.scale
-            runs[row['fingerprint']] = value
+            runs.setdefault(row['fingerprint'], value)
         for config, runs in by_config.items():
             if len(runs) > len(found.get(config, ('', []))[1]):
                 found[config] = header['suite'], list(runs.values())

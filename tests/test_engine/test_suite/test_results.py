@@ -349,6 +349,8 @@ def test_values_by_config__are_of_runs_of_the_config_as_it_is():
         *rows(),
         # The teacher of a second pair, which is trained once.
         row('teacher', None, 0.6, pair='q'),
+        # Trained on another machine.
+        row('teacher', None, 0.7, teacher='another'),
         row('era', 3, 0.1, options={'model.x': 1}),
         dict(row('era', 4, 0.1), error='stopped'),
     ]
