@@ -94,10 +94,14 @@ def coder_config(teacher_file, **kwargs):
     )
 
 
-def test_no_teacher__is_needed_nor_allowed_to_be_missing_else():
-    config = distillation_config(dict(type='era_mm._SelfDistiller'))
+def without_teacher(distiller):
+    config = distillation_config(dict(type=f'era_mm.{distiller}'))
     del config['teacher']
-    model = MODELS.build(config)
+    return MODELS.build(config)
+
+
+def test_no_teacher__is_needed_nor_allowed_to_be_missing_else():
+    model = without_teacher('_SelfDistiller')
     data = model.data_preprocessor(detection_batch(), True)
     losses = model(**data, mode='loss')
     total, log_vars = model.parse_losses(losses)
@@ -106,10 +110,8 @@ def test_no_teacher__is_needed_nor_allowed_to_be_missing_else():
     terms = sum(v.item() for k, v in log_vars.items() if k[:5] == 'loss_')
     assert total.item() == pytest.approx(terms, rel=1e-6)
 
-    config = distillation_config(dict(type='era_mm.ERADistiller'))
-    del config['teacher']
     with pytest.raises(ValueError, match=r"named 'teacher'.*has none"):
-        MODELS.build(config)
+        without_teacher('ERADistiller')
 
 
 def test_source__of_the_student_may_be_none_and_the_loss_counts(teacher_file):
@@ -480,9 +482,7 @@ class EarlyDistiller(SelfDistiller):
 
 
 def test_early__both_halves_are_in_the_step():
-    config = distillation_config(dict(type='era_mm._EarlyDistiller'))
-    del config['teacher']
-    model = MODELS.build(config)
+    model = without_teacher('_EarlyDistiller')
     data = model.data_preprocessor(detection_batch(), True)
     losses = model(**data, mode='loss')
     assert losses['loss_self'] > 0
@@ -500,7 +500,5 @@ def test_early__half_of_it_is_refused(missing, monkeypatch):
 
 def test_early__source_that_is_not_recorded_is_refused(monkeypatch):
     monkeypatch.setattr(EarlyDistiller, 'early_sources', ('backbone',))
-    config = distillation_config(dict(type='era_mm._EarlyDistiller'))
-    del config['teacher']
     with pytest.raises(ValueError, match=r"\['backbone'\], which are not"):
-        MODELS.build(config)
+        without_teacher('_EarlyDistiller')

@@ -54,7 +54,7 @@ def teachers_in_use(rows: Iterable[Row]) -> list[Row]:
     with_students = {
         (row['pair'], row['teacher'])
         for row in rows
-        if row['method'] != TEACHER
+        if row['method'] != TEACHER and row['teacher']
     }
     teachers = [row for row in rows if row['method'] == TEACHER]
     newest = {

@@ -257,6 +257,9 @@ def test_run__again_and_only_choose_cells():
     run(only=['*/era/s0'], again=['*/era/*'])
     assert calls() == both('era/seed0')
     assert set(read()[1]) == {('teacher', None), ('plain', 0), ('era', 0)}
+    # The student's row is of the same weights.
+    run(only=['*/era/s0'], again=['*/teacher'])
+    assert calls() == both('teacher')
     with pytest.raises(UserError, match="no cell matches 'nothing'"):
         run(only=['nothing'])
 
@@ -369,6 +372,12 @@ def test_run__students_of_a_failed_teacher_are_left():
         ('teacher', None),
         *((m, s) for m in ('plain', 'plain_x2') for s in (0, 1)),
     }
+    # Once it is trained, nothing is left of the failure.
+    Path('broken').unlink()
+    assert run()[0]
+    _, found = rows.read_rows(Path('results/toys.jsonl'))
+    (teacher,) = [row for row in found if row['method'] == 'teacher']
+    assert 'error' not in teacher
 
 
 def test_run__without_jobs_writes_the_page_from_the_rows():
