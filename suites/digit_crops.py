@@ -5,9 +5,9 @@ _base_ = '_base_/digit_crops.py'
 title = 'Classification: digit crops'
 seeds = [0, 1, 2, 3, 4]
 note = """\
-Every method has a first run, with the weights that were best on val (Residual
-KD, SoKD and ERA's normalised form: those of their configs). Methods of which
-it was more than 2 points below that of the best baseline have no more so far.
+Every method has a first run, with the weights that were best on val. Methods
+of which it was more than 2 points below that of the best baseline have no
+more so far.
 `python -m era_mm suite suites/digit_crops.py` runs the rest."""
 methods = dict(
     plain_x2=dict(
@@ -55,13 +55,19 @@ methods = dict(
         title='ERA, normalised form, weights of the config',
         options={'model.distiller.form': 'normalised'},
     ),
+    era_normalised_fifth=dict(
+        config='era_{pair}_digit_crops',
+        title='ERA, normalised form, a fifth of the weights',
+        options={
+            'model.distiller.form': 'normalised',
+            'model.distiller.schedules.loss_era_*.scale': 0.2,
+        },
+    ),
 )
 
 # What was best on val (digit_crops_tuning.py), where it is not the config's
 # weight. Of ERA, a fifth was, in both forms; the parts of the released form
-# have the weights of the config, which are the released ones, and so has the
-# normalised form, which has not been run with its best yet. Residual KD and
-# SoKD are as in their configs and have not had their tries.
+# have the weights of the config, which are the released ones.
 for method, shown, terms, words, scale in (
     ('fitnet', 'FitNet', 'loss_imitation', 'five times the weight', 5.0),
     (
