@@ -60,6 +60,11 @@ class Demo(ABC):
     #: Seconds of each stage on two cores of a Xeon at 2.6 GHz.
     expected: ClassVar[dict[str, int]]
     table: ClassVar[Table]
+    #: What the teacher reaches at least, in the table's first metric, if its
+    #: training has not failed.
+    least_teacher: ClassVar[float]
+    #: What the demo changes in every config.
+    changes: ClassVar[dict] = {}
     #: What the data set holds, in plural.
     images: ClassVar[str]
     params_type: ClassVar[type[SplitParams]]
@@ -100,10 +105,14 @@ class Demo(ABC):
 
     def stages(self) -> list[Stage]:
         """All stages in order."""
+        students = [name for name in self.configs if name != 'teacher']
         return [
             self.data_stage(),
-            *(self.train_stage(name) for name in self.configs),
-            *(self.test_stage(name) for name in self.configs),
+            self.train_stage('teacher'),
+            # Before anything learns from it.
+            self.test_stage('teacher'),
+            *(self.train_stage(name) for name in students),
+            *(self.test_stage(name) for name in students),
             self.measure_stage(),
         ]
 
@@ -122,6 +131,7 @@ class Demo(ABC):
         chosen: dict = {
             'default_hooks.checkpoint.max_keep_ckpts': 1,
             'default_hooks.logger.interval': 10,
+            **self.changes,
         }
         if name == 'era':
             checkpoint = self.result('teacher')['checkpoint']
@@ -248,6 +258,8 @@ class Demo(ABC):
 
     def test_stage(self, trained: str) -> Stage:
         """Evaluate a model on the test split."""
+        # A teacher of four iterations has learnt nothing.
+        judged = trained == 'teacher' and not self.quick
         return self.evaluation_stage(
             f'test_{trained}',
             f'test the {TITLES[trained]}',
@@ -258,6 +270,7 @@ class Demo(ABC):
                 **self.inputs(trained),
                 'checkpoint': self.result(trained)['sha256'],
             },
+            self.check_teacher if judged else None,
         )
 
     def evaluation_stage(
@@ -266,8 +279,17 @@ class Demo(ABC):
         title: str,
         command: Callable[[], list[str]],
         inputs: Callable[[], dict],
+        check: Callable[[dict], None] | None = None,
     ) -> Stage:
-        """Run an evaluation; the result is the metrics that it writes."""
+        """Run an evaluation; the result is the metrics that it writes.
+
+        Args:
+            name: Of the stage.
+            title: What the screen says.
+            command: The program that evaluates.
+            inputs: What the result depends on.
+            check: Raises StageError for metrics that are no result.
+        """
 
         def run(folder: Path, goes_on: bool, screen: Screen) -> dict:
             self.run_program(
@@ -275,10 +297,32 @@ class Demo(ABC):
                 name,
                 lambda: screen.update(None, ''),
             )
-            (metrics,) = folder.glob('*/*.json')
-            return json.loads(metrics.read_text())
+            (file,) = folder.glob('*/*.json')
+            metrics = json.loads(file.read_text())
+            if check is not None:
+                check(metrics)
+            return metrics
 
         return Stage(name, title, self.expected[name], inputs, run)
+
+    def check_teacher(self, metrics: dict) -> None:
+        """See whether there is something to learn from the teacher.
+
+        Raises:
+            StageError: Its training has failed.
+        """
+        heading, key = next(iter(self.table.metrics.items()))
+        value = self.table.value(metrics, key)
+        if value < self.least_teacher:
+            folder = self.work / 'teacher'
+            raise StageError(
+                f'The teacher has {heading} {value}, and after a training '
+                f'that goes well more than {self.least_teacher:g}: its '
+                'training has failed, and there is nothing to learn from it. '
+                f'The losses are in {folder}/*/vis_data/scalars.json. Delete '
+                f'{folder} and run the demo again with another --threads, '
+                'which changes the rounding.'
+            )
 
     def measure_stage(self) -> Stage:
         """Measure what was trained, in a program of its own."""

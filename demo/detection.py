@@ -11,6 +11,7 @@ interruption, run it again.
 from __future__ import annotations
 
 import sys
+from typing import ClassVar
 
 from demo.base import Demo, main
 from demo.report import Table
@@ -35,6 +36,11 @@ class DetectionDemo(Demo):
         'test_era': 34,
         'measure': 33,
     }
+    least_teacher = 40.0
+    # With Adam's default of 0.999 some runs lose what they have learnt when
+    # their gradients grow, as it follows too slowly for so short a training.
+    # The configs keep it, as docs/results.md was measured with it.
+    changes: ClassVar = {'optim_wrapper.optimizer.betas': (0.9, 0.99)}
     table = Table(
         host='mmdet',
         noun='detector',

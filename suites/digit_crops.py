@@ -34,7 +34,9 @@ methods = dict(
             'model.distiller.schedules': dict(loss_era_logit=dict(scale=0.0))
         },
     ),
-    # One branch without any loss: it stays at zero, where it starts.
+    # One branch without any loss, and an e_1 that no head judges: S and E0 are
+    # those of an ERA without branches (T and ST mean nothing). TWI on e_0 has
+    # weight 1, as in ERA, where e_1 to e_4 have 0.47 besides.
     era_no_branches=dict(
         part_of='era',
         title='without branches',
@@ -56,12 +58,8 @@ methods = dict(
         options={'model.distiller.form': 'normalised'},
     ),
     era_normalised_fifth=dict(
-        config='era_{pair}_digit_crops',
+        config='era_normalised_{pair}_digit_crops',
         title='ERA, normalised form, a fifth of the weights',
-        options={
-            'model.distiller.form': 'normalised',
-            'model.distiller.schedules.loss_era_*.scale': 0.2,
-        },
     ),
 )
 

@@ -15,7 +15,7 @@ from era_mm.datasets.digit_crops import CropParams, make_digit_crops
 from era_mm.testing import save_teacher
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-(ERA,) = CONFIGS.rglob('era_*_digit_crops.py')
+(ERA,) = CONFIGS.rglob('era_resnet18w16_resnet18w8_digit_crops.py')
 
 
 @pytest.fixture

@@ -345,6 +345,46 @@ def test_time_all__median_of_turns_without_the_first(monkeypatch):
     assert told == sorted(told)
 
 
+def test_stages__teacher_is_judged_before_anything_learns_from_it(tmp_path):
+    names = [
+        stage.name for stage in DetectionDemo(tmp_path, 1, False).stages()
+    ]
+    assert names[:3] == ['data', 'teacher', 'test_teacher']
+    assert names[3:7] == ['plain', 'era', 'test_plain', 'test_era']
+
+
+@pytest.mark.parametrize(
+    ('demo', 'metrics', 'said'),
+    [
+        (DetectionDemo, {'coco/bbox_mAP': 0.537}, None),
+        (DetectionDemo, {'coco/bbox_mAP': 0.043}, 'has AP 4.3, .* than 40:'),
+        # mmdet reports nothing if nothing was detected.
+        (DetectionDemo, {}, 'has AP 0.0, '),
+        (ClassificationDemo, {'accuracy/top1': 87.5}, None),
+        (ClassificationDemo, {'accuracy/top1': 12.0}, 'has top1 12.0, '),
+    ],
+)
+def test_teacher__whose_training_failed_stops_the_demo(
+    demo, metrics, said, tmp_path, monkeypatch
+):
+    built = demo(tmp_path, 1, False)
+    built.records['teacher'] = {'result': {'checkpoint': 'x', 'sha256': 'y'}}
+    built.records['data'] = {'result': {}}
+    monkeypatch.chdir(ROOT)
+    stage = built.test_stage('teacher')
+
+    def run_program(command, name, watch):
+        (tmp_path / 'one').mkdir()
+        (tmp_path / 'one/metrics.json').write_text(json.dumps(metrics))
+
+    monkeypatch.setattr(built, 'run_program', run_program)
+    if said is None:
+        assert stage.run(tmp_path, False, None) == metrics
+        return
+    with pytest.raises(stages.StageError, match=said):
+        stage.run(tmp_path, False, None)
+
+
 @pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize(

@@ -1061,7 +1061,7 @@ def test_logit__binary_is_dense_now(said):
     model = build(logit=dict(kind='binary', weight=3.0, temperature=2.0))
     assert len(said) == 1
     assert "now kind='dense'" in said[0]
-    assert 'next version' in said[0]
+    assert 'version 0.3' in said[0]
     term = model.distillers['distiller'].logit
     assert type(term) is DenseTerm
     assert (term.weight, term.box_weight, term.topk) == (3.0, 1.0, 100)

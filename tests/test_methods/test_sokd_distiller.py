@@ -773,6 +773,33 @@ def test_search__keeps_the_policy_in_its_ranges(tmp_path):
     assert distiller.policy.magnitude[0, 0].item() == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(
+    ('lr', 'steps', 'said'),
+    [
+        # 0.2 of 1280 and 3e-4: 0.0768.
+        (3e-4, 1280, ['has 256 iterations', 'about 0.077', 'lr=0.004']),
+        (1e-2, 1280, []),
+        (3e-4, 100_000, []),
+        # Outside a run it does not end.
+        (3e-4, None, []),
+    ],
+)
+def test_search__too_short_to_move_says_so_once(
+    lr, steps, said, teacher_file, monkeypatch
+):
+    lines = []
+    monkeypatch.setattr(
+        'era_mm.methods.sokd.search.print_log',
+        lambda text, **kwargs: lines.append(text),
+    )
+    optimizer = dict(type='Adam', lr=lr, betas=(0.5, 0.999))
+    model = build(teacher_file, dam=False, optimizer=optimizer)
+    MessageHub.get_current_instance().update_info('max_iters', steps)
+    train(model, 2)
+    assert len(lines) == bool(said)
+    assert all(part in lines[0] for part in said)
+
+
 def test_search__stops_after_its_share_and_goes_on_without_a_run(teacher_file):
     model = build(teacher_file, search_share=0.25, dam=False)
     distiller = model.distillers['distiller']

@@ -303,7 +303,7 @@ class HeadUser(BaseDistiller):
                 "'dense': `weight` (default 1) is in units of the teacher's "
                 'own scores, boxes are also distilled (`box_weight`), '
                 'and `temperature` and `source` have no effect. '
-                "'binary' will be removed in the next version.",
+                "'binary' will be removed in version 0.3.",
                 logger='current',
                 level=logging.WARNING,
             )

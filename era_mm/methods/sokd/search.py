@@ -4,12 +4,13 @@ Legend: F_t teacher's and F_s student's feature, F_t' the refined teacher's
 feature, Phi(F_s) the student's feature in the teacher's space.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, print_log
 from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 
@@ -26,6 +27,10 @@ from .wrapper import WrappingDistiller
 #: Adam scales any gradient up to the learning rate, so the decay would move
 #: them. [ours]
 POLICY_OPTIMIZER = dict(type='Adam', lr=3e-4, betas=(0.5, 0.999))
+
+#: Gates and magnitudes start at 0.5 and end between 0 and 1. A search that can
+#: move them by less than this is reported.
+SHORT_SEARCH = 0.25
 
 
 def unrolled_gradients(
@@ -245,11 +250,36 @@ class SearchingDistiller(WrappingDistiller):
         """Whether the policy is trained at ``self.step``."""
         if self.policy is None or self.step < self.pretrain_iters:
             return False
+        length = self._search_length()
+        return length is None or self.step < self.pretrain_iters + length
+
+    def _search_length(self) -> float | None:
+        """Iterations of the search; None outside a run."""
         iters = MessageHub.get_current_instance().get_info('max_iters')
         if iters is None:
-            return True
-        length = self.search_share * (iters - self.pretrain_iters)
-        return self.step < self.pretrain_iters + length
+            return None
+        return self.search_share * (iters - self.pretrain_iters)
+
+    def _warn_of_a_short_search(
+        self, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Adam moves a parameter by at most about its rate in a step."""
+        length = self._search_length()
+        if length is None or not isinstance(optimizer, torch.optim.Adam):
+            return
+        rate = optimizer.param_groups[0]['lr']
+        if rate * length >= SHORT_SEARCH:
+            return
+        print_log(
+            f'The search of SoKD has {length:.0f} iterations, in which Adam '
+            f'with lr={rate:g} moves gates and magnitudes by at most about '
+            f'{rate * length:.2g}: the policy will be nearly the one of the '
+            f"start. Set a higher rate, e.g. optimizer=dict(type='Adam', "
+            f'lr={1 / length:.1g}, betas=(0.5, 0.999)), or a longer '
+            '`search_share`.',
+            logger='current',
+            level=logging.WARNING,
+        )
 
     def _refine(self, teacher_feats: Features) -> Features:
         """F_t' with this step's sample, by source."""
@@ -315,6 +345,9 @@ class SearchingDistiller(WrappingDistiller):
     def _search(self, *, rerun: Rerun | None, **batch: Any) -> Tensor:
         assert self.policy is not None
         assert isinstance(self.inner_optimizer, Optimizers)
+        optimizer = self.inner_optimizer.optimizers['policy']
+        if self.step == self.pretrain_iters:
+            self._warn_of_a_short_search(optimizer)
         parameters = list(self.policy.parameters())
         # The gradients of a mean over a map are tiny: in half precision they
         # would become 0.
@@ -330,9 +363,7 @@ class SearchingDistiller(WrappingDistiller):
                 loss, gradients = self._unrolled(
                     parameters, rerun=rerun, **batch
                 )
-        take_step(
-            self.inner_optimizer.optimizers['policy'], parameters, gradients
-        )
+        take_step(optimizer, parameters, gradients)
         self.policy.project()
         return loss.detach()
 

@@ -64,6 +64,23 @@ def test_suite__a_try_does_not_change_its_method(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize('file', SUITES, ids=lambda file: file.stem)
+def test_suite__sokd_searches_with_a_rate_that_can_move_its_policy(
+    file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    found = [
+        (cell.config, cell.length[1])
+        for cell in all_cells(read_suite(file), tmp_path)
+        if cell.method is not None and cell.key[1].startswith('sokd')
+    ]
+    assert found
+    for cfg, epochs in found:
+        # Batches of 64 of 2000 crops, of 16 of 2400 scenes.
+        steps = 0.2 * epochs * (32 if 'crops' in file.stem else 150)
+        assert cfg.model.distiller.optimizer.lr * steps > 1
+
+
 #: The methods of published numbers that are here, as `kinds_of` calls them.
 HERE = {
     'plain': [],

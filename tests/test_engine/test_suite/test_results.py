@@ -149,9 +149,15 @@ def test_page__numbers_are_those_computed_by_hand(tmp_path):
         '- Better than plain here (the whole interval is above 0): era; '
         'fitnet.' in text
     )
+    # One run alone; x3 of it there is no plain training of that time.
+    assert (
+        '- Above plain in fewer than 3 runs, too few for a verdict: cwd.'
+        in text
+    )
+    assert 'Below plain as long' not in text
     # 1 teacher, 3 x 4, 1: 14 runs; seconds 10 + 30 + 60 + 31.2 + 60 + 30
     # and 14 tests of 1 s: 235.2 s.
-    assert '14 runs, 4 minutes of training and test together' in text
+    assert '14 runs, 4 minutes of training and test together, 2026' in text
 
 
 def test_page__what_was_not_measured_is_not_run(tmp_path):
@@ -167,6 +173,40 @@ def test_page__what_was_not_measured_is_not_run(tmp_path):
     digits = set(''.join(c for v in empty.values() for c in v))
     assert digits & set('0123456789') <= set('013')
     assert '- Better' not in text
+
+
+def test_page__costs_that_were_not_measured_are_no_missing_runs(tmp_path):
+    found = rows()
+    for entry in found:
+        if entry['method'] == 'era':
+            entry |= dict(seconds=dict(train=None, test=1.0), memory=None)
+    text = written(tmp_path, found)
+    table = table_of(text, '### Big to small')
+    assert table['era'][3] == 'not measured'
+    assert table['era'][5:] == ['not measured'] * 2
+    # Without 19 + 20 + 21: 175.2 s.
+    assert (
+        '14 runs, 3 minutes of training and test together, without the '
+        'training of 3, 2026'
+    ) in text
+
+
+def test_page__says_what_plain_as_long_beats(tmp_path):
+    found = [
+        dict(one, metrics={'m/ap': 0.40}) if one['method'] == 'era' else one
+        for one in rows()
+    ]
+    text = written(tmp_path, found)
+    # 40 to 40, 42, 44.
+    assert '- Not distinguishable from plain by these runs: era.' in text
+    assert '- Below plain as long (means; one run counts): era.' in text
+    found = [
+        dict(one, metrics={'m/ap': 0.30}) if one['method'] == 'cwd' else one
+        for one in found
+    ]
+    assert (
+        '- Not above plain in fewer than 3 runs, too few for a verdict: cwd.'
+    ) in written(tmp_path, found)
 
 
 def test_page__rows_of_former_options_are_left_out(tmp_path):
@@ -237,9 +277,14 @@ def test_page__collapsed_runs_count_and_are_told_of(tmp_path):
     # Without seed 1: era 8 and 10, fitnet 5 and 5, twice the schedule 1 and 3.
     # The interval of two values a and b is 12.7 * |a - b| / 2.
     assert 'median: plain, seed 1 (1.0). They count in the means' in text
+    # Two differences are left of each.
     assert (
-        '- Better than plain here (the whole interval is above 0): fitnet.'
+        '- Above plain in fewer than 3 runs, too few for a verdict: cwd; era; '
+        'fitnet.'
     ) in text
+    assert '- Better' not in text
+    # Mean of 40 and 44: the interval is 12.7 * 2.
+    assert ' AP of the other runs: plain 42.0 +- 25.4.' in text
     table = table_of(text, '### Big to small')
     assert table['era'][2] == '9.0 +- 12.7'
     assert table['plain_x2'][2] == '2.0 +- 12.7'

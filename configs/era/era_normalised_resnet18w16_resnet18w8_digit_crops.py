@@ -1,0 +1,16 @@
+# ERA in its normalised form, ResNet-18 of width 16 to width 8, digit crops,
+# 40 epochs.
+# Plain twin: plain_resnet18w8_digit_crops.py; train the teacher first.
+#   python tools/train.py configs/plain/plain_resnet18w16_digit_crops.py
+#   python tools/train.py \
+#       configs/era/era_normalised_resnet18w16_resnet18w8_digit_crops.py
+_base_ = 'era_resnet18w16_resnet18w8_digit_crops.py'
+
+# The form and the weights that were best on val of six tries
+# (results/digit_crops_tuning.jsonl). The default for classifiers is the
+# released form. [ours]
+model = dict(
+    distiller=dict(
+        form='normalised', schedules={'loss_era_*': dict(scale=0.2)}
+    )
+)
