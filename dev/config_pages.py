@@ -130,7 +130,7 @@ RUNS = (
     Runs('digits_methods.jsonl', 'fitnet_*', 'val'),
     Runs('digits_methods.jsonl', 't2b_w1_*', 'val'),
     Runs('crops_demo.json', 'teacher', 'test'),
-    Runs('digit_crops_seeds.jsonl', '*', 'test'),
+    Runs('era_two_stages.jsonl', '*', 'test'),
     Runs('digit_crops_t2b.jsonl', 't2b_w1_*', 'test'),
 )
 
@@ -227,7 +227,15 @@ def read_results(file: str) -> tuple[dict[str, Any], ...]:
     """The runs of a file in `results/`."""
     text = (ROOT / 'results' / file).read_text()
     if file.endswith('.jsonl'):
-        return tuple(map(json.loads, text.splitlines()))
+        runs = map(json.loads, text.splitlines())
+        return tuple(
+            # A row as suites write it.
+            dict(run, name=run['method'], epochs=run['schedule']['epochs'])
+            if 'method' in run
+            else run
+            for run in runs
+            if 'method' not in run or not run['options']
+        )
     # A demo's table. Its students are elsewhere, with more seeds.
     (teacher,) = (
         row for row in json.loads(text)['rows'] if 'teacher' in row.values()

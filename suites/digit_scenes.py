@@ -5,12 +5,14 @@ _base_ = '_base_/digit_scenes.py'
 title = 'Detection: digit scenes'
 seeds = [0, 1, 2, 3, 4]
 note = """\
-Every method has a first run, with the weights that were best on val. Methods
-of which it was more than 2 AP below that of the best baseline have one or
-two: they are far from the top, where the values of a method differ by about
-half a point from seed to seed. For the second pair only the plain student and
-ERA have been run. `python -m era_mm suite suites/digit_scenes.py` runs the
-rest."""
+Every method has a first run, with the weights that were best of three tries on
+val (ERA's recipe had 13 tries before, AT and DML three each). Methods of which
+it was more than 2 AP below that of the best baseline have one or two: with
+these weights a method's values differ by at most 1.2 AP from seed to seed. So
+have ERA's parts, but for the one without terms on the student's own head. For
+the second pair only the plain student and ERA have been run, with two seeds;
+methods that compare the heads' outputs, and those without a teacher, are left
+out there. `python -m era_mm suite suites/digit_scenes.py` runs the rest."""
 pairs = dict(
     r18w32_gfl_r18w16=dict(
         title='RetinaNet of width 32 to GFL of width 16: unlike heads',
