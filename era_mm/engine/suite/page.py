@@ -27,14 +27,14 @@ measured' that the runs have no time or memory that can be compared.
 
 Values are means over seeds with their 95 % interval (Student's t). Differences
 are taken between runs of the same seed and teacher, and their intervals are
-those of the differences. Runs of a seed have the same initial weights and order
-of data on every machine, but machines round differently. 'As long' is the
-shortest plain training that took at least the method's time (within 5 %), with
-its name. 'Best baseline' is the one with the highest mean here, among those
-with most runs, which favours the baselines. Time is that of the training's
-iterations relative to the plain student's, on the same machine with the same
-number of concurrent runs. Memory is the largest peak of a training: that of the
-GPU if there is one, else that of the whole process.
+those of the differences. Runs of a seed have the same initial weights and
+order of data on every machine, but machines round differently. 'As long' is
+the shortest plain training that took at least the method's time (within 5 %),
+with its name. 'Best baseline' is the one with the highest mean here, among
+those with most runs, which favours the baselines. Time is that of the
+training's iterations relative to the plain student's, on the same machine with
+the same number of concurrent runs. Memory is the largest peak of a training:
+that of the GPU if there is one, else that of the whole process.
 """
 
 
