@@ -269,6 +269,7 @@ class Demo(ABC):
             lambda: {
                 **self.inputs(trained),
                 'checkpoint': self.result(trained)['sha256'],
+                **({'least': self.least_teacher} if judged else {}),
             },
             self.check_teacher if judged else None,
         )

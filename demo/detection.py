@@ -38,8 +38,8 @@ class DetectionDemo(Demo):
     }
     least_teacher = 40.0
     # With Adam's default of 0.999 some runs lose what they have learnt when
-    # their gradients grow, as it follows too slowly for so short a training.
-    # The configs keep it, as docs/results.md was measured with it.
+    # their gradients grow; probably it follows too slowly for so short a
+    # training. The configs keep it, as docs/results.md was measured with it.
     changes: ClassVar = {'optim_wrapper.optimizer.betas': (0.9, 0.99)}
     table = Table(
         host='mmdet',

@@ -8,11 +8,12 @@ note = """\
 Every method has a first run, with the weights that were best of three tries on
 val (ERA's recipe had 13 tries before, AT and DML three each). Methods of which
 it was more than 2 AP below that of the best baseline have one or two: with
-these weights a method's values differ by at most 1.2 AP from seed to seed. So
-have ERA's parts, but for the one without terms on the student's own head. For
-the second pair only the plain student and ERA have been run, with two seeds;
-methods that compare the heads' outputs, and those without a teacher, are left
-out there. `python -m era_mm suite suites/digit_scenes.py` runs the rest."""
+these weights a method's values differ by at most 1.6 AP from seed to seed,
+without the collapsed plain run. ERA's parts have one or two as well, but for
+the one without terms on the student's own head. For the second pair only the
+plain student and ERA have been run, with two seeds; methods that compare the
+heads' outputs, and those without a teacher, are left out there.
+`python -m era_mm suite suites/digit_scenes.py` runs the rest."""
 pairs = dict(
     r18w32_gfl_r18w16=dict(
         title='RetinaNet of width 32 to GFL of width 16: unlike heads',

@@ -10,12 +10,14 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
 from demo import models
+from demo.classification import ClassificationDemo
 from era_mm.core import extras_of
 from era_mm.datasets.digit_crops import CropParams, make_digit_crops
 from era_mm.testing import save_teacher
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 (ERA,) = CONFIGS.rglob('era_resnet18w16_resnet18w8_digit_crops.py')
+(NORMALISED,) = CONFIGS.rglob('era_normalised_*_digit_crops.py')
 
 
 @pytest.fixture
@@ -50,6 +52,15 @@ def test_teacher__differs_from_the_student_in_size_alone(era, teacher):
     assert num_parameters(teacher.model) > 3 * num_parameters(
         era.model.student
     )
+
+
+def test_normalised__differs_from_era_in_form_and_weights_alone(era):
+    other = Config.fromfile(NORMALISED)
+    assert ClassificationDemo.configs['era'] == f'era/{NORMALISED.stem}'
+    distiller = other.model.distiller
+    assert distiller.pop('form') == 'normalised'
+    assert distiller.pop('schedules') == {'loss_era_*': dict(scale=0.2)}
+    assert other.to_dict() == era.to_dict()
 
 
 def test_schedule__decays_over_the_whole_run(era):

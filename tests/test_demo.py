@@ -353,10 +353,50 @@ def test_stages__teacher_is_judged_before_anything_learns_from_it(tmp_path):
     assert names[3:7] == ['plain', 'era', 'test_plain', 'test_era']
 
 
+def test_configs__demo_of_detection_has_steadier_betas(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for demo, betas in (
+        (DetectionDemo, (0.9, 0.99)),
+        (ClassificationDemo, None),
+    ):
+        built = demo(tmp_path, 1, False)
+        built.records['teacher'] = {'result': {'checkpoint': 'x'}}
+        for name in built.configs:
+            optimizer = built.config(name).optim_wrapper.optimizer
+            assert optimizer.get('betas') == betas, name
+            # As the command line has it.
+            words = built.command('train.py', name)
+            text = 'optim_wrapper.optimizer.betas=(0.9, 0.99)'
+            assert (text in words) == (betas is not None)
+
+
+@pytest.mark.parametrize(
+    ('trained', 'quick'),
+    [('teacher', True), ('plain', False), ('era', False)],
+)
+def test_teacher__alone_is_judged_and_not_in_a_quick_run(
+    trained, quick, tmp_path, monkeypatch
+):
+    built = DetectionDemo(tmp_path, 1, quick)
+
+    def run_program(command, name, watch):
+        (tmp_path / 'one').mkdir()
+        (tmp_path / 'one/metrics.json').write_text('{}')
+
+    monkeypatch.setattr(built, 'run_program', run_program)
+    monkeypatch.setattr(built, 'command', lambda *args: [])
+    built.records[trained] = {'result': {'checkpoint': 'x', 'sha256': 'y'}}
+    assert built.test_stage(trained).run(tmp_path, False, None) == {}
+
+
 @pytest.mark.parametrize(
     ('demo', 'metrics', 'said'),
     [
         (DetectionDemo, {'coco/bbox_mAP': 0.537}, None),
+        (DetectionDemo, {'coco/bbox_mAP': 0.4}, None),
+        (DetectionDemo, {'coco/bbox_mAP': 0.399}, 'has AP 39.9, '),
+        (ClassificationDemo, {'accuracy/top1': 75.0}, None),
+        (ClassificationDemo, {'accuracy/top1': 74.9}, 'has top1 74.9, '),
         (DetectionDemo, {'coco/bbox_mAP': 0.043}, 'has AP 4.3, .* than 40:'),
         # mmdet reports nothing if nothing was detected.
         (DetectionDemo, {}, 'has AP 0.0, '),

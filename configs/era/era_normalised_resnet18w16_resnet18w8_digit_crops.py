@@ -6,7 +6,7 @@
 #       configs/era/era_normalised_resnet18w16_resnet18w8_digit_crops.py
 _base_ = 'era_resnet18w16_resnet18w8_digit_crops.py'
 
-# The form and the weights that were best on val of six tries
+# The weights are the best on val of the form's three tries
 # (results/digit_crops_tuning.jsonl). The default for classifiers is the
 # released form. [ours]
 model = dict(

@@ -780,6 +780,11 @@ def test_search__keeps_the_policy_in_its_ranges(tmp_path):
         (3e-4, 1280, ['has 256 iterations', 'about 0.077', 'lr=0.004']),
         (1e-2, 1280, []),
         (3e-4, 100_000, []),
+        # 0.2 of 120 are 24: 0.24 and 0.264.
+        (1e-2, 120, ['has 24 iterations', 'about 0.24', 'lr=0.04']),
+        (1.1e-2, 120, []),
+        # 0.2 of 2 is 0.4: one step searches.
+        (3e-4, 2, ['has 1 iterations']),
         # Outside a run it does not end.
         (3e-4, None, []),
     ],
@@ -798,6 +803,47 @@ def test_search__too_short_to_move_says_so_once(
     train(model, 2)
     assert len(lines) == bool(said)
     assert all(part in lines[0] for part in said)
+
+
+def test_search__of_another_optimiser_says_nothing_of_its_length(
+    teacher_file, monkeypatch
+):
+    lines = []
+    monkeypatch.setattr(
+        'era_mm.methods.sokd.search.print_log',
+        lambda text, **kwargs: lines.append(text),
+    )
+    # The step of SGD depends on the gradient.
+    model = build(teacher_file, dam=False, optimizer=dict(type='SGD', lr=1e-4))
+    MessageHub.get_current_instance().update_info('max_iters', 1280)
+    train(model, 2)
+    assert not lines
+
+
+def test_search__after_a_pretraining_is_judged_by_its_own_length(
+    teacher_file, monkeypatch
+):
+    lines = []
+    monkeypatch.setattr(
+        'era_mm.methods.sokd.search.print_log',
+        lambda text, **kwargs: lines.append(text),
+    )
+    hub = MessageHub.get_current_instance()
+    hub.update_info('max_iters', 12)
+    model = build(
+        teacher_file,
+        base=dict(BASES['iekd'], pretrain_iters=2),
+        search_share=0.5,
+    )
+    for step in range(4):
+        hub.update_info('iter', step)
+        if step < 2:
+            model.pretrain_step(detection_batch(2, seed=step))
+        else:
+            total(losses_of(model, seed=step)).backward()
+        # Half of 12 - 2, told of in its first step.
+        assert len(lines) == (step >= 2)
+    assert 'has 5 iterations' in lines[0]
 
 
 def test_search__stops_after_its_share_and_goes_on_without_a_run(teacher_file):

@@ -15,8 +15,9 @@ from .spec import TEACHER, Metric
 
 NOT_RUN = 'not run'
 NOT_MEASURED = 'not measured'
-#: Runs that a verdict takes: the interval of two differences says little.
+#: Pairs that a verdict takes: the interval of two differences says little.
 FEW = 3
+TOO_FEW = f'fewer than {FEW} pairs of runs, too few for a verdict'
 
 INTRO = """\
 # Results
@@ -282,11 +283,11 @@ VERDICTS = (
     'Better than plain here (the whole interval is above 0)',
     'Not distinguishable from plain by these runs',
     'Worse than plain here',
-    f'Above plain in fewer than {FEW} runs, too few for a verdict',
-    f'Not above plain in fewer than {FEW} runs, too few for a verdict',
+    f'Above plain by {TOO_FEW}',
+    f'Not above plain by {TOO_FEW}',
 )
 
-AS_LONG_BELOW = 'Below plain as long (means; one run counts)'
+AS_LONG_BELOW = 'Below plain as long (mean difference, even of one pair)'
 
 
 def _verdict(more: Estimate) -> str:
@@ -374,7 +375,9 @@ def _remarks(pair: PairResults) -> Iterator[str]:
         for row in pair.rows
     )
     untimed = sum(row['seconds']['train'] is None for row in pair.rows)
-    without = f', without the training of {untimed}' if untimed else ''
+    without = (
+        f' (the training time of {untimed} is not known)' if untimed else ''
+    )
     days = sorted(row['finished'][:10] for row in pair.rows)
     yield (
         f'{len(pair.rows)} runs, {seconds / 60:.0f} minutes of training and '

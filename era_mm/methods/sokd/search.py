@@ -5,6 +5,7 @@ feature, Phi(F_s) the student's feature in the teacher's space.
 """
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -271,8 +272,8 @@ class SearchingDistiller(WrappingDistiller):
         if rate * length >= SHORT_SEARCH:
             return
         print_log(
-            f'The search of SoKD has {length:.0f} iterations, in which Adam '
-            f'with lr={rate:g} moves gates and magnitudes by at most about '
+            f'The search of SoKD has {math.ceil(length)} iterations, in which '
+            f'Adam with lr={rate:g} moves gates and magnitudes by at most about '
             f'{rate * length:.2g}: the policy will be nearly the one of the '
             f"start. Set a higher rate, e.g. optimizer=dict(type='Adam', "
             f'lr={1 / length:.1g}, betas=(0.5, 0.999)), or a longer '

@@ -150,10 +150,8 @@ def test_page__numbers_are_those_computed_by_hand(tmp_path):
         'fitnet.' in text
     )
     # One run alone; x3 of it there is no plain training of that time.
-    assert (
-        '- Above plain in fewer than 3 runs, too few for a verdict: cwd.'
-        in text
-    )
+    few = 'by fewer than 3 pairs of runs, too few for a verdict:'
+    assert f'- Above plain {few} cwd.' in text
     assert 'Below plain as long' not in text
     # 1 teacher, 3 x 4, 1: 14 runs; seconds 10 + 30 + 60 + 31.2 + 60 + 30
     # and 14 tests of 1 s: 235.2 s.
@@ -186,8 +184,8 @@ def test_page__costs_that_were_not_measured_are_no_missing_runs(tmp_path):
     assert table['era'][5:] == ['not measured'] * 2
     # Without 19 + 20 + 21: 175.2 s.
     assert (
-        '14 runs, 3 minutes of training and test together, without the '
-        'training of 3, 2026'
+        '14 runs, 3 minutes of training and test together (the training '
+        'time of 3 is not known), 2026'
     ) in text
 
 
@@ -199,14 +197,61 @@ def test_page__says_what_plain_as_long_beats(tmp_path):
     text = written(tmp_path, found)
     # 40 to 40, 42, 44.
     assert '- Not distinguishable from plain by these runs: era.' in text
-    assert '- Below plain as long (means; one run counts): era.' in text
+    slow = '- Below plain as long (mean difference, even of one pair):'
+    assert f'{slow} era.' in text
+
+    # As much as plain, from one run, is not above it.
+    few = 'by fewer than 3 pairs of runs, too few for a verdict:'
     found = [
-        dict(one, metrics={'m/ap': 0.30}) if one['method'] == 'cwd' else one
+        dict(one, metrics={'m/ap': 0.40}) if one['method'] == 'cwd' else one
         for one in found
     ]
+    assert f'- Not above plain {few} cwd.' in written(tmp_path, found)
+
+    # -8, -9, -10.
+    found = [
+        dict(one, metrics={'m/ap': 0.32 + 0.01 * one['seed']})
+        if one['method'] == 'era'
+        else one
+        for one in found
+    ]
+    assert '- Worse than plain here: era.' in written(tmp_path, found)
+
+    # As long as twice the schedule, whose values it has.
+    plain = {
+        one['seed']: one['metrics']
+        for one in rows()
+        if one['method'] == 'plain_x2'
+    }
+    found = [
+        dict(one, metrics=plain[one['seed']])
+        if one['method'] == 'era'
+        else one
+        for one in rows()
+    ]
+    assert 'Below plain as long' not in written(tmp_path, found)
+
+
+def test_page__of_tries_has_no_verdicts(tmp_path):
+    header = dict(HEADER, seeds=[0, 1])
+    found = [one for one in rows() if one['seed'] != 2]
+    write_rows(tmp_path / 'toys.jsonl', header, found)
+    text = page(tmp_path)
+    assert 'verdict' not in text
+    assert 'plain as long (' not in text
+
+
+def test_page__parts_without_a_time_were_not_measured(tmp_path):
+    found = [
+        *rows(),
+        *(row('cut', s, 0.48, seconds=None) for s in range(3)),
+    ]
+    table = table_of(written(tmp_path, found), 'Variants, each')
+    assert table['cut'][-1] == 'not measured'
     assert (
-        '- Not above plain in fewer than 3 runs, too few for a verdict: cwd.'
-    ) in written(tmp_path, found)
+        table_of(written(tmp_path, rows()), 'Variants, each')['cut'][-1]
+        == 'not run'
+    )
 
 
 def test_page__rows_of_former_options_are_left_out(tmp_path):
@@ -278,10 +323,8 @@ def test_page__collapsed_runs_count_and_are_told_of(tmp_path):
     # The interval of two values a and b is 12.7 * |a - b| / 2.
     assert 'median: plain, seed 1 (1.0). They count in the means' in text
     # Two differences are left of each.
-    assert (
-        '- Above plain in fewer than 3 runs, too few for a verdict: cwd; era; '
-        'fitnet.'
-    ) in text
+    few = 'by fewer than 3 pairs of runs, too few for a verdict:'
+    assert f'- Above plain {few} cwd; era; fitnet.' in text
     assert '- Better' not in text
     # Mean of 40 and 44: the interval is 12.7 * 2.
     assert ' AP of the other runs: plain 42.0 +- 25.4.' in text
