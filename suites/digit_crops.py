@@ -91,6 +91,13 @@ for method, shown, terms, words, scale in (
     ),
     ('ie_kd', 'IE-KD', 'loss_iekd_*', 'a fifth of the weights', 0.2),
     (
+        'sokd',
+        'SoKD around FitNet, without DAM',
+        'loss_imitation',
+        'five times the weight',
+        5.0,
+    ),
+    (
         'ie_dml',
         'IE-DML, two students',
         'loss_iekd_*',

@@ -273,9 +273,9 @@ class SearchingDistiller(WrappingDistiller):
             return
         print_log(
             f'The search of SoKD has {math.ceil(length)} iterations, in which '
-            f'Adam with lr={rate:g} moves gates and magnitudes by at most about '
-            f'{rate * length:.2g}: the policy will be nearly the one of the '
-            f"start. Set a higher rate, e.g. optimizer=dict(type='Adam', "
+            f'Adam with lr={rate:g} moves gates and magnitudes by at most '
+            f'about {rate * length:.2g}: the policy will be nearly the one of '
+            f"the start. Set a higher rate, e.g. optimizer=dict(type='Adam', "
             f'lr={1 / length:.1g}, betas=(0.5, 0.999)), or a longer '
             '`search_share`.',
             logger='current',
