@@ -8,8 +8,9 @@ note = """\
 Every method has a first run, with the weights that were best of three tries on
 val (ERA in each of its two forms, and also with the weights of the config).
 Methods of which it was more than 2 points below that of the best baseline
-have no more so far, nor has ReviewKD, which takes five times plain's time.
-ERA's parts were run with one seed.
+have no more so far, nor has ReviewKD, which takes five times plain's time;
+DIST and SoKD have two, with means more than 2 points below that of DKD. ERA's
+parts were run with one seed.
 `python -m era_mm suite suites/digit_crops.py` runs the rest."""
 methods = dict(
     plain_x2=dict(
