@@ -318,7 +318,7 @@ class Demo(ABC):
             folder = self.work / 'teacher'
             raise StageError(
                 f'The teacher has {heading} {value}, and after a training '
-                f'that goes well more than {self.least_teacher:g}: its '
+                f'that goes well at least {self.least_teacher:g}: its '
                 'training has failed, and there is nothing to learn from it. '
                 f'The losses are in {folder}/*/vis_data/scalars.json. Delete '
                 f'{folder} and run the demo again with another --threads, '

@@ -1,6 +1,13 @@
 """Toy models, toy data and assertions, for our tests and for others'."""
 
-from .checks import checksums, differ, noise, run_ranks
+from .checks import (
+    assert_same_steps,
+    checksums,
+    differ,
+    noise,
+    run_ranks,
+    train_steps,
+)
 from .runs import recorded_run
 from .toy import (
     classifier_config,
@@ -18,6 +25,7 @@ from .toy import (
 )
 
 __all__ = [
+    'assert_same_steps',
     'checksums',
     'classifier_config',
     'classifier_loader',
@@ -32,6 +40,7 @@ __all__ = [
     'run_config',
     'run_ranks',
     'save_teacher',
+    'train_steps',
     'two_stage_config',
     'write_class_folders',
     'write_coco',

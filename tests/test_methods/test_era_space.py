@@ -25,6 +25,7 @@ from era_mm.methods.era.residuals import (
 )
 from era_mm.methods.era.space import LEAST_SHARE, FeatureSpace
 from era_mm.testing import (
+    assert_same_steps,
     classifier_config,
     detection_batch,
     detector_config,
@@ -33,6 +34,7 @@ from era_mm.testing import (
     give_opinions,
     noise,
     save_teacher,
+    train_steps,
     two_stage_config,
 )
 
@@ -1016,23 +1018,8 @@ def trained_by(file, steps=3, **options):
     era = model.distillers['distiller']
     # As if half were explained, so that TWI has a say.
     era.explained.fill_(0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    found = []
-    for step in range(steps):
-        step_to(step)
-        losses = model(**batch_of(model, seed=step), mode='loss')
-        total, log = model.parse_losses(losses)
-        optimizer.zero_grad()
-        total.backward()
-        gradients = {
-            name: p.grad.clone()
-            for name, p in model.named_parameters()
-            if p.grad is not None
-        }
-        optimizer.step()
-        values = {k: float(v.detach()) for k, v in log.items()}
-        found.append((values, gradients))
-    return found, era
+    batches = [batch_of(model, seed=step) for step in range(steps)]
+    return train_steps(model, batches), era
 
 
 @pytest.mark.parametrize(
@@ -1064,22 +1051,11 @@ def test_scale__of_the_teacher_changes_nothing(factor, options, tmp_path):
         rtol=1e-4,
         atol=0,
     )
-    for (losses, gradients), (expected, wanted) in zip(
-        scaled, plain, strict=True
-    ):
-        assert expected['loss_era_align'] > 0.1
-        assert any('twi' in key for key in expected)
-        assert losses == pytest.approx(expected, rel=1e-4)
-        assert set(gradients) == set(wanted)
-        for name, gradient in wanted.items():
-            # Statistics are float32, all else is not.
-            torch.testing.assert_close(
-                gradients[name],
-                gradient,
-                rtol=1e-4,
-                atol=1e-4 * float(gradient.abs().max()) + 1e-12,
-                msg=name,
-            )
+    for losses, _ in plain:
+        assert losses['loss_era_align'] > 0.1
+        assert any('twi' in key for key in losses)
+    # Statistics are float32, all else is not.
+    assert_same_steps(scaled, plain, rtol=1e-4)
 
 
 def test_scale__of_the_teacher_does_change_the_released_form(tmp_path):

@@ -773,8 +773,19 @@ def test_search__keeps_the_policy_in_its_ranges(tmp_path):
     assert distiller.policy.magnitude[0, 0].item() == pytest.approx(0.9)
 
 
+@pytest.fixture
+def said(monkeypatch):
+    """What the search prints."""
+    lines = []
+    monkeypatch.setattr(
+        'era_mm.methods.sokd.search.print_log',
+        lambda text, **kwargs: lines.append(text),
+    )
+    return lines
+
+
 @pytest.mark.parametrize(
-    ('lr', 'steps', 'said'),
+    ('lr', 'steps', 'parts'),
     [
         # 0.2 of 1280 and 3e-4: 0.0768.
         (3e-4, 1280, ['has 256 iterations', 'about 0.077', 'lr=0.004']),
@@ -790,44 +801,29 @@ def test_search__keeps_the_policy_in_its_ranges(tmp_path):
     ],
 )
 def test_search__too_short_to_move_says_so_once(
-    lr, steps, said, teacher_file, monkeypatch
+    lr, steps, parts, teacher_file, said
 ):
-    lines = []
-    monkeypatch.setattr(
-        'era_mm.methods.sokd.search.print_log',
-        lambda text, **kwargs: lines.append(text),
-    )
     optimizer = dict(type='Adam', lr=lr, betas=(0.5, 0.999))
     model = build(teacher_file, dam=False, optimizer=optimizer)
     MessageHub.get_current_instance().update_info('max_iters', steps)
     train(model, 2)
-    assert len(lines) == bool(said)
-    assert all(part in lines[0] for part in said)
+    assert len(said) == bool(parts)
+    assert all(part in said[0] for part in parts)
 
 
 def test_search__of_another_optimiser_says_nothing_of_its_length(
-    teacher_file, monkeypatch
+    teacher_file, said
 ):
-    lines = []
-    monkeypatch.setattr(
-        'era_mm.methods.sokd.search.print_log',
-        lambda text, **kwargs: lines.append(text),
-    )
     # The step of SGD depends on the gradient.
     model = build(teacher_file, dam=False, optimizer=dict(type='SGD', lr=1e-4))
     MessageHub.get_current_instance().update_info('max_iters', 1280)
     train(model, 2)
-    assert not lines
+    assert not said
 
 
 def test_search__after_a_pretraining_is_judged_by_its_own_length(
-    teacher_file, monkeypatch
+    teacher_file, said
 ):
-    lines = []
-    monkeypatch.setattr(
-        'era_mm.methods.sokd.search.print_log',
-        lambda text, **kwargs: lines.append(text),
-    )
     hub = MessageHub.get_current_instance()
     hub.update_info('max_iters', 12)
     model = build(
@@ -842,8 +838,8 @@ def test_search__after_a_pretraining_is_judged_by_its_own_length(
         else:
             total(losses_of(model, seed=step)).backward()
         # Half of 12 - 2, told of in its first step.
-        assert len(lines) == (step >= 2)
-    assert 'has 5 iterations' in lines[0]
+        assert len(said) == (step >= 2)
+    assert 'has 5 iterations' in said[0]
 
 
 def test_search__stops_after_its_share_and_goes_on_without_a_run(teacher_file):

@@ -16,8 +16,8 @@ from .spec import TEACHER, Metric
 NOT_RUN = 'not run'
 NOT_MEASURED = 'not measured'
 #: Pairs that a verdict takes: the interval of two differences says little.
-FEW = 3
-TOO_FEW = f'fewer than {FEW} pairs of runs, too few for a verdict'
+LEAST_PAIRS = 3
+TOO_FEW = f'fewer than {LEAST_PAIRS} pairs of runs, too few for a verdict'
 
 INTRO = """\
 # Results
@@ -256,47 +256,38 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _verdicts(pair: PairResults) -> Iterator[str]:
     """What the differences to plain training come to."""
-    if len(pair.seeds) < FEW:
+    if len(pair.seeds) < LEAST_PAIRS:
         return
-    found: dict[str, list[str]] = {}
-    slower = []
+    lists: dict[str, list[str]] = {
+        'Better than plain here (the whole interval is above 0)': [],
+        'Not distinguishable from plain by these runs': [],
+        'Worse than plain here': [],
+        f'Above plain by {TOO_FEW}': [],
+        f'Not above plain by {TOO_FEW}': [],
+        'Below plain as long (mean difference, even of one pair)': [],
+    }
+    better, same, worse, few_above, few_others, slower = lists.values()
     for method in _by_mean(pair, pair.methods('baseline', 'method')):
         title = pair.title_of(method)
-        more = pair.more_than(pair.plain, method)
-        if more is not None:
-            found.setdefault(_verdict(more), []).append(title)
         as_long = pair.more_than(pair.plain_as_long(method), method)
         if as_long is not None and as_long.mean < 0:
             slower.append(title)
-    found[AS_LONG_BELOW] = slower
-    lines = [
-        f'- {text}: {"; ".join(found[text])}.'
-        for text in (*VERDICTS, AS_LONG_BELOW)
-        if found.get(text)
-    ]
-    if lines:
-        yield from lines
+        more = pair.more_than(pair.plain, method)
+        if more is None:
+            continue
+        if more.number < LEAST_PAIRS:
+            (few_above if more.mean > 0 else few_others).append(title)
+        elif more.is_above_0:
+            better.append(title)
+        elif more.is_below_0:
+            worse.append(title)
+        else:
+            same.append(title)
+    for text, titles in lists.items():
+        if titles:
+            yield f'- {text}: {"; ".join(titles)}.'
+    if any(lists.values()):
         yield ''
-
-
-VERDICTS = (
-    'Better than plain here (the whole interval is above 0)',
-    'Not distinguishable from plain by these runs',
-    'Worse than plain here',
-    f'Above plain by {TOO_FEW}',
-    f'Not above plain by {TOO_FEW}',
-)
-
-AS_LONG_BELOW = 'Below plain as long (mean difference, even of one pair)'
-
-
-def _verdict(more: Estimate) -> str:
-    """One of VERDICTS, of a difference to plain."""
-    if more.number < FEW:
-        return VERDICTS[3 if more.mean > 0 else 4]
-    if more.is_above_0:
-        return VERDICTS[0]
-    return VERDICTS[2 if more.is_below_0 else 1]
 
 
 def _collapsed(pair: PairResults) -> Iterator[str]:
