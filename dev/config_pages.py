@@ -169,6 +169,7 @@ IMAGENET = Data(
 #: By the end of a config's name.
 DATA = {
     '_digits': COCO._replace(name='digit scenes'),
+    '_letters': COCO._replace(name='letter scenes'),
     '_digit_crops': IMAGENET._replace(name='digit crops'),
     '_cifar10': IMAGENET._replace(name='CIFAR-10'),
     '_cifar100': IMAGENET._replace(name='CIFAR-100'),

@@ -35,8 +35,9 @@ MIN_VISIBLE = 0.75
 _SHARES = {'train': 6, 'val': 2, 'test': 2}
 #: Photographs are cut into tiles of this side; a crop never leaves its tile.
 _TILE = 106
-#: Digits are enlarged this much once, smoothly, and then drawn from there.
-_ZOOM = 6
+#: Digits are enlarged this much once, smoothly, and then drawn from there: a
+#: glyph has twelve cells of this side, and its digit the eight in the middle.
+ZOOM = 6
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def split_material(seed: int) -> dict[str, Material]:
     glyphs = np.stack(
         [
             ndimage.zoom(
-                digit, _ZOOM, order=3, mode='grid-constant', grid_mode=True
+                digit, ZOOM, order=3, mode='grid-constant', grid_mode=True
             )
             for digit in padded
         ]
@@ -131,9 +132,30 @@ def split_material(seed: int) -> dict[str, Material]:
     digit_ids: dict[str, list[int]] = {split: [] for split in SPLITS}
     for label in range(len(CLASSES)):
         ids = rng.permutation(np.flatnonzero(bunch.target == label))
-        for split, part in _shares(ids).items():
+        for split, part in shares(ids).items():
             digit_ids[split].extend(int(i) for i in part)
 
+    tiles, regions = split_photos(rng)
+    return {
+        split: Material(
+            split,
+            np.array(digit_ids[split]),
+            bunch.target[digit_ids[split]],
+            glyphs[digit_ids[split]],
+            tiles[split],
+            regions[split],
+        )
+        for split in SPLITS
+    }
+
+
+def split_photos(
+    rng: np.random.Generator,
+) -> tuple[
+    dict[str, list[np.ndarray]],
+    dict[str, list[tuple[str, int, int, int, int]]],
+]:
+    """Share out the photo tiles; returns their pixels and regions."""
     photos = load_sample_images()
     regions: dict[str, list[tuple[str, int, int, int, int]]] = {
         split: [] for split in SPLITS
@@ -147,23 +169,13 @@ def split_material(seed: int) -> dict[str, Material]:
             for x in range(0, width - _TILE + 1, _TILE)
         ]
         order = rng.permutation(len(corners))
-        for split, part in _shares(order).items():
+        for split, part in shares(order).items():
             for index in part:
                 x, y = corners[index]
                 name = Path(filename).name
                 regions[split].append((name, x, y, _TILE, _TILE))
                 tiles[split].append(photo[y : y + _TILE, x : x + _TILE])
-    return {
-        split: Material(
-            split,
-            np.array(digit_ids[split]),
-            bunch.target[digit_ids[split]],
-            glyphs[digit_ids[split]],
-            tiles[split],
-            regions[split],
-        )
-        for split in SPLITS
-    }
+    return tiles, regions
 
 
 def draw_background(
@@ -333,7 +345,7 @@ def finish(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.rint(255 * np.clip(canvas, 0, 1)).astype(np.uint8)
 
 
-def _shares(items: np.ndarray) -> dict[str, np.ndarray]:
+def shares(items: np.ndarray) -> dict[str, np.ndarray]:
     """Cut a shuffled array into the splits' shares."""
     parts = {}
     start, given = 0, 0
@@ -365,9 +377,9 @@ def _warp_digit(
     rotation = np.array([[cos, -sin], [sin, cos]])
     # Output pixel -> glyph pixel, rows first.
     to_glyph = np.array([[1.0, 0.0], [shear, 1.0 / aspect]]) @ rotation
-    to_glyph *= 8 * _ZOOM / height
+    to_glyph *= 8 * ZOOM / height
     # The eight cells and a little around them, as far as they reach.
-    reach = np.abs(np.linalg.inv(to_glyph)) @ np.full(2, 4.7 * _ZOOM)
+    reach = np.abs(np.linalg.inv(to_glyph)) @ np.full(2, 4.7 * ZOOM)
     shape = tuple(2 * np.ceil(reach).astype(int) + 1)
     centre = (np.array(glyph.shape) - 1) / 2
     offset = centre - to_glyph @ ((np.array(shape) - 1) / 2)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,7 +105,14 @@ def make_digit_scenes(
         MANIFEST,
         'digit scenes',
         dict(format=_FORMAT, **asdict(params)),
-        lambda folder: _write(folder, params, progress),
+        lambda folder: write_scenes(
+            folder,
+            params,
+            split_material(params.seed),
+            'digit',
+            CLASSES,
+            progress,
+        ),
     )
 
 
@@ -182,17 +189,32 @@ def _encode_scene(
     return buffer.getvalue(), scene
 
 
-def _write(
+def write_scenes(
     folder: Path,
     params: SceneParams,
+    materials: Mapping[str, Material],
+    noun: str,
+    classes: Sequence[str],
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, str]:
-    """Write images and annotations; returns the annotations' checksums."""
+    """Write images and annotations.
+
+    Args:
+        folder: Where to.
+        params: What to make.
+        materials: What each split may use.
+        noun: What is drawn; an annotation's sample has this name.
+        classes: Names of the classes.
+        progress: Called with the number of scenes done and the total.
+
+    Returns:
+        The annotations' checksums.
+    """
     (folder / 'annotations').mkdir()
     total = sum(params.num_images(split) for split in SPLITS)
     done = 0
     checksums = {}
-    for split, material in split_material(params.seed).items():
+    for split, material in materials.items():
         (folder / split).mkdir()
         images: list[dict] = []
         annotations: list[dict] = []
@@ -202,39 +224,41 @@ def _write(
             (folder / split / name).write_bytes(encoded)
             photo, *region = scene.region
             images.append(
-                dict(
-                    id=index,
-                    file_name=name,
-                    width=params.image_size,
-                    height=params.image_size,
-                    photo=photo,
-                    photo_region=region,
-                    clutter_digits=scene.clutter_ids,
-                )
+                {
+                    'id': index,
+                    'file_name': name,
+                    'width': params.image_size,
+                    'height': params.image_size,
+                    'photo': photo,
+                    'photo_region': region,
+                    f'clutter_{noun}s': scene.clutter_ids,
+                }
             )
             for digit in scene.digits:
                 bbox = digit.bbox
                 annotations.append(
-                    dict(
-                        id=len(annotations) + 1,
-                        image_id=index,
-                        category_id=digit.label,
-                        bbox=list(bbox),
-                        area=bbox[2] * bbox[3],
-                        iscrowd=0,
-                        digit=digit.digit_id,
-                    )
+                    {
+                        'id': len(annotations) + 1,
+                        'image_id': index,
+                        'category_id': digit.label,
+                        'bbox': list(bbox),
+                        'area': bbox[2] * bbox[3],
+                        'iscrowd': 0,
+                        noun: digit.digit_id,
+                    }
                 )
             done += 1
             if progress is not None:
                 progress(done, total)
         text = json.dumps(
             dict(
-                info=dict(description='Digit scenes', **asdict(params)),
+                info=dict(
+                    description=f'{noun.capitalize()} scenes', **asdict(params)
+                ),
                 licenses=[],
                 categories=[
                     dict(id=label, name=name)
-                    for label, name in enumerate(CLASSES)
+                    for label, name in enumerate(classes)
                 ],
                 images=images,
                 annotations=annotations,

@@ -225,7 +225,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
 
 def _way_to_get(kind: Any, path: str) -> str:
     """How to get a data set; empty where it is not known."""
-    for name in ('digit_scenes', 'digit_crops'):
+    for name in ('digit_scenes', 'digit_crops', 'letter_scenes'):
         if name in path:
             return f'make it with\n  python tools/make_{name}.py\nor '
     if 'coco' in f'{kind}{path}'.lower():

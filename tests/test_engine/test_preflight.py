@@ -95,7 +95,9 @@ def test_check_data__sees_through_wrappers(wrap, key: str) -> None:
     assert key in str(caught.value)
 
 
-@pytest.mark.parametrize('name', ['digit_scenes', 'digit_crops'])
+@pytest.mark.parametrize(
+    'name', ['digit_scenes', 'digit_crops', 'letter_scenes']
+)
 def test_check_data__tells_how_to_make_what_needs_no_download(
     name: str,
 ) -> None:

@@ -64,7 +64,11 @@ def test_suite__a_try_does_not_change_its_method(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize('file', SUITES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    'file',
+    [file for file in SUITES if file.stem.startswith('digit')],
+    ids=lambda file: file.stem,
+)
 def test_suite__sokd_searches_with_a_rate_that_can_move_its_policy(
     file, tmp_path, monkeypatch
 ):

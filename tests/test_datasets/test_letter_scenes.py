@@ -1,0 +1,125 @@
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from era_mm.datasets.digit_drawing import ZOOM, split_material
+from era_mm.datasets.digit_scenes import SPLITS
+from era_mm.datasets.letter_scenes import (
+    CLASSES,
+    FONTS,
+    LetterParams,
+    letter_material,
+    make_letter_scenes,
+)
+from era_mm.testing import checksums
+
+PARAMS = LetterParams(seed=3, num_train=12, num_val=6, num_test=6)
+TOOL = Path(__file__).resolve().parents[2] / 'tools/make_letter_scenes.py'
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('letters') / 'scenes'
+    assert make_letter_scenes(folder, PARAMS)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def material():
+    return letter_material(1)
+
+
+def test_make_letter_scenes__same_seed_gives_the_same_bytes(root, tmp_path):
+    assert not make_letter_scenes(root, PARAMS)
+    make_letter_scenes(tmp_path / 'again', PARAMS)
+    assert checksums(tmp_path / 'again') == checksums(root)
+
+
+def test_letter_material__shares_no_font_and_no_part_of_a_photo(material):
+    fonts = {
+        split: {int(i) // 10 for i in material[split].digit_ids}
+        for split in SPLITS
+    }
+    assert [len(fonts[split]) for split in SPLITS] == [13, 5, 4]
+    for one, other in combinations(SPLITS, 2):
+        assert not fonts[one] & fonts[other]
+        assert not set(material[one].regions) & set(material[other].regions)
+    assert set().union(*fonts.values()) == set(range(len(FONTS)))
+
+
+def test_letter_material__backgrounds_are_not_split_as_the_digits_are(
+    material,
+):
+    digits = split_material(0)
+    assert set(material['train'].regions) & set(digits['test'].regions)
+
+
+def test_letter_material__glyphs_are_letters_of_one_height_and_whole(material):
+    # What is drawn of a glyph: 4.7 cells to each side.
+    reach = int(4.7 * ZOOM)
+    for split in SPLITS:
+        found = material[split]
+        assert found.glyphs.shape == (len(found.labels), 72, 72)
+        assert set(found.labels) == set(range(10))
+        middle = slice(36 - reach, 36 + reach)
+        rim = found.glyphs.copy()
+        rim[:, middle, middle] = 0
+        assert rim.max() < 0.1
+        rows = (found.glyphs > 0.5).any(axis=2).sum(axis=1)
+        assert rows.min() >= 34
+        assert rows.max() <= 40
+
+
+def test_letter_material__fonts_differ(material):
+    glyphs = np.concatenate([material[split].glyphs for split in SPLITS])
+    labels = np.concatenate([material[split].labels for split in SPLITS])
+    for label in range(10):
+        letters = glyphs[labels == label]
+        assert len(np.unique(letters, axis=0)) == len(FONTS)
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_annotations__are_valid_coco(root, split):
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(root / 'annotations' / f'{split}.json'))
+    assert len(coco.getImgIds()) == PARAMS.num_images(split)
+    names = [c['name'] for c in coco.loadCats(coco.getCatIds())]
+    assert names == list(CLASSES)
+    annotations = coco.loadAnns(coco.getAnnIds())
+    assert len(annotations) >= 2 * PARAMS.num_images(split)
+    for item in annotations:
+        assert item['letter'] % 10 == item['category_id']
+
+
+def test_tool__makes_them_and_their_sheet_and_leaves_others_alone(tmp_path):
+    def run(*more):
+        return subprocess.run(
+            [
+                sys.executable,
+                TOOL,
+                '--out',
+                'letters',
+                *('--num-train', '2', '--num-val', '1', '--num-test', '1'),
+                *more,
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    done = run('--contact-sheet', 'sheet.png')
+    assert done.stdout == 'letters: written\nsheet.png: written\n'
+    assert (tmp_path / 'sheet.png').stat().st_size > 1000
+    recipe = json.loads((tmp_path / 'letters/letter_scenes.json').read_text())
+    assert recipe['seed'] == 1
+    other = run('--seed', '5')
+    assert other.returncode == 1
+    assert 'seed 1 (there) and 5 (asked for)' in other.stderr
