@@ -118,8 +118,15 @@ setup(
         ],
         # era_mm/report
         'report': ['jinja2', 'plotly>=6'],
-        # `make demo` and tools/make_digit_scenes.py
-        'demo': ['pillow', 'rich', 'scikit-learn', 'scipy', 'tqdm'],
+        # `make demo` and the tools that make data
+        'demo': [
+            'matplotlib',
+            'pillow',
+            'rich',
+            'scikit-learn',
+            'scipy',
+            'tqdm',
+        ],
     },
     classifiers=[
         'Development Status :: 3 - Alpha',

@@ -28,27 +28,34 @@ class DetectionDemo(Demo):
     }
     expected = {
         'data': 19,
-        'teacher': 95,
-        'plain': 58,
-        'era': 140,
+        'teacher': 105,
+        'plain': 65,
+        'era': 160,
         'test_teacher': 18,
         'test_plain': 16,
         'test_era': 34,
         'measure': 33,
     }
-    least_teacher = 30.0
+    least_teacher = 35.0
     changes: ClassVar = {
-        # 6 epochs instead of 15: all of it in a quarter of an hour.
-        'train_cfg.max_epochs': 6,
-        'train_cfg.val_interval': 6,
-        'param_scheduler.0.end': 180,
-        'param_scheduler.1.T_max': 6,
-        'param_scheduler.1.end': 6,
+        # 7 epochs instead of 15, the warm-up in proportion: a quarter of an
+        # hour. With 6 the teacher has not learnt the classes.
+        'train_cfg.max_epochs': 7,
+        'train_cfg.val_interval': 7,
+        'param_scheduler.0.end': 225,
+        'param_scheduler.1.T_max': 7,
+        'param_scheduler.1.end': 7,
         # With Adam's default of 0.999 some runs lose what they have learnt
         # when their gradients grow; probably it follows too slowly for so
-        # short a training. The configs keep it, as docs/results.md was
-        # measured with it.
+        # short a training. The configs keep it, as their results were measured
+        # with it.
         'optim_wrapper.optimizer.betas': (0.9, 0.99),
+        # On two cores a worker takes time from two threads that wait for each
+        # other.
+        'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False,
+        'val_dataloader.num_workers': 0,
+        'test_dataloader.num_workers': 0,
     }
     table = Table(
         host='mmdet',

@@ -1,10 +1,16 @@
 # Detection on data where no setting was chosen: the pair, schedule and weights
-# of the digit scenes on letters in fonts that training does not show.
+# of the digit scenes, with the demo's betas, on letters in fonts that training
+# does not show.
 #   python -m era_mm suite suites/letter_scenes.py --jobs 2
 title = 'Detection: letter scenes, where nothing was chosen'
 metric = dict(key='coco/bbox_mAP', name='AP', scale=100)
 keep = ['era_unexplained_*']
 seeds = [0, 1, 2, 3, 4]
+note = """\
+Plain, ERA and its terms on the student's own head alone have three seeds so
+far, plain with twice the schedule two, FitNet none.
+`python -m era_mm suite suites/letter_scenes.py` runs the rest. The weights are
+those that were best on the digit scenes' val."""
 options = {
     # Windows of ten iterations that follow one another: their mean times add
     # up to the training's.

@@ -144,12 +144,14 @@ def begun_later(twin, cfg):
     [
         file
         for file in DISTILLED
-        if 'digit' in file.stem
+        if ('digit' in file.stem or 'letters' in file.stem)
         and not file.stem.startswith(('dml_', 'ie_dml_', 't2b_'))
     ],
     ids=by_name,
 )
-def test_digits__teacher_file_is_what_its_training_writes(file, read_config):
+def test_made_data__teacher_file_is_what_its_training_writes(
+    file, read_config
+):
     cfg = read_config(file)
     teacher = read_config(Path(cfg.model.teacher.config).resolve())
     stem = Path(cfg.model.teacher.config).stem

@@ -1,6 +1,6 @@
 # The teacher of the letters' pair alone: RetinaNet on a ResNet-18 of width 32.
-# Letter scenes, 15 epochs; the betas keep trainings from collapsing
-# (docs/digit_scenes.md):
+# Letter scenes, 15 epochs; the betas are meant to keep trainings from
+# collapsing (docs/digit_scenes.md):
 #   python tools/train.py configs/plain/plain_retinanet_r18w32_letters.py
 _base_ = [
     'mmdet::_base_/default_runtime.py',

@@ -1,4 +1,4 @@
-"""Sources and drawing of the digit data sets.
+"""Sources of the digit data sets, and drawing of all made ones.
 
 The sources are the handwritten digits and the two photographs in the
 scikit-learn package. They are split into train, val and test so that no two
@@ -42,13 +42,13 @@ ZOOM = 6
 
 @dataclass(frozen=True)
 class Material:
-    """Digits and photo tiles that one split may use.
+    """Digits, or letters, and photo tiles that one split may use.
 
     Args:
         split: 'train', 'val' or 'test'.
-        digit_ids: Indices into `load_digits`.
-        labels: The class of each digit.
-        glyphs: Each digit, zero-padded and smoothly enlarged.
+        digit_ids: Their numbers: of digits, indices into `load_digits`.
+        labels: The class of each.
+        glyphs: Each of them, in twelve by twelve cells of side `ZOOM`.
         tiles: RGB pixels of each photo tile.
         regions: `photo file, x, y, width, height` of each tile.
     """

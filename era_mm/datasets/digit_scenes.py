@@ -6,7 +6,10 @@ with the classes '0' to '9'; mmdet's `CocoDataset` reads it.
 
 Source: ours.
 
-Read in this order: `SceneParams`, `make_digit_scenes`, `compose_scene`.
+`letter_scenes` writes its scenes with the same functions.
+
+Read in this order: `SceneParams`, `make_digit_scenes`, `write_scenes`,
+`compose_scene`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Letter scenes: data on which no setting of this project was chosen.
 
 The digit scenes' drawing (`digit_scenes`) with ten capital letters in the
-fonts that come with matplotlib. No two splits share a font or a part of a
-photograph, so a detector meets unknown fonts. The result is a COCO data set.
+fonts that come with matplotlib. No two splits share a font file or a part of
+a photograph. The result is a COCO data set.
 
 Source: ours. Fonts: DejaVu, STIX and Computer Modern.
 
-Read in this order: `LetterParams`, `make_letter_scenes`, `letter_material`.
+Read in this order: `LetterParams`, `make_letter_scenes`, `letter_material`,
+`draw_glyph`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from .digit_drawing import SPLITS, ZOOM, Material, shares, split_photos
+from .digit_drawing import ZOOM, Material, shares, split_photos
 from .digit_scenes import SceneParams, write_scenes
 from .made_folder import make_folder
 
@@ -42,14 +43,17 @@ FONTS = (
 
 #: Raised whenever the same parameters would give other bytes.
 _FORMAT = 1
-#: Height of a capital letter in a glyph of 12 cells. With 8, as a digit has,
-#: the widest would be cut off where it is drawn.
+#: Cells that a capital letter is high. With 8, as a digit has, the widest
+#: would be cut off where it is drawn.
 _CELLS = 6.0
 
 
 @dataclass(frozen=True)
 class LetterParams(SceneParams):
-    """What the data set depends on; equal parameters give equal bytes.
+    """What the data set depends on.
+
+    Equal parameters give equal bytes with the same matplotlib, which has the
+    fonts, and the same Pillow, which draws them.
 
     Args:
         seed: Seed of every random choice; not the digit scenes', whose
@@ -116,7 +120,7 @@ def letter_material(seed: int) -> dict[str, Material]:
             np.tile(labels, len(chosen)),
             np.stack(
                 [
-                    _glyph(FONTS[font], letter)
+                    draw_glyph(FONTS[font], letter)
                     for font in chosen
                     for letter in CLASSES
                 ]
@@ -124,13 +128,18 @@ def letter_material(seed: int) -> dict[str, Material]:
             tiles[split],
             regions[split],
         )
-        for split, chosen in ((split, fonts[split]) for split in SPLITS)
+        for split, chosen in fonts.items()
     }
 
 
-def _glyph(name: str, letter: str) -> np.ndarray:
-    """Draw a letter in the middle of twelve cells, edges a little soft."""
-    file = Path(matplotlib.get_data_path(), 'fonts', 'ttf', name)
+def draw_glyph(name: str, letter: str) -> np.ndarray:
+    """Draw a letter in the middle of twelve cells, edges a little soft.
+
+    Args:
+        name: File of its font.
+        letter: What to draw.
+    """
+    file = str(Path(matplotlib.get_data_path(), 'fonts', 'ttf', name))
     height = _CELLS * ZOOM
     # The size of a font says nothing of the height of its letters.
     _, top, _, bottom = ImageFont.truetype(file, 100).getbbox('H')

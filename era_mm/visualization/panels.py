@@ -52,7 +52,7 @@ def draw_panel(panel: Panel, scale: int = 3) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=4 * scale)
     for box, label in zip(panel.boxes, panel.labels, strict=True):
-        index = int(label[0]) if label[:1].isdigit() else 0
+        index = ord(label[0]) - ord('0') if label else 0
         colour = PALETTE[index % len(PALETTE)]
         x1, y1, x2, y2 = (scale * value for value in box)
         draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour)

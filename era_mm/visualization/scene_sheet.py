@@ -17,7 +17,14 @@ from .panels import Panel, save_grid
 def save_scene_sheet(
     root: Path, path: Path, columns: int = 8, rows_per_split: int = 2
 ) -> None:
-    """Draw the first scenes of each split with their boxes."""
+    """Draw the first scenes of each split with their boxes.
+
+    Args:
+        root: Folder of the data set.
+        path: The picture.
+        columns: Scenes in a row.
+        rows_per_split: Rows for each split.
+    """
     rows = []
     for split in ('train', 'val', 'test'):
         coco = json.loads((root / 'annotations' / f'{split}.json').read_text())
