@@ -57,7 +57,7 @@ class Demo(ABC):
 
     #: Config of the 'teacher', the 'plain' and the 'era' student.
     configs: ClassVar[dict[str, str]]
-    #: Seconds of each stage on two cores of a Xeon at 2.6 GHz.
+    #: Seconds of each stage in one run on two cores, for the time left.
     expected: ClassVar[dict[str, int]]
     table: ClassVar[Table]
     #: What the teacher reaches at least, in the table's first metric, if its
