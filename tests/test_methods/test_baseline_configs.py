@@ -1,5 +1,6 @@
 """A step of every baseline's config on the embedded data's pairs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ NAMES = {
 FILES = sorted(
     file
     for name in NAMES
-    for file in (ROOT / 'configs').rglob(f'{name}_*_digit*.py')
+    for file in (ROOT / 'configs').rglob(f'{name}_*.py')
+    if re.search('_(digits|digit_crops|letters)$', file.stem)
 )
 
 
