@@ -65,6 +65,8 @@ class Demo(ABC):
     least_teacher: ClassVar[float]
     #: What the demo changes in every config.
     changes: ClassVar[dict] = {}
+    #: And in the ERA student's alone.
+    era_changes: ClassVar[dict] = {}
     #: What the data set holds, in plural.
     images: ClassVar[str]
     params_type: ClassVar[type[SplitParams]]
@@ -135,7 +137,10 @@ class Demo(ABC):
         }
         if name == 'era':
             checkpoint = self.result('teacher')['checkpoint']
-            chosen['model.teacher.checkpoint'] = checkpoint
+            chosen |= {
+                'model.teacher.checkpoint': checkpoint,
+                **self.era_changes,
+            }
         if self.quick:
             # A teacher of four iterations is near chance.
             chosen['preflight'] = False

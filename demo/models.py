@@ -17,7 +17,7 @@ from torch import nn
 from era_mm.heads import find_head
 
 WARM_UP = 20
-TIMED = 200
+TIMED = 100
 
 #: Told the finished share.
 Tell = Callable[[float], None]

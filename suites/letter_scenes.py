@@ -22,6 +22,11 @@ pairs = dict(
         teacher='plain_retinanet_r18w32_letters',
         student='plain_retinanet_r18w16_letters',
     ),
+    r18w32_r18w8=dict(
+        title='RetinaNet of width 32 to RetinaNet of width 8: a wide gap',
+        teacher='plain_retinanet_r18w32_letters',
+        student='plain_retinanet_r18w8_letters',
+    ),
 )
 methods = dict(
     plain=dict(config='{student}', role='plain'),
