@@ -50,9 +50,6 @@ class DetectionDemo(Demo):
         # short a training. The configs keep it, as their results were measured
         # with it.
         'optim_wrapper.optimizer.betas': (0.9, 0.99),
-        # mmengine makes a group of each parameter, which takes PyTorch's
-        # default some milliseconds of a step on CPU.
-        'optim_wrapper.optimizer.fused': True,
         # On two cores a worker takes time from two threads that wait for each
         # other.
         'train_dataloader.num_workers': 0,

@@ -370,7 +370,6 @@ def test_configs__demo_of_detection_has_one_short_schedule(
         assert abs(warm_up.end / (150 * epochs) - 450 / (150 * 15)) < 0.02
         for split in ('train', 'val', 'test'):
             assert cfg[f'{split}_dataloader'].num_workers == 0
-        assert cfg.optim_wrapper.optimizer.fused
     assert built.config('era').custom_hooks[0].modes == ['T', 'ST']
     assert "custom_hooks.0.modes=['T', 'ST']" in built.command('x', 'era')
     assert not any('modes' in word for word in built.command('x', 'plain'))
