@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
 from era_mm.datasets.digit_drawing import ZOOM, split_material
@@ -22,6 +23,7 @@ from era_mm.datasets.letter_scenes import (
     make_letter_scenes,
 )
 from era_mm.testing import checksums
+from era_mm.visualization import scene_sheet
 
 PARAMS = LetterParams(seed=3, num_train=12, num_val=6, num_test=6)
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +141,32 @@ def test_annotations__are_valid_coco(root, split):
     }
     allowed = letter_material(PARAMS.seed)[split].digit_ids // 10
     assert fonts <= set(allowed)
+
+
+def test_sheet__has_the_first_scenes_of_each_split_with_their_boxes(
+    root, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        scene_sheet, 'save_grid', lambda rows, path, scale: drawn.extend(rows)
+    )
+    scene_sheet.save_scene_sheet(root, tmp_path / 'x.png', 4, 2)
+    # Eight of the twelve of train; all six of val and of test.
+    assert [len(row) for row in drawn] == [4, 4, 4, 2, 4, 2]
+    panels = iter(panel for row in drawn for panel in row)
+    for split, count in (('train', 8), ('val', 6), ('test', 6)):
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(root / 'annotations' / f'{split}.json')
+        for image in coco.loadImgs(coco.getImgIds()[:count]):
+            panel = next(panels)
+            with Image.open(root / split / image['file_name']) as opened:
+                assert (panel.image == np.asarray(opened)).all()
+            found = coco.loadAnns(coco.getAnnIds(image['id']))
+            assert panel.labels == [CLASSES[a['category_id']] for a in found]
+            corners = np.array(panel.boxes).reshape(-1, 4)
+            sizes = np.array([a['bbox'] for a in found]).reshape(-1, 4)
+            assert (corners[:, :2] == sizes[:, :2]).all()
+            assert np.allclose(corners[:, 2:] - corners[:, :2], sizes[:, 2:])
 
 
 def test_tool__makes_them_and_their_sheet_and_leaves_others_alone(tmp_path):
