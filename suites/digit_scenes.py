@@ -6,13 +6,16 @@ title = 'Detection: digit scenes'
 seeds = [0, 1, 2, 3, 4]
 note = """\
 Every method has a first run, with the weights that were best of three tries on
-val (ERA's recipe had 13 tries before, AT and DML three each). Methods of which
-it was more than 2 AP below that of the best baseline have one or two: with
-these weights a method's values differ by at most 1.6 AP from seed to seed,
-without the collapsed plain run. ERA's parts have one or two as well, but for
-the one without terms on the student's own head. For the second pair only the
-plain student and ERA have been run, with two seeds; methods that compare the
-heads' outputs, and those without a teacher, are left out there.
+val (ERA's recipe had 13 tries before and its first form 14, AT and DML three
+each). Methods of which it was more than 2 AP below that of the best baseline
+have one or two, for want of processor time: their rank may change. Where a
+method has several runs with these weights, its values differ by at most 1.6 AP
+from seed to seed, without the collapsed plain run; with other weights by up to
+10.8 (AT, with the weight of its config). ERA's parts have one or two as well,
+but for the one without terms on the student's own head. For the second pair
+only the plain student and ERA have been run, with two seeds, for the same
+reason; methods that compare the heads' outputs, and those without a teacher,
+are left out there.
 `python -m era_mm suite suites/digit_scenes.py` runs the rest."""
 pairs = dict(
     r18w32_gfl_r18w16=dict(
