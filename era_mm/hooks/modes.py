@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.evaluator import Evaluator
+from mmengine.hooks import EMAHook as HostEMAHook
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
+from ..core import Distillation
 from ..registry import HOOKS
+from .ema import EMAHook
 
 
 def for_mode(config: Any, mode: str) -> Any:
@@ -78,7 +81,21 @@ class ModesHook(Hook):
     def before_run(self, runner: Any) -> None:
         """Refuse unknown modes before the run starts."""
         self.leave_absent(runner)
-        self._model(runner).check_modes(self.modes)
+        model = self._model(runner)
+        model.check_modes(self.modes)
+        if (
+            self.modes
+            and isinstance(model, Distillation)
+            and any(
+                isinstance(hook, HostEMAHook) and not isinstance(hook, EMAHook)
+                for hook in runner.hooks
+            )
+        ):
+            runner.logger.warning(
+                f'EMAHook averages the student alone: {", ".join(self.modes)} '
+                'use the averaged student with extras of the distillers that '
+                "are not averaged. dict(type='era_mm.EMAHook') averages both."
+            )
 
     def leave_absent(self, runner: Any) -> None:
         """Go on without the modes that the model's pair does not have."""

@@ -219,6 +219,33 @@ def test_modes__hook_leaves_the_model_as_it_was(make_runner, teacher_file):
     assert runner.model.mode_predictions == {}
 
 
+@pytest.mark.parametrize(
+    ('ema', 'modes', 'said'),
+    [
+        ('EMAHook', ['S', 'E0', 'T'], True),
+        ('mmpretrain.EMAHook', ['T'], True),
+        ('era_mm.EMAHook', ['T'], False),
+        ('EMAHook', ['S'], False),
+    ],
+)
+def test_modes__say_if_the_student_alone_is_averaged(
+    make_runner, teacher_file, ema, modes, said
+):
+    runner = make_runner(
+        distillation_config(ERA, checkpoint=teacher_file),
+        custom_hooks=[
+            dict(type='era_mm.TWIHook', modes=modes),
+            dict(type=ema),
+        ],
+        log_level='WARNING',
+    )
+    runner.call_hook('before_run')
+    names = ', '.join(mode for mode in modes if mode != 'S')
+    text = f'EMAHook averages the student alone: {names} use the averaged'
+    assert (text in log_of(runner)) == said
+    assert ('averages the student alone' in log_of(runner)) == said
+
+
 def test_hook__on_a_plain_model_is_refused(make_runner):
     runner = make_runner(detector_config(), custom_hooks=[HOOK])
     with pytest.raises(TypeError, match='Distillation'):

@@ -52,9 +52,10 @@ class ERADistiller(HeadUser, Measured):
 
     P and T are the features of student and teacher at ``source``, D a squared
     distance, H the loss of the teacher's frozen head on an estimate. L is
-    added to the student's own losses. Without arguments it is the best known
-    recipe for the pair: the 'normalised' form for feature maps, the
-    'released' form for pooled vectors.
+    added to the student's own losses. Without arguments it is the recipe for
+    the pair at hand: the 'normalised' form for feature maps, the best known
+    one; the 'released' form for pooled vectors, with the arithmetic of the
+    paper's results.
 
     =============  =======================  ===============================
     form           'released'               'normalised'
