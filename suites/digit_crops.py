@@ -60,6 +60,28 @@ methods = dict(
         title='ERA, normalised form, weights of the config',
         options={'model.distiller.form': 'normalised'},
     ),
+    era_normalised_no_twi=dict(
+        part_of='era_normalised',
+        title='normalised, without TWI',
+        options={'model.distiller.twi_steps': 'none'},
+    ),
+    era_normalised_no_logit=dict(
+        part_of='era_normalised',
+        title="normalised, without the term on the student's own logits",
+        options={
+            'model.distiller.schedules': dict(loss_era_logit=dict(scale=0.0))
+        },
+    ),
+    # As above; the one estimate has the weight of both that are drawn.
+    era_normalised_no_branches=dict(
+        part_of='era_normalised',
+        title='normalised, without branches',
+        options={
+            'model.distiller.mbrnet.num_branches': 1,
+            'model.distiller.loss.residual_weight': 0.0,
+            'model.distiller.loss.twi_scales': (2.0, 0.0),
+        },
+    ),
     era_normalised_fifth=dict(
         config='era_normalised_{pair}_digit_crops',
         title='ERA, normalised form, a fifth of the weights',
