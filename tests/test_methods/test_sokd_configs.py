@@ -92,6 +92,7 @@ def test_configs__are_all_there():
         'fitnet_retinanet_r18w32_gfl_r18w16_digits',
         'fitnet_retinanet_r18w32_r18w16_digits',
         'fitnet_retinanet_r18w32_r18w16_letters',
+        'fitnet_retinanet_r18w32_r18w8_letters',
         'sokd_faster_rcnn_r101_r50',
         'sokd_resnet32x4_resnet8x4_cifar100',
         'sokd_resnet34_resnet18_imagenet',
