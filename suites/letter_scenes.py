@@ -8,7 +8,8 @@ keep = ['era_unexplained_*']
 seeds = [0, 1, 2, 3, 4]
 note = """\
 Plain, ERA and its terms on the student's own head alone have three seeds so
-far, plain with twice the schedule two, FitNet none.
+far, plain with twice the schedule two, for the first pair; FitNet none. Runs
+of the second pair had other work beside them, so they have no time.
 `python -m era_mm suite suites/letter_scenes.py` runs the rest. The weights are
 those that were best on the digit scenes' val."""
 options = {
