@@ -66,7 +66,11 @@ def test_suite__a_try_does_not_change_its_method(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     'file',
-    [file for file in SUITES if file.stem.startswith('digit')],
+    [
+        file
+        for file in SUITES
+        if re.fullmatch('digit_(crops|scenes)(_tuning)?', file.stem)
+    ],
     ids=lambda file: file.stem,
 )
 def test_suite__sokd_searches_with_a_rate_that_can_move_its_policy(
