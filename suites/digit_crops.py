@@ -8,10 +8,11 @@ note = """\
 Every method has a first run, with the weights that were best of three tries on
 val (ERA in each of its two forms, and also with the weights of the config; its
 normalised form without the term on the student's own logits as well, a fourth
-try). Methods of which it was more than 2 points below that of the best baseline
-have no more so far, nor has ReviewKD, which takes five times plain's time, for
-want of processor time: their rank may change. SoKD has two. ERA's parts were
-run with one seed, those of its normalised form with two.
+try). Methods of which it was more than 2 points below that of the best
+baseline have no more so far, nor has ReviewKD, which takes five times plain's
+time, for want of processor time: their rank may change. DIST was 1.0 below and
+has five, SoKD has two. ERA's parts were run with one seed, those of its
+normalised form with two.
 `python -m era_mm suite suites/digit_crops.py` runs the rest."""
 methods = dict(
     plain_x2=dict(
