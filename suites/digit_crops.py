@@ -6,9 +6,10 @@ title = 'Classification: digit crops'
 seeds = [0, 1, 2, 3, 4]
 note = """\
 Every method has a first run, with the weights that were best of three tries on
-val (ERA in each of its two forms, and also with the weights of the config; its
-normalised form without the term on the student's own logits as well, a fourth
-try). Methods of which it was more than 2 points below that of the best
+val (ERA in each of its two forms, and also with the weights of the config). Of
+three parts of its normalised form, which were run besides, the one without the
+term on the student's own logits was the best on val and stands among the
+methods. Methods of which it was more than 2 points below that of the best
 baseline have no more so far, nor has ReviewKD, which takes five times plain's
 time, for want of processor time: their rank may change. DIST was 1.0 below and
 has five, SoKD has two. ERA's parts were run with one seed, those of its
@@ -81,7 +82,8 @@ methods = dict(
         config='era_normalised_{pair}_digit_crops',
         title='ERA, normalised form, a fifth of the weights',
     ),
-    # A part, but the best on val of all: beside the baselines.
+    # A part, but the best on val of all runs: beside the baselines. TWI by the
+    # teacher stays, which `logit=None` would replace by the labels.
     era_normalised_no_logit=dict(
         config='era_{pair}_digit_crops',
         title='ERA, normalised form, features and TWI alone',
