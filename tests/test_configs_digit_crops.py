@@ -54,12 +54,14 @@ def test_teacher__differs_from_the_student_in_size_alone(era, teacher):
     )
 
 
-def test_normalised__differs_from_era_in_form_and_weights_alone(era):
+def test_normalised__differs_from_era_in_form_and_own_logits_alone(era):
     other = Config.fromfile(NORMALISED)
     assert ClassificationDemo.configs['era'] == f'era/{NORMALISED.stem}'
     distiller = other.model.distiller
     assert distiller.pop('form') == 'normalised'
-    assert distiller.pop('schedules') == {'loss_era_*': dict(scale=0.2)}
+    assert distiller.pop('schedules') == {
+        'loss_era_logit': dict(scale=0.0)
+    }
     assert other.to_dict() == era.to_dict()
 
 

@@ -6,11 +6,12 @@
 #       configs/era/era_normalised_resnet18w16_resnet18w8_digit_crops.py
 _base_ = 'era_resnet18w16_resnet18w8_digit_crops.py'
 
-# The weights are the best on val of the form's three tries
-# (results/digit_crops_tuning.jsonl). The default for classifiers is the
-# released form. [ours]
+# Without the term on the student's own logits: the best on val of all runs of
+# the form (docs/methods/era.md). TWI by the teacher stays, which `logit=None`
+# would replace by the labels. The default for classifiers is the released
+# form. [ours]
 model = dict(
     distiller=dict(
-        form='normalised', schedules={'loss_era_*': dict(scale=0.2)}
+        form='normalised', schedules=dict(loss_era_logit=dict(scale=0.0))
     )
 )
