@@ -59,9 +59,7 @@ def test_normalised__differs_from_era_in_form_and_own_logits_alone(era):
     assert ClassificationDemo.configs['era'] == f'era/{NORMALISED.stem}'
     distiller = other.model.distiller
     assert distiller.pop('form') == 'normalised'
-    assert distiller.pop('schedules') == {
-        'loss_era_logit': dict(scale=0.0)
-    }
+    assert distiller.pop('schedules') == {'loss_era_logit': dict(scale=0.0)}
     assert other.to_dict() == era.to_dict()
 
 

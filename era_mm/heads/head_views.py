@@ -74,3 +74,56 @@ def assigning_once(
 
     view.get_targets = get_targets
     return view, begin
+
+
+def assigning_regions_once(roi_head: nn.Module) -> nn.Module:
+    """A view of a RoI head that assigns the same regions only once.
+
+    Those of the first stage are the given proposals. Regions that a stage has
+    refined depend on predictions and are assigned every time. Samplers are
+    the head's own.
+    """
+    assigners = getattr(roi_head, 'bbox_assigner', None)
+    if assigners is None:
+        return roi_head
+    view: Any = with_children(roi_head)
+    view.bbox_assigner = (
+        [_Remembering(assigner) for assigner in assigners]
+        if isinstance(assigners, (list, tuple))
+        else _Remembering(assigners)
+    )
+    return view
+
+
+class _Remembering:
+    """An assigner that keeps its results for the same objects.
+
+    All other values are those of the assigner itself, in both directions:
+    Dynamic R-CNN sets its thresholds.
+    """
+
+    _assigner: Any
+    _kept: list[tuple[Any, Any, Any]]
+
+    def __init__(self, assigner: Any) -> None:
+        vars(self).update(_assigner=assigner, _kept=[])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._assigner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._assigner, name, value)
+
+    def assign(
+        self, pred_instances: Any, gt_instances: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        priors = pred_instances.priors
+        for known, truth, found in self._kept:
+            if known is priors and truth is gt_instances:
+                return copy.copy(found)
+        found = self._assigner.assign(
+            pred_instances, gt_instances, *args, **kwargs
+        )
+        # A copy, as samplers add the truth to what they get.
+        self._kept.append((priors, gt_instances, copy.copy(found)))
+        return found

@@ -9,7 +9,11 @@ from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 
 from ..core import Unregistered
-from .head_views import assigning_once, with_children
+from .head_views import (
+    assigning_once,
+    assigning_regions_once,
+    with_children,
+)
 from .twi_heads import (
     DetectorTWIHead,
     ProposalTWIHead,
@@ -96,9 +100,9 @@ class TwoStageTWIHead(DetectorTWIHead):
         data_samples: list,
         **judges: Any,
     ) -> list[dict[str, Tensor]]:
-        """As in the base class; anchors are assigned once for all."""
+        """As in the base class; anchors and proposals are assigned once."""
         rpn_head, begin = assigning_once(self._first)
-        once = type(self)(rpn_head, self.head)
+        once = type(self)(rpn_head, assigning_regions_once(self.head))
         once._begin = begin
         return super(TwoStageTWIHead, once).judge(
             steps, data_samples, **judges

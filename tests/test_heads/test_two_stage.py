@@ -5,6 +5,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 from mmengine.structures import InstanceData
 
+from era_mm.heads.head_views import assigning_regions_once
 from era_mm.heads.twi import find_head
 from era_mm.heads.two_stage import TwoStageTWIHead
 from era_mm.testing import (
@@ -74,7 +75,7 @@ def test_proposals__of_a_detector_of_their_own_have_one_class():
     assert trial.ignored_instances.bboxes.shape == (0, 4)
 
 
-def test_judge__of_several_assigns_the_rpns_truth_once(monkeypatch):
+def test_judge__of_several_assigns_the_truth_once(monkeypatch):
     torch.manual_seed(0)
     model = MODELS.build(ConfigDict(two_stage_config())).eval()
     model.init_weights()
@@ -114,7 +115,7 @@ def test_judge__of_several_assigns_the_rpns_truth_once(monkeypatch):
     count(model.roi_head.bbox_assigner, 'assign', 'roi')
     found = head.judge(steps, samples)
     # Once for each of the two images, whatever the number of estimates.
-    assert calls == {'rpn': 2, 'roi': 3 * 2}
+    assert calls == {'rpn': 2, 'roi': 2}
     # The samplers of the RoI head draw as after those of the RPN.
     for one, other, step in zip(found, alone, steps, strict=True):
         assert set(one) == {
@@ -145,3 +146,55 @@ def test_pair__head_of_learnt_proposals_is_no_rpn():
     head = TwoStageTWIHead(learnt, teacher.roi_head)
     feats = [torch.zeros(1, 24, 2, 2)] * 5
     assert 'NotImplementedError' in head.why_not_judged(feats, training=True)
+
+
+def test_assigning_once__refined_regions_are_assigned_anew(monkeypatch):
+    """The second stage of a cascade has each estimate's own regions."""
+    torch.manual_seed(0)
+    config = ConfigDict(two_stage_config())
+    rcnn = config.train_cfg.rcnn
+    one = config.roi_head
+    config.roi_head = dict(
+        one,
+        type='CascadeRoIHead',
+        num_stages=2,
+        stage_loss_weights=[1.0, 0.5],
+        bbox_head=[one.bbox_head, one.bbox_head],
+    )
+    config.train_cfg.rcnn = [rcnn, rcnn]
+    model = MODELS.build(config).eval()
+    model.init_weights()
+    head = find_head(model)
+    samples = detection_batch(1)['data_samples']
+    samples[0].set_metainfo(dict(batch_input_shape=(64, 64)))
+    samples[0].proposals = InstanceData(
+        bboxes=torch.tensor([[0.0, 0, 30, 30], [10, 10, 50, 60]]),
+        scores=torch.ones(2),
+    )
+    steps = [
+        [
+            noise(1, 16, size, size, seed=9 * step + size).float()
+            for size in (8, 4)
+        ]
+        for step in range(3)
+    ]
+    alone = [head.judge([step], samples)[0] for step in steps]
+    calls = []
+    for stage, assigner in enumerate(model.roi_head.bbox_assigner):
+
+        def spy(*args, original=assigner.assign, stage=stage, **kwargs):
+            calls.append(stage)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(assigner, 'assign', spy)
+    assert head.judge(steps, samples) == alone
+    assert calls == [0, 1, 1, 1]
+
+
+def test_assigning_once__shares_the_values_of_the_assigner():
+    """Dynamic R-CNN sets its assigner's thresholds while it trains."""
+    roi_head = MODELS.build(ConfigDict(two_stage_config())).roi_head
+    view = assigning_regions_once(roi_head)
+    view.bbox_assigner.pos_iou_thr = 0.625
+    assert roi_head.bbox_assigner.pos_iou_thr == 0.625
+    assert 'assign' not in vars(roi_head.bbox_assigner)
