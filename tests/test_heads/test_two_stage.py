@@ -89,14 +89,14 @@ def test_judge__of_several_assigns_the_truth_once(monkeypatch):
     ]
     samples = detection_batch(2)['data_samples']
     generator = torch.Generator().manual_seed(0)
+    corners = 32 * torch.rand(40, 2, generator=generator)
+    sides = 10 + 20 * torch.rand(40, 2, generator=generator)
+    # The same boxes in both images, which have other objects.
+    boxes = torch.cat([corners, corners + sides], dim=1)
+    samples[1].gt_instances.bboxes = samples[1].gt_instances.bboxes + 9
     for sample in samples:
         sample.set_metainfo(dict(batch_input_shape=(64, 64)))
-        corners = 32 * torch.rand(40, 2, generator=generator)
-        sides = 10 + 20 * torch.rand(40, 2, generator=generator)
-        sample.proposals = InstanceData(
-            bboxes=torch.cat([corners, corners + sides], dim=1),
-            scores=torch.ones(40),
-        )
+        sample.proposals = InstanceData(bboxes=boxes, scores=torch.ones(40))
     before = torch.get_rng_state()
     alone = [head.judge([step], samples)[0] for step in steps]
 
