@@ -12,10 +12,11 @@ have one or two, for want of processor time: their rank may change. Where a
 method has several runs with these weights, its values differ by at most 1.6 AP
 from seed to seed, without the collapsed plain run; with other weights by up to
 10.8 (AT, with the weight of its config). ERA's parts have one or two as well,
-but for the one without terms on the student's own head. For the second pair
-only the plain student and ERA have been run, with two seeds, for the same
-reason; methods that compare the heads' outputs, and those without a teacher,
-are left out there.
+but for the one without terms on the student's own head. For the second pair,
+with the weights chosen on the first, every method but SoKD has a first run;
+plain, ERA and Residual KD have three, FitNet and PKD two, for the same reason.
+Methods that compare the heads' outputs, and those without a teacher, are left
+out there.
 `python -m era_mm suite suites/digit_scenes.py` runs the rest."""
 pairs = dict(
     r18w32_gfl_r18w16=dict(
